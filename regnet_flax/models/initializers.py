@@ -1,0 +1,49 @@
+"""Initial values: those of the paper's recipe, and PyTorch's defaults."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+
+
+def _torch_uniform(fan_in: int) -> Initializer:
+    bound = 1 / math.sqrt(fan_in)
+    return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+@dataclasses.dataclass(frozen=True)
+class Initializers:
+    """Where each kind of weight starts.
+
+    Attributes:
+      conv: kernels of the convolutions that a batch normalisation follows.
+      regulator: kernels of the regulators' convolutions, whose non-linearities are sigmoid and tanh.
+      dense: kernels of the head and of squeeze-and-excitation.
+      bias: from the layer's fan-in to the initialiser of its bias.
+    """
+
+    conv: Initializer
+    regulator: Initializer
+    dense: Initializer
+    bias: Callable[[int], Initializer]
+
+
+_torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # uniform in ±1/√fan_in
+
+INITIALIZERS = {
+    # He et al. 2015 (arXiv 1502.01852), in the fan-out form that torchvision trains ResNets from.
+    "paper": Initializers(
+        conv=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        regulator=nn.initializers.lecun_normal(),
+        dense=nn.initializers.lecun_normal(),
+        bias=lambda fan_in: nn.initializers.zeros_init(),
+    ),
+    # nn.Conv2d.reset_parameters and nn.Linear.reset_parameters.
+    "torch": Initializers(conv=_torch_kernel, regulator=_torch_kernel, dense=_torch_kernel, bias=_torch_uniform),
+}

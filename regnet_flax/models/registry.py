@@ -1,0 +1,131 @@
+"""The models by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import functools
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from regnet_flax.models.initializers import INITIALIZERS
+from regnet_flax.models.regnet import RegNet
+from regnet_flax.models.regulators import REGULATORS
+
+CIFAR_DEPTHS = (20, 32, 44, 56, 110)
+IMAGENET_STAGES = {
+    18: ("basic", (2, 2, 2, 2)),
+    34: ("basic", (3, 4, 6, 3)),
+    50: ("bottleneck", (3, 4, 6, 3)),
+    101: ("bottleneck", (3, 4, 23, 3)),
+}
+OPTIONS = (
+    "kernel",
+    "share_regulator",
+    "regulated_stages",
+    "shortcut",
+    "width",
+    "bottleneck_stride",
+    "init",
+    "unroll",
+    "remat",
+)
+_CHOICES = {
+    "kernel": ("separable", "dense"),
+    "shortcut": ("A", "B"),
+    "bottleneck_stride": ("1x1", "3x3"),
+    "init": tuple(INITIALIZERS),
+}
+
+
+def _fields(depth: int, regulator: str | None, squeeze_excite: bool) -> dict[str, Any]:
+    fields = {"regulator": regulator, "squeeze_excite": squeeze_excite}
+    if depth in IMAGENET_STAGES:
+        block, sizes = IMAGENET_STAGES[depth]
+        return fields | {"stage_sizes": sizes, "block": block, "stem": "imagenet", "width": 64}
+    return fields | {"stage_sizes": ((depth - 2) // 6,) * 3}
+
+
+def _name(depth: int, regulator: str | None, squeeze_excite: bool) -> str:
+    name = f"regnet{depth}_{regulator}" if regulator else f"resnet{depth}"
+    return f"se_{name}" if squeeze_excite else name
+
+
+MODELS: dict[str, functools.partial[nn.Module]] = {
+    _name(depth, regulator, squeeze_excite): functools.partial(RegNet, **_fields(depth, regulator, squeeze_excite))
+    for depth in (*CIFAR_DEPTHS, *IMAGENET_STAGES)
+    for squeeze_excite in (False, True)
+    for regulator in (None, *REGULATORS)
+}
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The registered names that match a shell pattern, such as "*gru*"; other depths 6m+2 are accepted by name too."""
+    return fnmatch.filter(MODELS, pattern)
+
+
+def _resolve(name: str) -> functools.partial[nn.Module]:
+    if name in MODELS:
+        return MODELS[name]
+    family = "|".join(REGULATORS)
+    if match := re.fullmatch(rf"(se_)?(?:resnet(\d+)|regnet(\d+)_({family}))", name):
+        depth = int(match[2] or match[3])
+        if depth >= 8 and depth % 6 == 2:
+            return functools.partial(RegNet, **_fields(depth, match[4], bool(match[1])))
+        below = max(8, depth - (depth - 2) % 6)
+        nearest = " or ".join(str(d) for d in (below, below + 6))
+        raise ValueError(
+            f"unknown model {name!r}: a CIFAR network has depth 6m+2 (nearest: {nearest}), "
+            f"an ImageNet network {', '.join(map(str, IMAGENET_STAGES))}"
+        )
+    close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3)
+    raise ValueError(f"unknown model {name!r}: the closest names are {', '.join(close) or ', '.join(list(MODELS)[:3])}")
+
+
+def create_model(
+    name: str, num_classes: int = 10, dtype: Any = jnp.float32, axis_name: str | None = None, **options: Any
+) -> nn.Module:
+    """Makes a model by name.
+
+    Args:
+      name: one of `list_models()`, or any CIFAR depth 6m+2, such as "regnet14_convlstm".
+      num_classes: 0 gives pooled features.
+      dtype: of the arithmetic, float32 or bfloat16; parameters, statistics and logits are float32.
+      axis_name: the pmap axis over which batch normalisation is synchronised.
+      **options: kernel, share_regulator, regulated_stages, shortcut, width, bottleneck_stride, init (RegNet's
+        `initial`), unroll, remat, scan and features; see RegNet. None leaves the model's default.
+
+    Returns:
+      A Flax module; `model.init(key, images, train=False)` makes its variables.
+
+    Raises:
+      ValueError: unknown name (the closest are named), unknown option, or a value that an option cannot take.
+    """
+    make = _resolve(name)
+    known = {*OPTIONS, "scan", "features"}
+    given = {key: value for key, value in options.items() if value is not None}
+    for key, value in given.items():
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1) or sorted(known)
+            raise ValueError(f"unknown option {key!r} of model {name!r}: did you mean {', '.join(close)}?")
+        if key in _CHOICES and value not in _CHOICES[key]:
+            raise ValueError(f"{key} is {value!r}: it must be one of {', '.join(map(repr, _CHOICES[key]))}")
+        if key in ("width", "unroll") and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{key} is {value!r}: it must be a whole number of at least 1")
+    if num_classes < 0:
+        raise ValueError(f"num_classes is {num_classes}: it must be 0, for pooled features, or more")
+    fields: dict[str, Any] = make.keywords | given
+    if "init" in fields:  # linen modules have a method of that name
+        fields["initial"] = fields.pop("init")
+    stages = len(fields["stage_sizes"])
+    if "regulated_stages" in given:
+        wrong = [stage for stage in given["regulated_stages"] if stage not in range(1, stages + 1)]
+        if wrong:
+            raise ValueError(f"regulated_stages has {wrong[0]!r}: the stages of {name} are 1 to {stages}")
+        fields["regulated_stages"] = tuple(given["regulated_stages"])
+    if fields.get("bottleneck_stride") == "3x3" and fields.get("regulator"):
+        raise ValueError(f"bottleneck_stride '3x3' is for ResNets: in {name}, X2 must have the size of H; use '1x1'")
+    return make.func(**fields, num_classes=num_classes, dtype=dtype, axis_name=axis_name)

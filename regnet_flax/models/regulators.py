@@ -1,0 +1,191 @@
+"""Regulators: the convolutional RNN cells that run beside the shortcuts (Xu et al., arXiv 2101.00590).
+
+A cell takes the feature map X and its state, of which H comes first, all of shape (N, height, width, n), and returns
+the new state and its gates. The gates of a cell are computed together: their kernels are stacked gate-major, so that
+output g·n + c is channel c of gate g.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from regnet_flax.models.initializers import INITIALIZERS, Initializers
+
+Array = jax.Array
+State = tuple[Array, ...]
+Gates = dict[str, Array]
+
+
+class GateWeights(nn.Module):
+    """Holds the kernel, and the bias where there is one, of a convolution that its owner applies.
+
+    Attributes:
+      shape: (height, width, input channels per group, output channels).
+      use_bias: whether there is a bias of shape (output channels,).
+      init: initial values.
+    """
+
+    shape: tuple[int, int, int, int]
+    use_bias: bool
+    init: Initializers
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array | None]:
+        kernel = self.param("kernel", self.init.regulator, self.shape)
+        fan_in = self.shape[0] * self.shape[1] * self.shape[2]
+        bias = self.param("bias", self.init.bias(fan_in), self.shape[-1:]) if self.use_bias else None
+        return kernel, bias
+
+
+def _separable(x: Array, h: Array, pointwise: Array, depthwise: Array) -> Array:
+    """Grouped 1×1 convolution of the pairs (x[c], h[c]), then a depthwise 3×3 one, for all gates at once.
+
+    Written as sums of shifted products: it is bound by memory, and XLA fuses these, while its grouped convolutions
+    are slow on a CPU.
+
+    Args:
+      x, h: (N, height, width, n).
+      pointwise: (2, gates, n), the weights of x and of h.
+      depthwise: (3, 3, gates, n).
+
+    Returns:
+      (N, height, width, gates, n), summed in float32 or wider.
+    """
+    height, width = x.shape[1:3]
+    pairs = x[..., None, :] * pointwise[0] + h[..., None, :] * pointwise[1]
+    padded = jnp.pad(pairs, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    taps = [
+        padded[:, i : i + height, j : j + width].astype(wide) * depthwise[i, j].astype(wide)
+        for i in range(3)
+        for j in range(3)
+    ]
+    return sum(taps[1:], taps[0])
+
+
+class Regulator(nn.Module):
+    """Base of the cells.
+
+    Attributes:
+      features: n, the channels of X and of the state.
+      kernel: "separable", the paper's efficient form of 12n parameters a gate, or "dense", one 3×3 convolution from 2n
+        to n channels, 18n² + n a gate.
+      dtype: of the arithmetic between X, H and the gates' sums, which are float32 or wider, and of the new state.
+      initial: initial values, a name in INITIALIZERS.
+
+    Raises:
+      ValueError: X and a state array differ in shape; the message names both.
+    """
+
+    features: int
+    kernel: str = "separable"
+    dtype: Any = jnp.float32
+    initial: str = "paper"
+
+    gate_names: ClassVar[tuple[str, ...]] = ()
+    state_names: ClassVar[tuple[str, ...]] = ("H",)
+
+    @classmethod
+    def initial_state(cls, shape: tuple[int, ...], dtype: Any = jnp.float32) -> State:
+        """Zeros of `shape`, one array for each of `state_names`."""
+        return tuple(jnp.zeros(shape, dtype) for _ in cls.state_names)
+
+    @nn.compact
+    def __call__(self, x: Array, state: State) -> tuple[State, Gates]:
+        """One step.
+
+        Args:
+          x: X, (N, height, width, n).
+          state: H, and C for the LSTM, each of x's shape.
+
+        Returns:
+          The new state, and the gates by name, (N, height, width, n) in float32 or wider.
+        """
+        for name, array in zip(self.state_names, state, strict=True):
+            if array.shape != x.shape:
+                raise ValueError(f"{type(self).__name__}: X has shape {x.shape} but {name} has shape {array.shape}")
+        x = x.astype(self.dtype)
+        state = tuple(array.astype(self.dtype) for array in state)
+        new_state, gates = self.step(x, state, self._weights())
+        return tuple(array.astype(self.dtype) for array in new_state), gates
+
+    def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
+        """The cell's equations."""
+        raise NotImplementedError
+
+    def _weights(self) -> tuple[Array, ...]:
+        n, gates, init = self.features, len(self.gate_names), INITIALIZERS[self.initial]
+        if self.kernel == "separable":
+            pointwise, _ = GateWeights((1, 1, 2, gates * n), False, init, name="pointwise")()
+            depthwise, bias = GateWeights((3, 3, 1, gates * n), True, init, name="depthwise")()
+            return pointwise.reshape(2, gates, n), depthwise.reshape(3, 3, gates, n), bias.reshape(gates, n)
+        if self.kernel == "dense":
+            kernel, bias = GateWeights((3, 3, 2 * n, gates * n), True, init, name="conv")()
+            return kernel.reshape(3, 3, 2 * n, gates, n), bias.reshape(gates, n)
+        raise ValueError(f"kernel is {self.kernel!r}: it must be 'separable' or 'dense'")
+
+    def convolve(self, x: Array, h: Array, weights: tuple[Array, ...], first: int, last: int) -> list[Array]:
+        """W[x, h] + b for the gates from `first` up to `last`, not included, in float32 or wider."""
+        *kernels, bias = (w[..., first:last, :] for w in weights)
+        kernels = [kernel.astype(self.dtype) for kernel in kernels]
+        if self.kernel == "separable":
+            sums = _separable(x, h, *kernels)
+        else:
+            flat = kernels[0].reshape(3, 3, 2 * self.features, -1)
+            sums = jax.lax.conv_general_dilated(
+                jnp.concatenate([x, h], -1),
+                flat,
+                (1, 1),
+                ((1, 1), (1, 1)),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            ).reshape(*x.shape[:-1], last - first, self.features)
+        sums = sums + bias.astype(jnp.promote_types(self.dtype, jnp.float32))
+        return [sums[..., gate, :] for gate in range(last - first)]
+
+
+class ConvRNN(Regulator):
+    """H' = tanh(W[X, H] + b)."""
+
+    gate_names = ("h",)
+
+    def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
+        (a,) = self.convolve(x, state[0], weights, 0, 1)
+        h = jnp.tanh(a)
+        return (h,), {"h": h}
+
+
+class ConvGRU(Regulator):
+    """z, r = σ(W[X, H] + b); H̃ = tanh(Wh[X, r⊙H] + bh); H' = (1 − z)⊙H + z⊙H̃."""
+
+    gate_names = ("z", "r", "h")
+
+    def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
+        (h,) = state
+        z, r = (nn.sigmoid(a) for a in self.convolve(x, h, weights, 0, 2))
+        (a,) = self.convolve(x, (r * h).astype(self.dtype), weights, 2, 3)
+        candidate = jnp.tanh(a)
+        return ((1 - z) * h + z * candidate,), {"z": z, "r": r, "h": candidate}
+
+
+class ConvLSTM(Regulator):
+    """i, f, o = σ(W[X, H] + b); g = tanh(Wg[X, H] + bg); C' = f⊙C + i⊙g; H' = o⊙tanh(C').
+
+    There are no peepholes, and nothing is added to the forget gate's bias.
+    """
+
+    gate_names = ("i", "f", "o", "g")
+    state_names = ("H", "C")
+
+    def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
+        h, c = state
+        a, b, d, e = self.convolve(x, h, weights, 0, 4)
+        i, f, o, g = nn.sigmoid(a), nn.sigmoid(b), nn.sigmoid(d), jnp.tanh(e)
+        c = f * c + i * g
+        return (o * jnp.tanh(c), c), {"i": i, "f": f, "o": o, "g": g}
+
+
+REGULATORS: dict[str, type[Regulator]] = {"convrnn": ConvRNN, "convgru": ConvGRU, "convlstm": ConvLSTM}
