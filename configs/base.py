@@ -1,0 +1,70 @@
+"""Every field of a config. The other configs start from this one and change it.
+
+Override a field on the command line with --config.train.batch_size=64; a tuple with --config.dataset.mean='(0.5,)'.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+    config = config_dict.ConfigDict()
+
+    config.seed = 0  # of the initial weights, the order of the examples and their augmentation
+    config.dtype = "float32"  # of the arithmetic, or "bfloat16"; parameters and batch statistics are float32
+
+    config.model = model = config_dict.ConfigDict()
+    model.name = "regnet20_convlstm"  # see `regnet_flax.list_models()`; any CIFAR depth 6m+2 is accepted
+    model.overrides = overrides = config_dict.ConfigDict()  # None: the model's own default
+    overrides.kernel = config_dict.placeholder(str)  # of the regulators: "separable" or "dense"
+    overrides.share_regulator = config_dict.placeholder(bool)  # one for all blocks of a stage, or one each
+    overrides.regulated_stages = config_dict.placeholder(tuple)  # such as (1, 2); None: all
+    overrides.shortcut = config_dict.placeholder(str)  # "B", a 1×1 convolution, or "A", without parameters
+    overrides.width = config_dict.placeholder(int)  # channels of the first stage
+    overrides.bottleneck_stride = config_dict.placeholder(str)  # "1x1", or "3x3" as torchvision has it (ResNets only)
+    overrides.init = config_dict.placeholder(str)  # initial values: "paper" or "torch"
+    overrides.unroll = config_dict.placeholder(int)  # blocks a step of nn.scan; None: all on a CPU, 1 elsewhere
+    overrides.remat = config_dict.placeholder(bool)  # recompute each block in the backward pass, to save memory
+
+    config.dataset = dataset = config_dict.ConfigDict()
+    dataset.name = "digits"  # "digits", "cifar10", "cifar100", "folder" or "synthetic"
+    dataset.data_dir = ""  # TFDS's data_dir ("": TFDS's own default), or the folder with train/ and test/
+    dataset.num_classes = 0  # 0: from the data
+    dataset.in_memory = "auto"  # "auto" or "always": the whole data set lies on the device as uint8
+    dataset.strict = False  # an image that does not decode is an error, instead of being listed and left out
+    dataset.image_size = 0  # images are resized to this height and width; 0: as they are
+    dataset.augment = ()  # of training images, in this order: "crop", "flip"
+    dataset.mean = ()  # of each channel, for pixels in 0…1; (): from the training images
+    dataset.std = ()  # likewise
+
+    config.train = train = config_dict.ConfigDict()
+    train.batch_size = 128  # over all devices
+    train.epochs = 200
+    train.max_steps = 0  # stop after so many steps; 0: no bound. The schedule does not depend on it
+    train.steps_per_call = 0  # steps in one compiled call; 0: 1 on a CPU, 50 elsewhere
+    train.batch_norm = "sync"  # statistics over the batch of all devices; "local": over each device's part
+
+    config.optimizer = optimizer = config_dict.ConfigDict()  # SGD
+    optimizer.learning_rate = 0.1
+    optimizer.momentum = 0.9
+    optimizer.nesterov = False
+    optimizer.weight_decay = 1e-4  # L2, on all weights
+    optimizer.schedule = "step"  # "step", "cosine" or "constant"
+    optimizer.boundaries = (0.5, 0.75)  # of "step": epochs, or fractions of the run if below 1
+    optimizer.decay = 0.1  # of "step": the factor at each boundary
+    optimizer.warmup_epochs = 0.0  # the rate rises linearly over so many epochs first
+    optimizer.label_smoothing = 0.0
+    optimizer.clip_norm = 0.0  # the gradient's largest norm; 0: no bound
+
+    config.eval = evaluation = config_dict.ConfigDict()
+    evaluation.batch_size = 500
+    evaluation.every_epochs = 1  # 0: never
+    evaluation.checkpoint = "best"  # for --mode eval: "best", "last" or a step
+
+    config.log = config_dict.ConfigDict()
+    config.log.every_steps = 100  # 0: only where it evaluates
+
+    config.checkpoint = checkpoint = config_dict.ConfigDict()
+    checkpoint.every_steps = 0  # 0: every epoch
+    checkpoint.keep = 2  # the newest
+    checkpoint.keep_best = 1  # and those of the highest test accuracy
+    return config

@@ -1,0 +1,210 @@
+"""Checks a config's values, all at once, before anything is compiled, downloaded or written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from regnet_flax.data.augment import AUGMENTATIONS
+from regnet_flax.data.sources import SOURCES
+from regnet_flax.models.registry import OPTIONS, create_model
+from regnet_flax.training.optimizer import SCHEDULES, boundary_steps
+
+Check = Callable[[Any], str]  # "" for a good value, otherwise what the value must be
+
+
+class ConfigError(ValueError):
+    """One line for each field whose value is wrong: the field, the value and the mend."""
+
+
+def _number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
+    def check(value: Any) -> str:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if number and (low < value if above else low <= value) and value <= high:
+            return ""
+        bound = f" and at most {high:g}" if math.isfinite(high) else ""
+        return f"a number {'above' if above else 'of at least'} {low:g}{bound}"
+
+    return check
+
+
+def _whole(low: int, high: int = 2**31 - 1) -> Check:
+    def check(value: Any) -> str:
+        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+            return ""
+        return f"a whole number of at least {low}" + (f" and at most {high}" if high < 2**31 - 1 else "")
+
+    return check
+
+
+def _choice(*choices: str) -> Check:
+    return lambda value: "" if value in choices and isinstance(value, str) else f"one of {', '.join(choices)}"
+
+
+def _text(value: Any) -> str:
+    return "" if isinstance(value, str) else "text"
+
+
+def _flag(value: Any) -> str:
+    return "" if isinstance(value, bool) else "True or False"
+
+
+def _each(check: Check) -> Check:
+    def check_all(value: Any) -> str:
+        if not isinstance(value, (tuple, list)):
+            return "a tuple, such as '(1, 2)'"
+        wrong = next((problem for problem in map(check, value) if problem), "")
+        return f"a tuple, each {wrong}" if wrong else ""
+
+    return check_all
+
+
+def _optional(check: Check) -> Check:
+    return lambda value: "" if value is None else check(value)
+
+
+def _checkpoint(value: Any) -> str:
+    return "" if value in ("best", "last") or str(value).isdigit() else "best, last or a step"
+
+
+_ANY: Check = lambda value: ""  # noqa: E731
+FIELDS: dict[str, Check] = {
+    "seed": _whole(0),
+    "dtype": _choice("float32", "bfloat16"),
+    "model.name": _text,
+    # Their values are create_model's to check.
+    **{f"model.overrides.{option}": _ANY for option in OPTIONS},
+    "dataset.name": _choice(*SOURCES),
+    "dataset.data_dir": _text,
+    "dataset.num_classes": _whole(0),
+    "dataset.in_memory": _choice("auto", "always"),
+    "dataset.strict": _flag,
+    "dataset.image_size": _whole(0, 8192),
+    "dataset.augment": _each(_choice(*AUGMENTATIONS)),
+    "dataset.mean": _each(_number(-10, 10)),
+    "dataset.std": _each(_number(0, 10, above=True)),
+    "train.batch_size": _whole(1),
+    "train.epochs": _whole(1),
+    "train.max_steps": _whole(0),
+    "train.steps_per_call": _whole(0),
+    "train.batch_norm": _choice("sync", "local"),
+    "optimizer.learning_rate": _number(0, 1e6, above=True),
+    "optimizer.momentum": _number(0, 1),
+    "optimizer.nesterov": _flag,
+    "optimizer.weight_decay": _number(0, 1e6),
+    "optimizer.schedule": _choice(*SCHEDULES),
+    "optimizer.boundaries": _each(_number(0, above=True)),
+    "optimizer.decay": _number(0, 1, above=True),
+    "optimizer.warmup_epochs": _number(0),
+    "optimizer.label_smoothing": _number(0, 1),
+    "optimizer.clip_norm": _number(0),
+    "eval.batch_size": _whole(1),
+    "eval.every_epochs": _whole(0),
+    "eval.checkpoint": _checkpoint,
+    "log.every_steps": _whole(0),
+    "checkpoint.every_steps": _whole(0),
+    "checkpoint.keep": _whole(1),
+    "checkpoint.keep_best": _whole(0),
+}
+
+# The fields in which a run may be resumed with another value: they change no number that training computes.
+MAY_CHANGE = (
+    "dataset.data_dir",
+    "dataset.in_memory",
+    "train.max_steps",
+    "train.steps_per_call",
+    "eval.batch_size",
+    "eval.every_epochs",
+    "eval.checkpoint",
+    "log.every_steps",
+    "checkpoint.every_steps",
+    "checkpoint.keep",
+    "checkpoint.keep_best",
+)
+# The values that stand for "from the data set".
+AUTOMATIC = {"dataset.num_classes": 0, "dataset.image_size": 0, "dataset.mean": (), "dataset.std": ()}
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """("train.batch_size", 128) and so on, for every field of a nested config; sequences become tuples."""
+    for name in config:
+        value = config[name]
+        if hasattr(value, "items"):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, tuple(value) if isinstance(value, list) else value
+
+
+def model_options(config: Any) -> dict[str, Any]:
+    """`model.overrides` as create_model's options."""
+    return {name: getattr(config.model.overrides, name) for name in OPTIONS}
+
+
+def check_config(config: Any, devices: int = 1) -> None:
+    """Raises ConfigError if any value is wrong in itself, or contradicts another.
+
+    Args:
+      config: a nested config with the fields of configs/base.py.
+      devices: over which a batch is divided.
+    """
+    values = dict(flatten(config))
+    problems = [f"{field} is missing: start from configs/base.py" for field in FIELDS if field not in values]
+    problems += [f"{field} is not a field of configs/base.py: remove it" for field in values if field not in FIELDS]
+    if not problems:
+        for field, check in FIELDS.items():
+            if wrong := check(values[field]):
+                problems.append(f"{field} is {values[field]!r}: it must be {wrong}")
+    if not problems:
+        problems = list(_contradictions(config, devices))
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def _contradictions(config: Any, devices: int) -> Iterator[str]:
+    try:
+        create_model(config.model.name, num_classes=10, **model_options(config))
+    except (ValueError, TypeError) as error:
+        yield f"model: {error}"
+    for field, batch in (("train.batch_size", config.train.batch_size), ("eval.batch_size", config.eval.batch_size)):
+        if batch % devices:
+            nearest = max(devices, batch - batch % devices)
+            yield f"{field} is {batch}: it must be a multiple of the {devices} devices, such as {nearest}"
+    if len(config.dataset.mean) != len(config.dataset.std):
+        yield (
+            f"dataset.mean has {len(config.dataset.mean)} values and dataset.std {len(config.dataset.std)}: "
+            "give both one value a channel, or both () to take them from the data"
+        )
+    optimizer, epochs = config.optimizer, config.train.epochs
+    steps = boundary_steps(optimizer.boundaries, epochs, 1000)
+    if steps != sorted(set(steps)):
+        yield f"optimizer.boundaries is {tuple(optimizer.boundaries)}: put them in order, each once"
+    if optimizer.schedule == "step" and steps and steps[-1] > epochs * 1000:
+        yield f"optimizer.boundaries is {tuple(optimizer.boundaries)}: the run ends at train.epochs={epochs}"
+    if optimizer.warmup_epochs > epochs:
+        yield f"optimizer.warmup_epochs is {optimizer.warmup_epochs}: the run ends at train.epochs={epochs}"
+    if optimizer.nesterov and not optimizer.momentum:
+        yield "optimizer.nesterov is True: it needs optimizer.momentum above 0"
+    if config.dataset.name == "folder" and not config.dataset.data_dir:
+        yield "dataset.data_dir is '': name the directory that holds train/ and test/, with --config.dataset.data_dir=DIR"
+
+
+def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, resolved: bool) -> list[str]:
+    """What forbids going on with a run under another config.
+
+    Args:
+      before: the run's resolved config.
+      now: the config to go on with.
+      resolved: whether `now` is resolved too; if not, what it leaves to the data set is not compared.
+
+    Returns:
+      A line for each field that differs and may not, "train.batch_size: 128 before, 64 now".
+    """
+    old, new = dict(flatten(before)), dict(flatten(now))
+    lines = []
+    for field in new:
+        automatic = not resolved and field in AUTOMATIC and new[field] == AUTOMATIC[field]
+        if field in MAY_CHANGE or automatic or old.get(field) == new[field]:
+            continue
+        lines.append(f"{field}: {old.get(field)!r} before, {new[field]!r} now")
+    return lines

@@ -1,0 +1,201 @@
+"""The command line: python -m regnet_flax.main --config configs/cifar10.py --mode train --workdir DIR."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+# configs/ stands beside the package, in the repository as in an installation.
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = "configs/digits.py"
+MODES = ("train", "eval", "summary")
+
+
+class UsageError(ValueError):
+    """What the command line says is wrong; the message is one line."""
+
+
+def _find_config(name: str) -> str:
+    """The config file's path, with its argument if any: as given, or else where the shipped configs are."""
+    file, colon, argument = name.partition(":")
+    for path in (pathlib.Path(file), ROOT / file, ROOT / "configs" / file):
+        if path.is_file():
+            return f"{path.resolve()}{colon}{argument}"
+    shipped = ", ".join(sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")))
+    raise UsageError(f"--config {file} is not a file: shipped are {shipped}")
+
+
+def _import_root(config_file: str) -> None:
+    """Lets a config say `from configs import base`, from any directory."""
+    own = pathlib.Path(config_file).parent.parent
+    root = str(own if (own / "configs" / "base.py").is_file() else ROOT)
+    if sys.path[0] != root:
+        sys.path.insert(0, root)
+
+
+def parse(argv: Sequence[str]) -> tuple[Any, Any]:
+    """Reads the command line.
+
+    Args:
+      argv: the arguments, without the program's name.
+
+    Returns:
+      The locked config and the other flags. Modes other than train take the config from the workdir's config.json
+      where there is one, the command line's overrides on top.
+
+    Raises:
+      UsageError: wrong flags, fields or values.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    from regnet_flax.training import workdir
+
+    names = [arg for arg in argv if re.match(r"--?config(=|$)", arg)]
+    if len(names) > 1:
+        raise UsageError("--config is given more than once")
+    rest = list(argv)
+    name = DEFAULT_CONFIG
+    if names:
+        index = rest.index(names[0])
+        equals = "=" in names[0]
+        if not equals and index + 1 == len(rest):
+            raise UsageError("--config needs a file, such as --config configs/cifar10.py")
+        name = names[0].partition("=")[2] if equals else rest[index + 1]
+        del rest[index : index + (1 if equals else 2)]
+    file = _find_config(name)
+    _import_root(file.partition(":")[0])
+    # ml_collections asks that the file come before the overrides.
+    arguments = ["regnet_flax", f"--config={file}", *rest]
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", help_string="config file", flag_values=values, sys_argv=arguments)
+    flags.DEFINE_string("workdir", "", "where the run is kept: runs/<config>-<model>-<seed> by default", values)
+    flags.DEFINE_enum("mode", "train", MODES, "what to do", values)
+    try:
+        left = values(arguments)
+    except flags.Error as error:
+        raise UsageError(_one_line(error)) from error
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
+        raise UsageError(f"--config {name}: {_one_line(error)}") from error
+    if len(left) > 1:
+        raise UsageError(f"{left[1]!r} is not understood: options are written --name=value")
+
+    config = values.config
+    stem = pathlib.Path(file.partition(":")[0]).stem
+    if not values.workdir:
+        values.workdir = str(pathlib.Path("runs") / f"{stem}-{config.model.name}-{config.seed}")
+    if values.mode != "train" and (stored := workdir.read_json(pathlib.Path(values.workdir) / workdir.CONFIG)):
+        overrides = config_flags.get_override_values(values["config"])
+        try:
+            with config.ignore_type():
+                config.update({name: stored[name] for name in stored if name in config})
+        except (AttributeError, KeyError, TypeError) as error:
+            raise UsageError(f"{values.workdir}/{workdir.CONFIG} does not fit this version: {_one_line(error)}") from error
+        _tuples(config)
+        config.update_from_flattened_dict(overrides)
+    return config, values
+
+
+def _tuples(config: Any) -> None:
+    """JSON has lists where configs have tuples."""
+    for name, value in config.items():
+        if hasattr(value, "items"):
+            _tuples(value)
+        elif isinstance(value, (list, tuple)):
+            with config.ignore_type():
+                config[name] = tuple(value)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    if lines and lines[0].startswith("Error whilst parsing config file"):
+        lines = lines[-1:]
+    return " ".join(lines) or type(error).__name__
+
+
+def _summary(config: Any) -> None:
+    from rich.console import Console
+
+    from regnet_flax.analysis import summary
+    from regnet_flax.config import check_config, model_options
+    from regnet_flax.data.sources import IMAGES
+    from regnet_flax.models.registry import create_model
+
+    check_config(config)
+    shape, classes = IMAGES.get(config.dataset.name, ((32, 32, 3), 10))
+    size = config.dataset.image_size
+    shape = (size, size, shape[-1]) if size else shape
+    model = create_model(config.model.name, num_classes=config.dataset.num_classes or classes, **model_options(config))
+    title = f"{config.model.name}, images of {'×'.join(map(str, shape))}, {model.num_classes} classes"
+    Console().print(summary.table(summary.summarize(model, shape), title))
+
+
+USAGE = f"""usage: python -m regnet_flax.main [--config FILE] [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE …]
+
+  --config FILE          a config file, or FILE:MODEL for another model; {DEFAULT_CONFIG} by default
+  --mode MODE            {", ".join(MODES)}; train by default. Running train again goes on where it was stopped
+  --workdir DIR          where the run is kept; runs/<config>-<model>-<seed> by default
+  --config.FIELD=VALUE   sets a field of the config, such as --config.train.batch_size=64; configs/base.py has them all
+
+Models: regnet20_convlstm, regnet56_convgru, se_resnet20, …; see regnet_flax.list_models().
+"""
+
+
+def run(argv: Sequence[str]) -> None:
+    """Does what the command line says, and raises what goes wrong."""
+    if any(arg in ("-h", "--help", "-help", "--helpfull") for arg in argv):
+        print(USAGE, end="")
+        return
+    config, values = parse(argv)
+
+    from regnet_flax.training.progress import log_to_console
+
+    log_to_console()
+    if values.mode == "summary":
+        _summary(config)
+        return
+
+    from regnet_flax.training import loop
+
+    if values.mode == "train":
+        loop.train_and_evaluate(config, values.workdir)
+    else:
+        loop.evaluate_only(config, values.workdir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code: 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n."""
+    from regnet_flax.config import ConfigError
+    from regnet_flax.data.sources import DataError
+    from regnet_flax.training.checkpoint import CheckpointError
+    from regnet_flax.training.interrupt import Interrupted, WorkdirError
+    from regnet_flax.training.run import NonFiniteError
+
+    try:
+        run(sys.argv[1:] if argv is None else argv)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr)
+        return stopped.exit_code
+    except (UsageError, ConfigError, DataError, WorkdirError) as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 2
+    except (CheckpointError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno is None:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{place}: make room or mend it, and run the same command again", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

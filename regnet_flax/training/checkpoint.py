@@ -1,0 +1,194 @@
+"""Checkpoints: Orbax's CheckpointManager, with a checksum per array and a way back past a damaged step."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import shutil
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from regnet_flax.training.interrupt import WorkdirError
+from regnet_flax.training.workdir import write_json
+
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
+METRIC = "eval_accuracy"
+METRICS = ocp.checkpoint_manager.METRIC_ITEM_NAME
+
+logger = logging.getLogger("regnet_flax")
+
+
+class CheckpointError(RuntimeError):
+    """No checkpoint could be written or read; the message is one line."""
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    """CRC-32 of every array by its path, since Orbax restores a flipped bit in silence."""
+    return {
+        jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).tobytes())
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one workdir.
+
+    Args:
+      workdir: holds `checkpoints/<step>/`.
+      keep: how many of the newest to keep.
+      keep_best: how many of those with the highest eval accuracy to keep as well.
+    """
+
+    def __init__(self, workdir: pathlib.Path, keep: int = 1, keep_best: int = 1):
+        policies = ocp.checkpoint_managers
+        self.directory = workdir.absolute() / CHECKPOINTS
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                best_fn=lambda metrics: metrics[METRIC],
+                # best_fn with max_to_keep deletes the newest, so that a resumed run would go back.
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(keep),
+                        policies.BestN(
+                            get_metric_fn=lambda metrics: metrics[METRIC],
+                            n=keep_best,
+                            keep_checkpoints_without_metrics=False,
+                        ),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+            ),
+            item_names=("state", "record"),
+        )
+
+    def steps(self) -> list[int]:
+        """The saved steps, oldest first, whole or not."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        """Saves in the background.
+
+        Args:
+          step: above every saved one, or the newest one itself, which then stands as it is.
+          state: a tree of arrays.
+          record: what else to remember, as JSON.
+          metrics: of an evaluation at this step, with "eval_accuracy".
+
+        Raises:
+          CheckpointError: Orbax did not save.
+        """
+        if step in self._manager.all_steps():
+            if metrics is not None and self._manager.metrics(step) is None:
+                self._add_metrics(step, metrics)
+            return
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            record=ocp.args.JsonSave(record | {"checksums": _checksums(jax.device_get(state))}),
+        )
+        if not self._manager.save(step, args=args, metrics=metrics):
+            raise CheckpointError(f"no checkpoint was saved at step {step}: {self.directory} holds a later one")
+
+    def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        # Orbax cannot add to a saved step: a signal had interrupted this step's evaluation, and saved without it.
+        self.wait()
+        folder = self.directory / str(step) / METRICS
+        folder.mkdir(exist_ok=True)
+        write_json(folder / METRICS, metrics)
+        self._manager.reload()
+
+    def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
+        """The newest whole checkpoint, after moving those after it to `checkpoints/damaged/`, each with a warning.
+
+        Args:
+          like: a state of the same structure, whose arrays' shapes, dtypes and placement the result takes.
+
+        Returns:
+          The state and its record; None where nothing was ever saved.
+
+        Raises:
+          CheckpointError: there are checkpoints, and none of them is whole.
+        """
+        steps, reasons = self.steps(), {}
+        for step in reversed(steps):
+            try:
+                found = self._read(step, like)
+            except Exception as error:  # Orbax and TensorStore raise nearly anything on a damaged file.
+                reasons[step] = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+                logger.warning("checkpoint %d is damaged and is skipped: %s", step, reasons[step])
+                continue
+            for damaged in reasons:
+                self._set_aside(damaged)
+            return found
+        if steps:
+            raise CheckpointError(
+                f"none of the checkpoints in {self.directory} can be read (newest, step {steps[-1]}: "
+                f"{reasons[steps[-1]]}); restore one from a copy, or choose another --workdir to start over"
+            )
+        return None
+
+    def read(self, which: str, like: Any) -> tuple[int, Any]:
+        """One checkpoint for evaluation.
+
+        Args:
+          which: "best" (the newest where none was evaluated), "last" or a step.
+          like: see restore.
+
+        Returns:
+          The step, and the state.
+
+        Raises:
+          WorkdirError: there is no such checkpoint.
+      CheckpointError: it is damaged.
+        """
+        steps = self.steps()
+        if not steps:
+            raise WorkdirError(f"there is no checkpoint in {self.directory}: train first, or name another --workdir")
+        if which == "best":
+            best = self._manager.best_step()
+            step = steps[-1] if best is None else best
+        elif which == "last":
+            step = steps[-1]
+        else:
+            step = int(which)
+            if step not in steps:
+                known = ", ".join(map(str, steps))
+                raise WorkdirError(f"eval.checkpoint is {which}: {self.directory} has {known}")
+        try:
+            return step, self._read(step, like)[0]
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0][:200]
+            raise CheckpointError(f"checkpoint {step} in {self.directory} cannot be read: {reason}") from error
+
+    def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
+        restored = self._manager.restore(step, args=args)
+        record = dict(restored.record)
+        expected, found = record.pop("checksums"), _checksums(jax.device_get(restored.state))
+        if expected != found:
+            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+            raise ValueError(f"the checksum of {wrong[0]} does not match")
+        return restored.state, record
+
+    def _set_aside(self, step: int) -> None:
+        # While a damaged step stands, Orbax refuses saves at or below it.
+        target = self.directory / DAMAGED / str(step)
+        target.parent.mkdir(exist_ok=True)
+        if target.exists():
+            shutil.rmtree(target)
+        (self.directory / str(step)).rename(target)
+        logger.warning("moved damaged checkpoint %d to %s", step, target)
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Waits for background saves, and raises their errors."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for background saves and ends Orbax's threads."""
+        self._manager.close()

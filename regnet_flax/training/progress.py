@@ -1,0 +1,152 @@
+"""What a run says while it goes on: a live display on a terminal, plain lines in a file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+logger = logging.getLogger("regnet_flax")
+
+
+def duration(seconds: float) -> str:
+    """Such as "42 s", "3 min 05 s" or "2 h 07 min"."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+def describe(line: dict[str, Any], total_steps: int, epochs: int, left: float | None) -> str:
+    """One line of metrics.jsonl, as a person reads it."""
+    parts = [f"epoch {line['epoch']:.4g}/{epochs}", f"step {line['step']}/{total_steps}"]
+    if "train_loss" in line:
+        parts.append(f"train loss {line['train_loss']:.4f}, accuracy {line['train_accuracy']:.2%}")
+    if "eval_loss" in line:
+        top5 = f", top-5 {line['eval_top5_accuracy']:.2%}" if "eval_top5_accuracy" in line else ""
+        parts.append(f"test loss {line['eval_loss']:.4f}, accuracy {line['eval_accuracy']:.2%}{top5}")
+    if "learning_rate" in line:
+        parts.append(f"rate {line['learning_rate']:.3g}")
+    if line.get("images_per_second"):
+        parts.append(f"{line['images_per_second']:,.0f} images/s")
+    if left is not None:
+        parts.append(f"{duration(left)} left")
+    return " · ".join(parts)
+
+
+class _AboveTheBar(logging.Handler):
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else None
+        self._console.print(self.format(record), style=style, highlight=False, markup=False, soft_wrap=True)
+
+
+class RunDisplay:
+    """The live display of a training run, which the logger's lines scroll above; nothing live in a file.
+
+    Args:
+      total_steps: of the run.
+      epochs: of the run.
+      steps_per_epoch: batches an epoch.
+      batch_size: images a step.
+      step: where the run goes on from.
+    """
+
+    def __init__(self, total_steps: int, epochs: int, steps_per_epoch: int, batch_size: int, step: int):
+        self._total, self._epochs, self._steps_per_epoch = total_steps, epochs, steps_per_epoch
+        self._batch_size, self._step, self._first = batch_size, step, step
+        self._begin: float | None = None
+        self._progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TextColumn("{task.fields[left]}"),
+            TextColumn("{task.fields[doing]}"),
+            console=Console(file=sys.stdout),
+            transient=True,
+        )
+        self._live = self._progress.console.is_terminal
+        self._task = self._progress.add_task(
+            "", total=total_steps, completed=step, epoch=self._epoch(), rate="", left="", doing="compiling"
+        )
+
+    def __enter__(self) -> RunDisplay:
+        if self._live:
+            self._replaced = console_handlers()
+            for handler in self._replaced:
+                logger.removeHandler(handler)
+            self._handler = _AboveTheBar(self._progress.console)
+            logger.addHandler(self._handler)
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._progress.stop()
+            logger.removeHandler(self._handler)
+            for handler in self._replaced:
+                logger.addHandler(handler)
+
+    def _epoch(self) -> str:
+        return f"{min(self._epochs, self._step // self._steps_per_epoch + 1)}/{self._epochs}"
+
+    def step(self, step: int) -> None:
+        """`step` steps are done."""
+        if self._begin is None:  # the first call compiled, and would spoil the rate
+            self._begin, self._first = time.monotonic(), step
+        self._step = step
+        left, elapsed = self.seconds_left(), time.monotonic() - self._begin
+        rate = (step - self._first) * self._batch_size / elapsed if elapsed else 0
+        self._progress.update(
+            self._task,
+            completed=step,
+            epoch=self._epoch(),
+            rate=f"{rate:,.0f} images/s" if rate else "",
+            left="" if left is None else f"{duration(left)} left",
+            doing="",
+        )
+
+    def doing(self, what: str) -> None:
+        """Says what the run does between two steps."""
+        self._progress.update(self._task, doing=what)
+
+    def seconds_left(self) -> float | None:
+        """An estimate from the steps so far, all that happened between them included; None before the second call."""
+        if self._begin is None or self._step <= self._first:
+            return None
+        return (time.monotonic() - self._begin) / (self._step - self._first) * (self._total - self._step)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Says one line of metrics.jsonl."""
+        logger.info(describe(line, self._total, self._epochs, self.seconds_left()))
+
+
+def console_handlers() -> list[logging.Handler]:
+    """The logger's handlers that write to the console."""
+    return [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]
+
+
+def log_to_console() -> None:
+    """Shows what the program says on standard output, warnings marked."""
+    if not console_handlers():
+        handler = logging.StreamHandler(sys.stdout)
+        handler.setFormatter(_Plain())
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        return prefix + super().format(record)

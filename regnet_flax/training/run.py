@@ -1,0 +1,229 @@
+"""A run in its workdir on the host's side: the order of training, evaluation, logging and saving."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from regnet_flax.analysis import summary
+from regnet_flax.training import steps, workdir
+from regnet_flax.training.checkpoint import Checkpoints
+from regnet_flax.training.interrupt import Interrupted, StopSignals
+from regnet_flax.training.progress import RunDisplay, duration
+
+logger = logging.getLogger("regnet_flax")
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or a gradient is not finite; the message is one line."""
+
+
+class Program(Protocol):
+    """What a run needs of its compiled functions; loop.Program has it."""
+
+    steps_per_epoch: int
+    total_steps: int
+    steps_per_call: int
+    like: steps.TrainState
+
+    def schedule(self, count: Any) -> jax.Array: ...
+    def initial_state(self) -> steps.TrainState: ...
+    def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]: ...
+    def evaluate(self, state: steps.TrainState, poll: Callable[[int], None]) -> dict[str, float]: ...
+
+
+class _Stop(Exception):
+    """Leaves an evaluation that a signal interrupted."""
+
+
+class Run:
+    """One training run in its workdir, from where it goes on to its end.
+
+    Attributes:
+      state: of training.
+      step: steps taken.
+    """
+
+    def __init__(self, config: Any, path: pathlib.Path, program: Program, checkpoints: Checkpoints, stop: StopSignals):
+        self._config, self._path, self._program = config, path, program
+        self._checkpoints, self._stop = checkpoints, stop
+        self._began = time.monotonic()
+        restored = checkpoints.restore(program.like)
+        if restored is None:
+            self.state, record = program.initial_state(), {"logged": True, "seconds": 0.0}
+        else:
+            self.state, record = restored
+        self.step = int(self.state.step)
+        self._logged, self._seconds_before = record["logged"], record["seconds"]
+        if restored is not None:
+            logger.info("going on from the checkpoint at step %d of %d", self.step, program.total_steps)
+        self._since, self._timed_from = None, self.step  # for images_per_second
+        self._fetch_sums()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, earlier processes' included."""
+        return self._seconds_before + time.monotonic() - self._began
+
+    def run(self) -> None:
+        """Trains to the end, or until a signal."""
+        program, train = self._program, self._config.train
+        with RunDisplay(
+            program.total_steps, train.epochs, program.steps_per_epoch, train.batch_size, self.step
+        ) as self._display:
+            self._metrics = workdir.MetricsLog(self._path, self.step)
+            try:
+                self._loop()
+            finally:
+                self._metrics.close()
+
+    def _loop(self) -> None:
+        program, running = self._program, deque()
+        if not self._logged:
+            self._end_of_interval()
+        while self.step < program.total_steps:
+            count = min(program.steps_per_call, self._next_event() - self.step)
+            self.state, done = program.train(self.state, self.step, count)
+            self.step += count
+            running.append((self.step, done))
+            # Two calls in flight keep a device busy; more would only delay what a signal asks for.
+            if len(running) > 2 or self._since is None:
+                finished, array = running.popleft()
+                jax.block_until_ready(array)
+                self._display.step(finished)
+                if self._since is None:
+                    self._since, self._timed_from = time.monotonic(), finished
+            self._logged = not self._is_due(self._log_every)
+            if self._stop.received is not None:
+                self._interrupt()
+            if not self._logged:
+                self._end_of_interval()
+                running.clear()
+            elif self._is_due(self._save_every):
+                self._save()
+
+    @property
+    def _log_every(self) -> int:
+        return self._config.log.every_steps
+
+    @property
+    def _save_every(self) -> int:
+        return self._config.checkpoint.every_steps or self._program.steps_per_epoch
+
+    def _is_due(self, every: int) -> bool:
+        return (
+            bool(every and self.step % every == 0)
+            or self.step == self._program.total_steps
+            or (every == self._log_every and self._evaluates())
+        )
+
+    def _evaluates(self) -> bool:
+        every = self._config.eval.every_epochs * self._program.steps_per_epoch
+        return bool(every) and (self.step % every == 0 or self.step == self._program.total_steps)
+
+    def _next_event(self) -> int:
+        """The next step at which a call must end."""
+        intervals = [self._program.steps_per_epoch, self._save_every, self._log_every]
+        return min(self._program.total_steps, *(self.step - self.step % n + n for n in intervals if n))
+
+    def _end_of_interval(self) -> None:
+        """Evaluates where that is due, and logs."""
+        sums = self._fetch_sums()
+        line: dict[str, Any] = {"step": self.step, "epoch": self.step / self._program.steps_per_epoch}
+        if sums["steps"]:
+            line["train_loss"] = float(sums["loss"] / sums["steps"])
+            line["train_accuracy"] = float(sums["accuracy"] / sums["steps"])
+        line["learning_rate"] = float(self._program.schedule(self.step - 1))
+        if self._since is not None and self.step > self._timed_from:
+            elapsed = time.monotonic() - self._since
+            line["images_per_second"] = (self.step - self._timed_from) * self._config.train.batch_size / elapsed
+        metrics = None
+        if self._evaluates():
+            self._display.doing("evaluating")
+            try:
+                metrics = self._program.evaluate(self.state, self._poll)
+            except _Stop:
+                self._interrupt()
+            line |= {f"eval_{name}": metrics[name] for name in ("loss", "accuracy", "top5_accuracy") if name in metrics}
+            metrics = {name: line[name] for name in line if name.startswith("eval_")}
+        self._metrics.write(line)
+        self._display.log(line)
+        self._logged = True
+        self.state = self.state.replace(sums=jax.device_put(steps.zero_sums(), self.state.step.sharding))
+        if self._is_due(self._save_every):
+            self._save(metrics)
+        if self._since is not None:
+            self._since, self._timed_from = time.monotonic(), self.step
+
+    def _poll(self, done: int) -> None:
+        if self._stop.received is not None:
+            raise _Stop
+
+    def _fetch_sums(self) -> dict[str, Any]:
+        """The sums since the last line of the log, once the state is known to be sound."""
+        sums, nonfinite = jax.device_get((self.state.sums, self.state.nonfinite_step))
+        if nonfinite >= 0:
+            self._checkpoints.wait()
+            saved = self._checkpoints.steps()
+            last = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
+            raise NonFiniteError(
+                f"the loss or a gradient is not finite at step {nonfinite + 1}, learning rate "
+                f"{float(self._program.schedule(int(nonfinite))):.4g}; {last}; try a lower optimizer.learning_rate, "
+                "optimizer.warmup_epochs or optimizer.clip_norm in a new --workdir"
+            )
+        return sums
+
+    def _save(self, metrics: dict[str, float] | None = None) -> None:
+        self._fetch_sums()
+        self._display.doing("saving")
+        self._checkpoints.save(self.step, self.state, {"logged": self._logged, "seconds": self.seconds}, metrics)
+        self._display.doing("")
+
+    def _interrupt(self) -> None:
+        assert self._stop.received is not None
+        self._save()
+        self._checkpoints.wait()
+        message = f"stopped by signal {self._stop.received} and saved at step {self.step}: the same command goes on from there"
+        raise Interrupted(self._stop.received, message)
+
+
+def collect_results(run: Run, config: Any, path: pathlib.Path, devices: list[jax.Device]) -> dict[str, Any]:
+    """What results.json holds of a finished run."""
+    lines = workdir.read_metrics(path)
+    evals = [{k: v for k, v in line.items() if k in ("step", "epoch") or k.startswith("eval_")} for line in lines]
+    evals = [line for line in evals if "eval_accuracy" in line]
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    return {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "seed": config.seed,
+        "step": run.step,
+        "last": evals[-1] if evals else None,
+        "best": max(evals, key=lambda line: line["eval_accuracy"]) if evals else None,
+        "parameters": summary.count_parameters(run.state.params),
+        "wall_time_seconds": round(run.seconds, 1),
+        "images_per_second": round(float(np.median(rates)), 1) if rates else None,
+        **workdir.environment(devices),
+    }
+
+
+def report(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Says how a finished run ended, and where the rest is."""
+    if results["last"]:
+        logger.info(
+            "%s: test accuracy %.2f %% at the end, %.2f %% at best (step %d); %s parameters, %s",
+            results["model"],
+            100 * results["last"]["eval_accuracy"],
+            100 * results["best"]["eval_accuracy"],
+            results["best"]["step"],
+            f"{results['parameters']:,}",
+            duration(results["wall_time_seconds"]),
+        )
+    logger.info("results: %s, curves: %s", path / workdir.RESULTS, path / workdir.FIGURES / "curves.png")

@@ -1,0 +1,154 @@
+"""What a run leaves behind: config.json, metrics.jsonl, TensorBoard events, train.log and results.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import pathlib
+import platform
+import shlex
+import sys
+from typing import Any
+
+import jax
+
+from regnet_flax.training.interrupt import WorkdirError
+
+CONFIG, METRICS, RESULTS, LOG, FIGURES = "config.json", "metrics.jsonl", "results.json", "train.log", "figures"
+# Metrics that TensorBoard groups under these headings.
+_GROUPS = {"train_loss": "train/loss", "train_accuracy": "train/accuracy", "learning_rate": "train/learning_rate"}
+_GROUPS |= {"eval_loss": "eval/loss", "eval_accuracy": "eval/accuracy", "eval_top5_accuracy": "eval/top5_accuracy"}
+_GROUPS |= {"images_per_second": "train/images_per_second", "epoch": "train/epoch"}
+
+logger = logging.getLogger("regnet_flax")
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes all of it or nothing: an interrupted write leaves the file that was there."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w") as file:
+        file.write(json.dumps(value, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def read_json(path: pathlib.Path) -> Any:
+    """The file's value; None where there is no such file.
+
+    Raises:
+      WorkdirError: the file is no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (ValueError, OSError) as error:
+        raise WorkdirError(f"{path} cannot be read ({error}): restore it, or name another --workdir") from error
+
+
+def plain(value: Any) -> Any:
+    """A config, or any nest of mappings and sequences, as JSON has it."""
+    if hasattr(value, "items"):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [plain(item) for item in value]
+    return value
+
+
+class MetricsLog:
+    """metrics.jsonl, one object a line, and the same as TensorBoard events.
+
+    Args:
+      workdir: where they are.
+      step: that the run goes on from; what was logged beyond it is cut, since the run will log it again.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        self._path = workdir / METRICS
+        self.lines = [line for line in read_metrics(workdir) if line["step"] <= step]
+        part = self._path.with_name(METRICS + ".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        part.replace(self._path)
+        self._file = open(self._path, "a")
+        try:
+            import tensorboardX
+        except ImportError:
+            logger.warning("tensorboardX is not installed: no TensorBoard events are written")
+            self._events = None
+        else:
+            self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one line; it holds at least "step"."""
+        self.lines.append(line)
+        # JSON has no NaN; a loss that is not finite ends the run, and its message says so.
+        finite = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in finite.items():
+                if name in _GROUPS:
+                    self._events.add_scalar(_GROUPS[name], value, line["step"])
+            self._events.flush()
+
+    def close(self) -> None:
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; a last one that was cut off in the middle is left out."""
+    try:
+        text = (workdir / METRICS).read_text()
+    except FileNotFoundError:
+        return []
+    lines = []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            logger.warning("%s has a line that is no JSON, which is dropped: %.60s", workdir / METRICS, line)
+    return lines
+
+
+def log_to(workdir: pathlib.Path) -> logging.Handler:
+    """Sends what the run says to train.log as well, with the time; returns the handler, for `stop_logging`."""
+    handler = logging.FileHandler(workdir / LOG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    return handler
+
+
+def stop_logging(handler: logging.Handler) -> None:
+    """Ends what `log_to` began."""
+    logger.removeHandler(handler)
+    handler.close()
+
+
+def environment(devices: list[jax.Device]) -> dict[str, Any]:
+    """Hardware and versions, for results.json."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "regnet-flax")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    script = pathlib.Path(sys.argv[0])
+    program = ("python", "-m", "regnet_flax.main") if script.name == "main.py" else ("python", script.name)
+    return {
+        "hardware": {
+            "platform": devices[0].platform,
+            "device": devices[0].device_kind,
+            "devices": len(devices),
+            "processes": jax.process_count(),
+            "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+        "versions": versions,
+        "command": shlex.join([*program, *sys.argv[1:]]),
+    }
