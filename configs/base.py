@@ -56,7 +56,7 @@ def get_config() -> config_dict.ConfigDict:
     optimizer.clip_norm = 0.0  # the gradient's largest norm; 0: no bound
 
     config.eval = evaluation = config_dict.ConfigDict()
-    evaluation.batch_size = 500
+    evaluation.batch_size = 500  # over all devices, rounded up to a multiple of them
     evaluation.every_epochs = 1  # 0: never
     evaluation.checkpoint = "best"  # for --mode eval: "best", "last" or a step
 

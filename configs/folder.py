@@ -1,6 +1,6 @@
 """The CIFAR recipe on a folder of your own images: DIR/train/<class>/* and DIR/test/<class>/*, of any size.
 
-    python -m regnet_flax.main --config configs/folder.py --config.dataset.data_dir=DIR
+python -m regnet_flax.main --config configs/folder.py --config.dataset.data_dir=DIR
 """
 
 from configs import cifar10

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,8 @@ class ConfigError(ValueError):
 
 def _number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
     def check(value: Any) -> str:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        # A whole number may be too large for math.isfinite.
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         if number and (low < value if above else low <= value) and value <= high:
             return ""
         bound = f" and at most {high:g}" if math.isfinite(high) else ""
@@ -39,7 +41,7 @@ def _whole(low: int, high: int = 2**31 - 1) -> Check:
 
 
 def _choice(*choices: str) -> Check:
-    return lambda value: "" if value in choices and isinstance(value, str) else f"one of {', '.join(choices)}"
+    return lambda value: "" if isinstance(value, str) and value in choices else f"one of {', '.join(choices)}"
 
 
 def _text(value: Any) -> str:
@@ -65,7 +67,8 @@ def _optional(check: Check) -> Check:
 
 
 def _checkpoint(value: Any) -> str:
-    return "" if value in ("best", "last") or str(value).isdigit() else "best, last or a step"
+    known = isinstance(value, str) and (value in ("best", "last") or value.isdecimal())
+    return "" if known or not _whole(0)(value) else "best, last or a step"
 
 
 _ANY: Check = lambda value: ""  # noqa: E731
@@ -73,8 +76,11 @@ FIELDS: dict[str, Check] = {
     "seed": _whole(0),
     "dtype": _choice("float32", "bfloat16"),
     "model.name": _text,
-    # Their values are create_model's to check.
+    # The other values are create_model's to check.
     **{f"model.overrides.{option}": _ANY for option in OPTIONS},
+    "model.overrides.share_regulator": _optional(_flag),
+    "model.overrides.regulated_stages": _optional(_each(_whole(1))),
+    "model.overrides.remat": _optional(_flag),
     "dataset.name": _choice(*SOURCES),
     "dataset.data_dir": _text,
     "dataset.num_classes": _whole(0),
@@ -94,7 +100,7 @@ FIELDS: dict[str, Check] = {
     "optimizer.nesterov": _flag,
     "optimizer.weight_decay": _number(0, 1e6),
     "optimizer.schedule": _choice(*SCHEDULES),
-    "optimizer.boundaries": _each(_number(0, above=True)),
+    "optimizer.boundaries": _each(_number(0, 1e9, above=True)),
     "optimizer.decay": _number(0, 1, above=True),
     "optimizer.warmup_epochs": _number(0),
     "optimizer.label_smoothing": _number(0, 1),
@@ -133,7 +139,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if hasattr(value, "items"):
             yield from flatten(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, tuple(value) if isinstance(value, list) else value
+            yield f"{prefix}{name}", tuple(value) if isinstance(value, list) else value
 
 
 def model_options(config: Any) -> dict[str, Any]:
@@ -151,42 +157,50 @@ def check_config(config: Any, devices: int = 1) -> None:
     values = dict(flatten(config))
     problems = [f"{field} is missing: start from configs/base.py" for field in FIELDS if field not in values]
     problems += [f"{field} is not a field of configs/base.py: remove it" for field in values if field not in FIELDS]
-    if not problems:
-        for field, check in FIELDS.items():
-            if wrong := check(values[field]):
-                problems.append(f"{field} is {values[field]!r}: it must be {wrong}")
-    if not problems:
-        problems = list(_contradictions(config, devices))
+    sound = {}
+    for field, check in FIELDS.items():
+        if field not in values:
+            continue
+        if wrong := check(values[field]):
+            problems.append(f"{field} is {values[field]!r}: it must be {wrong}")
+        else:
+            sound[field] = values[field]
+    problems += _contradictions(sound, devices)
     if problems:
         raise ConfigError("\n".join(problems))
 
 
-def _contradictions(config: Any, devices: int) -> Iterator[str]:
-    try:
-        create_model(config.model.name, num_classes=10, **model_options(config))
-    except (ValueError, TypeError) as error:
-        yield f"model: {error}"
-    for field, batch in (("train.batch_size", config.train.batch_size), ("eval.batch_size", config.eval.batch_size)):
-        if batch % devices:
-            nearest = max(devices, batch - batch % devices)
-            yield f"{field} is {batch}: it must be a multiple of the {devices} devices, such as {nearest}"
-    if len(config.dataset.mean) != len(config.dataset.std):
+def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
+    """What is wrong between fields that are right in themselves; `values` has no others."""
+    overrides = {option: f"model.overrides.{option}" for option in OPTIONS}
+    if values.keys() >= {"model.name", *overrides.values()}:
+        options = {option: values[field] for option, field in overrides.items()}
+        try:
+            create_model(values["model.name"], num_classes=10, **options)
+        except (ValueError, TypeError) as error:
+            yield f"model: {error}"
+    if (batch := values.get("train.batch_size", 0)) % devices:
+        nearest = max(devices, batch - batch % devices)
+        yield f"train.batch_size is {batch}: it must be a multiple of the {devices} devices, such as {nearest}"
+    mean, std = values.get("dataset.mean"), values.get("dataset.std")
+    if mean is not None and std is not None and len(mean) != len(std):
         yield (
-            f"dataset.mean has {len(config.dataset.mean)} values and dataset.std {len(config.dataset.std)}: "
+            f"dataset.mean has {len(mean)} values and dataset.std {len(std)}: "
             "give both one value a channel, or both () to take them from the data"
         )
-    optimizer, epochs = config.optimizer, config.train.epochs
-    steps = boundary_steps(optimizer.boundaries, epochs, 1000)
-    if steps != sorted(set(steps)):
-        yield f"optimizer.boundaries is {tuple(optimizer.boundaries)}: put them in order, each once"
-    if optimizer.schedule == "step" and steps and steps[-1] > epochs * 1000:
-        yield f"optimizer.boundaries is {tuple(optimizer.boundaries)}: the run ends at train.epochs={epochs}"
-    if optimizer.warmup_epochs > epochs:
-        yield f"optimizer.warmup_epochs is {optimizer.warmup_epochs}: the run ends at train.epochs={epochs}"
-    if optimizer.nesterov and not optimizer.momentum:
+    epochs, boundaries = values.get("train.epochs"), values.get("optimizer.boundaries", ())
+    if epochs is not None:
+        steps = boundary_steps(boundaries, epochs, 1000)
+        if steps != sorted(set(steps)):
+            yield f"optimizer.boundaries is {boundaries}: put them in order, each once"
+        if values.get("optimizer.schedule") == "step" and max(steps, default=0) > epochs * 1000:
+            yield f"optimizer.boundaries is {boundaries}: the run ends at train.epochs={epochs}"
+        if (warmup := values.get("optimizer.warmup_epochs", 0)) > epochs:
+            yield f"optimizer.warmup_epochs is {warmup}: the run ends at train.epochs={epochs}"
+    if values.get("optimizer.nesterov") and values.get("optimizer.momentum") == 0:
         yield "optimizer.nesterov is True: it needs optimizer.momentum above 0"
-    if config.dataset.name == "folder" and not config.dataset.data_dir:
-        yield "dataset.data_dir is '': name the directory that holds train/ and test/, with --config.dataset.data_dir=DIR"
+    if values.get("dataset.name") == "folder" and values.get("dataset.data_dir") == "":
+        yield "dataset.data_dir is '': name the directory of train/ and test/, with --config.dataset.data_dir=DIR"
 
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, resolved: bool) -> list[str]:

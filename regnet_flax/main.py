@@ -94,7 +94,9 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
             with config.ignore_type():
                 config.update({name: stored[name] for name in stored if name in config})
         except (AttributeError, KeyError, TypeError) as error:
-            raise UsageError(f"{values.workdir}/{workdir.CONFIG} does not fit this version: {_one_line(error)}") from error
+            raise UsageError(
+                f"{values.workdir}/{workdir.CONFIG} does not fit this version: {_one_line(error)}"
+            ) from error
         _tuples(config)
         config.update_from_flattened_dict(overrides)
     return config, values

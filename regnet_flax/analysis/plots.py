@@ -14,19 +14,14 @@ def _column(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[float], li
     return [line["epoch"] for line in chosen], [line[name] for line in chosen]
 
 
-def _drops(lines: Sequence[dict[str, Any]]) -> list[float]:
-    """The epochs at which the learning rate fell by a factor of two or more between two lines."""
-    epochs, rates = _column(lines, "learning_rate")
-    return [epochs[i - 1] for i in range(1, len(rates)) if rates[i] <= rates[i - 1] / 2 and rates[i] > 0]
-
-
-def curves(lines: Sequence[dict[str, Any]], path: pathlib.Path, title: str = "") -> None:
+def curves(lines: Sequence[dict[str, Any]], path: pathlib.Path, title: str = "", drops: Sequence[float] = ()) -> None:
     """Loss and accuracy over the epochs, training and test, with the learning rate's drops marked.
 
     Args:
       lines: of metrics.jsonl.
       path: the picture to write.
       title: above it.
+      drops: the epochs at which the learning rate falls; those beyond the last line are not drawn.
     """
     import matplotlib
 
@@ -43,7 +38,8 @@ def curves(lines: Sequence[dict[str, Any]], path: pathlib.Path, title: str = "")
                 axes.plot(epochs, values, color=color, label=label, marker=marker, linewidth=1.5)
         if metric == "loss" and axes.lines:
             axes.set_yscale("log")
-        for index, epoch in enumerate(_drops(lines)):
+        last = max((line["epoch"] for line in lines), default=0)
+        for index, epoch in enumerate(epoch for epoch in drops if epoch <= last):
             label = "learning rate drops" if index == 0 else None
             axes.axvline(epoch, color=DROP, linestyle=":", linewidth=1, label=label)
         axes.set_xlabel("epoch")

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.table import Table
 
 from regnet_flax.models.regulators import Regulator
@@ -39,7 +40,7 @@ class Part:
 
 def _multiply_adds(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int:
     if isinstance(module, nn.Conv):
-        taps = math.prod(module.kernel_size) * inputs[0].shape[-1] // module.feature_group_count
+        taps = int(np.prod(module.kernel_size, dtype=int)) * inputs[0].shape[-1] // module.feature_group_count
         return math.prod(output.shape[1:]) * taps
     if isinstance(module, nn.Dense):
         return math.prod(output.shape[1:]) * inputs[0].shape[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,11 @@ from jax.nn.initializers import Initializer
 
 def _torch_uniform(fan_in: int) -> Initializer:
     bound = 1 / math.sqrt(fan_in)
-    return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    def init(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype or jnp.float32, -bound, bound)
+
+    return init
 
 
 @dataclasses.dataclass(frozen=True)

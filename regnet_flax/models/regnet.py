@@ -69,7 +69,7 @@ class Stage(nn.Module):
                 repeated,
                 variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                 length=self.length - 1,
                 unroll=min(self.unroll, self.length - 1),
             )
@@ -124,9 +124,8 @@ class RegNet(nn.Module):
     axis_name: str | None = None
     features: bool = False
 
-    def regulates(self, stage: int) -> bool:
-        """Whether `stage`, from 1, has a regulator."""
-        return self.regulator is not None and (self.regulated_stages is None or stage in self.regulated_stages)
+    def _regulates(self, stage: int) -> bool:
+        return self.regulated_stages is None or stage in self.regulated_stages
 
     @nn.compact
     def __call__(self, images: Array, train: bool = False, features: bool | None = None) -> Any:
@@ -160,14 +159,14 @@ class RegNet(nn.Module):
         )(images.astype(self.dtype))
         x = nn.relu(norm(name="bn1")(x))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
         unroll = self.unroll or (max(self.stage_sizes) if jax.default_backend() == "cpu" else 1)
         outputs = {}
         for stage, length in enumerate(self.stage_sizes, start=1):
             n = self.width * 2 ** (stage - 1)
             cell = None
-            if self.regulates(stage):
+            if self.regulator is not None and self._regulates(stage):
                 cell = functools.partial(
                     REGULATORS[self.regulator], features=n, kernel=self.kernel, dtype=self.dtype, initial=self.initial
                 )

@@ -26,19 +26,20 @@ class GateWeights(nn.Module):
     Attributes:
       shape: (height, width, input channels per group, output channels).
       use_bias: whether there is a bias of shape (output channels,).
-      init: initial values.
+      initial: initial values.
     """
 
     shape: tuple[int, int, int, int]
     use_bias: bool
-    init: Initializers
+    initial: Initializers
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array | None]:
-        kernel = self.param("kernel", self.init.regulator, self.shape)
+    def __call__(self) -> tuple[Array, ...]:
+        kernel = self.param("kernel", self.initial.regulator, self.shape)
+        if not self.use_bias:
+            return (kernel,)
         fan_in = self.shape[0] * self.shape[1] * self.shape[2]
-        bias = self.param("bias", self.init.bias(fan_in), self.shape[-1:]) if self.use_bias else None
-        return kernel, bias
+        return kernel, self.param("bias", self.initial.bias(fan_in), self.shape[-1:])
 
 
 def _separable(x: Array, h: Array, pointwise: Array, depthwise: Array) -> Array:
@@ -120,7 +121,7 @@ class Regulator(nn.Module):
     def _weights(self) -> tuple[Array, ...]:
         n, gates, init = self.features, len(self.gate_names), INITIALIZERS[self.initial]
         if self.kernel == "separable":
-            pointwise, _ = GateWeights((1, 1, 2, gates * n), False, init, name="pointwise")()
+            (pointwise,) = GateWeights((1, 1, 2, gates * n), False, init, name="pointwise")()
             depthwise, bias = GateWeights((3, 3, 1, gates * n), True, init, name="depthwise")()
             return pointwise.reshape(2, gates, n), depthwise.reshape(3, 3, gates, n), bias.reshape(gates, n)
         if self.kernel == "dense":

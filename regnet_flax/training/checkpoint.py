@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import json
 import logging
+import os
 import pathlib
+import re
 import shutil
+import sys
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -34,6 +41,20 @@ def _checksums(tree: Any) -> dict[str, int]:
     }
 
 
+def _reason(error: Exception) -> str:
+    """One line from what Orbax and TensorStore raise, which may run over many."""
+    cause: BaseException = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if found := re.search(r"os_error_code='(\d+)'", str(cause)):
+        return os.strerror(int(found[1]))
+    return str(cause).strip().partition("\n")[0][:300] or type(cause).__name__
+
+
+class _DamagedError(Exception):
+    """A checkpoint is not whole; the message is one line."""
+
+
 class Checkpoints:
     """The checkpoints of one workdir.
 
@@ -46,6 +67,7 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int = 1, keep_best: int = 1):
         policies = ocp.checkpoint_managers
         self.directory = workdir.absolute() / CHECKPOINTS
+        self._drop_damaged_metrics()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -61,10 +83,28 @@ class Checkpoints:
                         ),
                     ]
                 ),
-                cleanup_tmp_directories=True,
             ),
             item_names=("state", "record"),
         )
+
+    def _drop_damaged_metrics(self) -> None:
+        # Orbax reads every step's metrics when it starts, and would end in the first error.
+        for path in self.directory.glob(f"[0-9]*/{METRICS}/{METRICS}"):
+            try:
+                float(json.loads(path.read_text())[METRIC])
+            except (ValueError, KeyError, TypeError):
+                logger.warning("checkpoint %s has damaged metrics, and does not count for the best", path.parts[-3])
+                path.rename(path.with_name(DAMAGED))
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise nearly anything on a full disk.
+            raise CheckpointError(
+                f"a checkpoint cannot be written to {self.directory} ({_reason(error)}): "
+                "make room or mend it, and run the same command again"
+            ) from error
 
     def steps(self) -> list[int]:
         """The saved steps, oldest first, whole or not."""
@@ -80,9 +120,9 @@ class Checkpoints:
           metrics: of an evaluation at this step, with "eval_accuracy".
 
         Raises:
-          CheckpointError: Orbax did not save.
+          CheckpointError: nothing was saved, or an earlier save failed in the background.
         """
-        if step in self._manager.all_steps():
+        if self.steps()[-1:] == [step]:
             if metrics is not None and self._manager.metrics(step) is None:
                 self._add_metrics(step, metrics)
             return
@@ -90,19 +130,24 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             record=ocp.args.JsonSave(record | {"checksums": _checksums(jax.device_get(state))}),
         )
-        if not self._manager.save(step, args=args, metrics=metrics):
+        with self._writing():
+            saved = self._manager.save(step, args=args, metrics=metrics)
+        if not saved:
             raise CheckpointError(f"no checkpoint was saved at step {step}: {self.directory} holds a later one")
 
     def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
         # Orbax cannot add to a saved step: a signal had interrupted this step's evaluation, and saved without it.
         self.wait()
         folder = self.directory / str(step) / METRICS
-        folder.mkdir(exist_ok=True)
-        write_json(folder / METRICS, metrics)
+        with self._writing():
+            folder.mkdir(exist_ok=True)
+            write_json(folder / METRICS, metrics)
         self._manager.reload()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
         """The newest whole checkpoint, after moving those after it to `checkpoints/damaged/`, each with a warning.
+
+        Only for the process that holds the workdir: what a save left unfinished is deleted.
 
         Args:
           like: a state of the same structure, whose arrays' shapes, dtypes and placement the result takes.
@@ -113,12 +158,15 @@ class Checkpoints:
         Raises:
           CheckpointError: there are checkpoints, and none of them is whole.
         """
+        self.wait()
+        for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(unfinished)
         steps, reasons = self.steps(), {}
         for step in reversed(steps):
             try:
                 found = self._read(step, like)
-            except Exception as error:  # Orbax and TensorStore raise nearly anything on a damaged file.
-                reasons[step] = str(error).strip().partition("\n")[0][:200] or type(error).__name__
+            except _DamagedError as error:
+                reasons[step] = str(error)
                 logger.warning("checkpoint %d is damaged and is skipped: %s", step, reasons[step])
                 continue
             for damaged in reasons:
@@ -143,7 +191,7 @@ class Checkpoints:
 
         Raises:
           WorkdirError: there is no such checkpoint.
-      CheckpointError: it is damaged.
+          CheckpointError: it is damaged.
         """
         steps = self.steps()
         if not steps:
@@ -160,20 +208,29 @@ class Checkpoints:
                 raise WorkdirError(f"eval.checkpoint is {which}: {self.directory} has {known}")
         try:
             return step, self._read(step, like)[0]
-        except Exception as error:
-            reason = str(error).strip().partition("\n")[0][:200]
-            raise CheckpointError(f"checkpoint {step} in {self.directory} cannot be read: {reason}") from error
+        except _DamagedError as error:
+            raise CheckpointError(f"checkpoint {step} in {self.directory} cannot be read: {error}") from error
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        record = dict(restored.record)
-        expected, found = record.pop("checksums"), _checksums(jax.device_get(restored.state))
-        if expected != found:
+        reason, hook = "", sys.unraisablehook
+        sys.unraisablehook = lambda unraisable: None
+        try:
+            restored = self._manager.restore(step, args=args)
+            record = dict(restored.record)
+            expected, found = record.pop("checksums"), _checksums(jax.device_get(restored.state))
+            if expected == found:
+                return restored.state, record
             wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            raise ValueError(f"the checksum of {wrong[0]} does not match")
-        return restored.state, record
+            reason = f"the checksum of {wrong[0]} does not match"
+        except Exception as error:  # Orbax and TensorStore raise nearly anything on a damaged file.
+            reason = _reason(error)
+        finally:
+            if reason:  # The reads that Orbax leaves unfinished would each end in a page of traceback.
+                gc.collect()
+            sys.unraisablehook = hook
+        raise _DamagedError(reason)
 
     def _set_aside(self, step: int) -> None:
         # While a damaged step stands, Orbax refuses saves at or below it.
@@ -186,9 +243,15 @@ class Checkpoints:
         self._manager.reload()
 
     def wait(self) -> None:
-        """Waits for background saves, and raises their errors."""
-        self._manager.wait_until_finished()
+        """Waits for background saves.
+
+        Raises:
+          CheckpointError: one of them failed.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for background saves and ends Orbax's threads."""
-        self._manager.close()
+        """Waits for background saves, whose errors it raises as `wait` does, and ends Orbax's threads."""
+        with self._writing():
+            self._manager.close()

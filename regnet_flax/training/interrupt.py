@@ -76,7 +76,8 @@ def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             raise WorkdirError(
-                f"another run (process {owner}) is training in {workdir}: wait for it, stop it, or name another --workdir"
+                f"another run (process {owner}) is training in {workdir}: "
+                "wait for it, stop it, or name another --workdir"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -51,12 +51,12 @@ def pmap(function: Callable[..., Any], mapped: Sequence[int | None], devices: li
 def resolve(config: Any, dataset: sources.Dataset) -> Any:
     """A copy of the config with what it left to the data set filled in."""
     config = copy.deepcopy(config)
-    height = dataset.train.images.shape[1]
-    config.dataset.image_size = config.dataset.image_size or height
+    height, width, channels = dataset.train.images.shape[1:]
+    if height == width:
+        config.dataset.image_size = height
     config.dataset.num_classes = len(dataset.class_names)
     if not config.dataset.mean:
         config.dataset.mean, config.dataset.std = sources.channel_statistics(dataset.train.images)
-    channels = dataset.train.images.shape[-1]
     if len(config.dataset.mean) not in (1, channels):
         raise config_lib.ConfigError(
             f"dataset.mean has {len(config.dataset.mean)} values: the images of {dataset.name} have {channels} channels"
@@ -108,6 +108,7 @@ class Program:
       total_steps: of the run, which `train.max_steps` may cut short.
       steps_per_call: the most steps of one compiled call.
       schedule: learning rate by step.
+      drops: the epochs at which the step schedule lowers it.
       like: shapes, dtypes and placement of the state.
     """
 
@@ -139,6 +140,8 @@ class Program:
             decay=settings.decay,
             warmup_epochs=settings.warmup_epochs,
         )
+        drops = optimizer.boundary_steps(settings.boundaries, train.epochs, self.steps_per_epoch)
+        self.drops = [step / self.steps_per_epoch for step in drops] if settings.schedule == "step" else []
         self._tx = optimizer.make_optimizer(
             self.schedule,
             momentum=settings.momentum,
@@ -219,8 +222,8 @@ class Program:
 
     @property
     def _eval_batch_size(self) -> int:
-        whole = -(-self._test_size // len(self._devices)) * len(self._devices)
-        return min(self._config.eval.batch_size, whole)
+        devices = len(self._devices)
+        return -(-min(self._config.eval.batch_size, self._test_size) // devices) * devices
 
     def evaluate(self, state: steps.TrainState, poll: Callable[[int], None] = lambda done: None) -> dict[str, float]:
         """Metrics of the test split; see evaluate.evaluate."""
@@ -266,13 +269,13 @@ def train_and_evaluate(
 
     with StopSignals() as stop:
         dataset = load(config)
-        config = resolve(config, dataset)
         fingerprint = dataset.fingerprint()
-        _refuse_changes(stored, config, path, resolved=True)
         if stored and stored["dataset_fingerprint"] != fingerprint:
             raise config_lib.ConfigError(
                 f"{path} was trained on other images than {dataset.name} has now: restore them, or name another --workdir"
             )
+        config = resolve(config, dataset)
+        _refuse_changes(stored, config, path, resolved=True)
         with workdir_lock(path):
             record = {"class_names": list(dataset.class_names), "dataset_fingerprint": fingerprint}
             workdir.write_json(path / workdir.CONFIG, workdir.plain(config) | record)
@@ -286,12 +289,18 @@ def train_and_evaluate(
                     devices[0].device_kind,
                     config.dtype,
                 )
-                run = Run(config, path, Program(config, dataset, devices), checkpoints, stop)
+                program = Program(config, dataset, devices)
+                run = Run(config, path, program, checkpoints, stop)
                 run.run()
                 checkpoints.wait()
                 results = collect_results(run, config, path, devices)
                 (path / workdir.FIGURES).mkdir(exist_ok=True)
-                plots.curves(workdir.read_metrics(path), path / workdir.FIGURES / "curves.png", title=config.model.name)
+                plots.curves(
+                    workdir.read_metrics(path),
+                    path / workdir.FIGURES / "curves.png",
+                    title=f"{config.model.name} on {dataset.name}",
+                    drops=program.drops,
+                )
                 # Last, since it is what marks the run as finished.
                 workdir.write_json(path / workdir.RESULTS, results)
                 report(results, path)
@@ -308,9 +317,7 @@ def _refuse_changes(stored: dict[str, Any] | None, config: Any, path: pathlib.Pa
         )
 
 
-def evaluate_only(
-    config: Any, path: str | pathlib.Path, devices: list[jax.Device] | None = None
-) -> dict[str, float]:
+def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[jax.Device] | None = None) -> dict[str, float]:
     """Evaluates the checkpoint `eval.checkpoint` of a workdir on the test split.
 
     Args:

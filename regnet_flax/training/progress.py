@@ -133,20 +133,22 @@ class RunDisplay:
 
 def console_handlers() -> list[logging.Handler]:
     """The logger's handlers that write to the console."""
-    return [handler for handler in logger.handlers if type(handler) is logging.StreamHandler]
+    return [handler for handler in logger.handlers if isinstance(handler, _Stdout)]
 
 
 def log_to_console() -> None:
     """Shows what the program says on standard output, warnings marked."""
+    from absl import logging as absl_logging
+
+    # Orbax says there what its exceptions say too, in pages of traceback.
+    absl_logging.set_verbosity(absl_logging.FATAL)
     if not console_handlers():
-        handler = logging.StreamHandler(sys.stdout)
-        handler.setFormatter(_Plain())
-        logger.addHandler(handler)
+        logger.addHandler(_Stdout())
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
 
-class _Plain(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
+class _Stdout(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        return prefix + super().format(record)
+        print(prefix + self.format(record), flush=True)

@@ -43,7 +43,11 @@ class TrainState(struct.PyTreeNode):
 
 def zero_sums() -> dict[str, Array]:
     """The `sums` of a state from which nothing has been logged yet."""
-    return {"loss": jnp.zeros((), jnp.float32), "accuracy": jnp.zeros((), jnp.float32), "steps": jnp.zeros((), jnp.int32)}
+    return {
+        "loss": jnp.zeros((), jnp.float32),
+        "accuracy": jnp.zeros((), jnp.float32),
+        "steps": jnp.zeros((), jnp.int32),
+    }
 
 
 def create_train_state(variables: dict[str, Any], tx: optax.GradientTransformation) -> TrainState:
@@ -125,7 +129,7 @@ def train_step(
         nonfinite_step=state.nonfinite_step,
     )
     # A gradient can overflow while its loss is finite, and would spoil the parameters one step before the loss shows.
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
     stopped = state.nonfinite_step >= 0
     kept = jax.tree.map(lambda a, b: jnp.where(finite & ~stopped, a, b), new, state)
     return kept.replace(nonfinite_step=jnp.where(finite | stopped, state.nonfinite_step, state.step))

@@ -80,7 +80,7 @@ class MetricsLog:
             logger.warning("tensorboardX is not installed: no TensorBoard events are written")
             self._events = None
         else:
-            self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1 if step else None)
+            self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line; it holds at least "step"."""

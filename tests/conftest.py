@@ -1,0 +1,52 @@
+"""Eight CPU devices, and one compilation cache for the whole run, subprocesses included."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+import jax
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for `configs`
+
+_cache = tempfile.mkdtemp(prefix="regnet_flax_tests_")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+jax.config.update("jax_compilation_cache_dir", _cache)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_unconfigure():
+    shutil.rmtree(_cache, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _release_compiled():
+    """Hundreds of compiled functions would fill the memory otherwise."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def program():
+    """Runs the program in a subprocess: program("--mode", "eval", cwd=…) → a finished process with its output."""
+
+    def run(*arguments, cwd=None, env=None, check=None, timeout=300):
+        done = subprocess.run(
+            [sys.executable, "-m", "regnet_flax.main", *map(str, arguments)],
+            cwd=cwd,
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        if check is not None:
+            assert done.returncode == check, done.stdout + done.stderr
+        return done
+
+    return run

@@ -1,0 +1,97 @@
+"""The import rules, read from the import statements."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PACKAGE = sorted((ROOT / "regnet_flax").rglob("*.py"))
+
+
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path, *, inside_functions=True):
+    """The modules that a file imports: for `from a import b` both a and a.b, since b may be a module."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if inside_functions else iter(tree.body)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_in(name, module):
+    return name == module or name.startswith(module + ".")
+
+
+def offenders(where, forbidden, *, but=(), inside_functions=True):
+    return [
+        f"{module_name(path)} imports {name}"
+        for path in PACKAGE
+        if is_in(module_name(path), where) and not any(is_in(module_name(path), other) for other in but)
+        for name in imports(path, inside_functions=inside_functions)
+        if any(is_in(name, module) for module in forbidden)
+    ]
+
+
+P = "regnet_flax"
+RULES = [
+    (
+        f"{P}.models",
+        [f"{P}.data", f"{P}.training", f"{P}.analysis", "tensorflow", "grain", "ml_collections", "optax"],
+        (),
+    ),
+    (f"{P}.data", [f"{P}.models", f"{P}.training", "flax"], ()),
+    (P, ["configs", "tests", f"{P}.main"], ()),
+    (P, [f"{P}.training.loop"], (f"{P}.main",)),
+    (f"{P}.analysis", [f"{P}.data", f"{P}.training"], ()),
+    (P, ["torch"], (f"{P}.weights",)),
+    (P, ["tensorflow"], ()),
+    (P, ["matplotlib"], (f"{P}.analysis.plots",)),
+    (f"{P}.training.steps", [f"{P}.models", f"{P}.data"], ()),
+]
+
+
+@pytest.mark.parametrize("where, forbidden, but", RULES)
+def test_imports_that_must_not_exist(where, forbidden, but):
+    assert not offenders(where, forbidden, but=but)
+
+
+def test_torch_only_inside_functions():
+    assert not offenders(P, ["torch"], inside_functions=False)
+
+
+def test_the_rules_see_what_they_forbid(tmp_path):
+    file = tmp_path / "x.py"
+    file.write_text("from regnet_flax import training\ndef f():\n    import tensorflow.io\n")
+    assert {"regnet_flax.training", "tensorflow.io"} <= set(imports(file))
+
+
+def calls(path, *names):
+    tree = ast.parse(path.read_text())
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in names]
+
+
+def test_the_only_pmap_is_in_the_loop_and_the_only_reductions_in_the_steps():
+    for path in PACKAGE:
+        if module_name(path) != f"{P}.training.loop":
+            assert not [n for n in calls(path, "pmap") if getattr(n.value, "id", "") == "jax"], path
+        if module_name(path) != f"{P}.training.steps":
+            assert not calls(path, "pmean", "psum"), path
+
+
+def test_only_what_every_mode_needs_is_imported_at_start():
+    """And so an image folder trains without TFDS, TensorFlow, Grain, scikit-learn, tensorboardX and safetensors."""
+    late = ["ml_collections", "tensorflow", "tensorflow_datasets", "grain", "sklearn", "matplotlib", "tensorboardX"]
+    late += ["safetensors", "torch", "scipy.io"]
+    code = f"import sys, regnet_flax.main, regnet_flax.training.loop; print([m for m in {late} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

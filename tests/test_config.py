@@ -1,0 +1,349 @@
+"""The shipped configs, and what is said about wrong values."""
+
+import copy
+import importlib
+import json
+import math
+import pathlib
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from regnet_flax.config import FIELDS, MAY_CHANGE, ConfigError, changed_fields, check_config, flatten, model_options
+from regnet_flax.models.registry import list_models
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def load(name):
+    """What `from configs import NAME` gives, as the command line does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        return importlib.import_module(f"configs.{name}").get_config()
+
+
+DIGITS = load("digits").to_dict()
+
+
+def changed(values):
+    """The digits config with other values: {"train.batch_size": 1}."""
+    config = copy.deepcopy(DIGITS)
+    for field, value in values.items():
+        *sections, name = field.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return config
+
+
+def problems(values, devices=1):
+    """The lines of the ConfigError that a config with these values gives."""
+    with pytest.raises(ConfigError) as caught:
+        check_config(changed(values), devices)
+    return str(caught.value).split("\n")
+
+
+# The configs
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_shipped_config_is_right(name):
+    config = load(name)
+    if config.dataset.name == "folder":
+        config.dataset.data_dir = "photos"
+    check_config(config)
+    assert {field for field, _ in flatten(config)} == FIELDS.keys()
+    assert config.model.name in list_models() and model_options(config)
+    # Tuples can be overridden on the command line, lists cannot.
+    sections = [section for section in config.to_dict().values() if isinstance(section, dict)]
+    assert not [value for section in sections for value in section.values() if isinstance(value, list)]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "base"])
+def test_a_config_takes_the_model_as_its_argument(name):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        config = importlib.import_module(f"configs.{name}").get_config("regnet56_convgru")
+    assert config.model.name == "regnet56_convgru"
+
+
+def test_the_papers_cifar_recipe():
+    config = load("cifar10")
+    found = {field: value for field, value in flatten(config) if field.startswith(("optimizer.", "train."))}
+    expected = {
+        "train.batch_size": 128,
+        "train.epochs": 200,
+        "optimizer.learning_rate": 0.1,
+        "optimizer.momentum": 0.9,
+        "optimizer.nesterov": False,
+        "optimizer.weight_decay": 1e-4,
+        "optimizer.schedule": "step",
+        "optimizer.boundaries": (0.5, 0.75),
+        "optimizer.decay": 0.1,
+        "optimizer.warmup_epochs": 0,
+        "optimizer.label_smoothing": 0,
+        "optimizer.clip_norm": 0,
+    }
+    assert {field: found[field] for field in expected} == expected
+    assert config.dataset.augment == ("crop", "flip")
+    assert load("cifar100").dataset.name == "cifar100"
+
+
+# Wrong values
+
+WRONG = {
+    "seed": [-1, 0.5, "0", True, None, 2**31],
+    "dtype": ["float16", "", 32, None, ["float32"]],
+    "model.name": [20, None, b"resnet20"],
+    "model.overrides.share_regulator": ["no", 1],
+    "model.overrides.regulated_stages": [1, "12", (0,), (1.5,), ("1",), (True,)],
+    "model.overrides.remat": ["yes", 0],
+    "dataset.name": ["cifar", "", 10, None],
+    "dataset.data_dir": [None, 3, pathlib.Path("x")],
+    "dataset.num_classes": [-1, 10.0, "10", False],
+    "dataset.in_memory": ["sometimes", True],
+    "dataset.strict": [1, "False", None],
+    "dataset.image_size": [-32, 32.0, (32, 32)],
+    "dataset.augment": ["crop", ("crop", "mixup"), (None,), {"crop"}],
+    "dataset.mean": [0.5, (math.nan,), ("0.5",), (math.inf,), None],
+    "dataset.std": [(0.0,), (-1.0,), (math.nan,), 1.0],
+    "train.batch_size": [0, -128, 128.0, "128", True],
+    "train.epochs": [0, 1.5, math.nan, None],
+    "train.max_steps": [-1, 0.5, "all"],
+    "train.steps_per_call": [-1, 1.5],
+    "train.batch_norm": ["synchronised", False],
+    "optimizer.learning_rate": [0, -0.1, math.nan, math.inf, -math.inf, "0.1", True, 1e7, 10**400],
+    "optimizer.momentum": [-0.1, 1.1, math.nan, None],
+    "optimizer.nesterov": [0, "True"],
+    "optimizer.weight_decay": [-1e-4, math.nan, math.inf, "0"],
+    "optimizer.schedule": ["linear", 0, None],
+    "optimizer.boundaries": [0.5, (0,), (-1,), (math.nan,), (math.inf,), ("0.5",), (0.5, None), (1e308,)],
+    "optimizer.decay": [0, 1.5, math.nan],
+    "optimizer.warmup_epochs": [-1, math.nan, math.inf, "1", 10**400],
+    "optimizer.label_smoothing": [-0.1, 1.1, math.nan],
+    "optimizer.clip_norm": [-1, math.nan, math.inf, 10**400],
+    "eval.batch_size": [0, 1.0],
+    "eval.every_epochs": [-1, 0.5],
+    "eval.checkpoint": ["newest", "", "-1", "1.0", "²", -1, 1.0, True, None],
+    "log.every_steps": [-1, 1.0],
+    "checkpoint.every_steps": [-1, 2.5],
+    "checkpoint.keep": [0, -1, 1.0],
+    "checkpoint.keep_best": [-1, None],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_wrong_value_is_one_line_with_field_value_and_mend(field, value):
+    (line,) = problems({field: value})
+    shown = tuple(value) if isinstance(value, list) else value
+    assert line.startswith(f"{field} is {shown!r}: it must be ")
+    assert len(line) > len(f"{field} is {shown!r}: it must be ")
+
+
+RIGHT = {
+    "model.overrides.share_regulator": [False],
+    "model.overrides.regulated_stages": [(1, 3), (), [2]],
+    "model.overrides.remat": [True],
+    "dataset.mean": [()],
+    "optimizer.learning_rate": [1, 1e-9],
+    "optimizer.momentum": [0, 1],
+    "optimizer.label_smoothing": [0, 1.0],
+    "optimizer.warmup_epochs": [0, 0.5, 30],
+    "optimizer.boundaries": [(), (0.5,), [0.5, 20]],
+    "eval.checkpoint": ["best", "last", "1200", "0", 1200],
+    "train.max_steps": [0, 10],
+    "checkpoint.keep_best": [0],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in RIGHT.items() for value in values])
+def test_a_right_value_passes(field, value):
+    check_config(changed({field: value}))
+
+
+@pytest.mark.parametrize(
+    ("values", "start", "parts"),
+    [
+        ({"model.name": "regnet20_convlsmt"}, "model", ["'regnet20_convlsmt'", "regnet20_convlstm"]),
+        ({"model.name": "resnet21"}, "model", ["'resnet21'", "6m+2", "20 or 26"]),
+        ({"model.name": "regnet4_convgru"}, "model", ["'regnet4_convgru'", "8"]),
+        ({"model.overrides.kernel": "densest"}, "model", ["kernel is 'densest'", "separable", "dense"]),
+        ({"model.overrides.shortcut": "C"}, "model", ["shortcut is 'C'", "'A', 'B'"]),
+        ({"model.overrides.init": 1}, "model", ["init is 1", "paper", "torch"]),
+        ({"model.overrides.width": 0}, "model", ["width is 0", "at least 1"]),
+        ({"model.overrides.unroll": 1.5}, "model", ["unroll is 1.5", "at least 1"]),
+        ({"model.overrides.regulated_stages": (4,)}, "model", ["regulated_stages", "4", "1 to 3"]),
+        ({"model.overrides.bottleneck_stride": "3x3"}, "model", ["bottleneck_stride '3x3'", "use '1x1'"]),
+        (
+            {"optimizer.schedule": "step", "optimizer.boundaries": (20, 10)},
+            "optimizer.boundaries is (20, 10):",
+            ["order"],
+        ),
+        (
+            {"optimizer.schedule": "step", "optimizer.boundaries": (10, 10)},
+            "optimizer.boundaries is (10, 10):",
+            ["once"],
+        ),
+        # Half of 30 epochs is epoch 15.
+        ({"optimizer.boundaries": (0.5, 15)}, "optimizer.boundaries is (0.5, 15):", ["once"]),
+        (
+            {"optimizer.schedule": "step", "optimizer.boundaries": (10, 31)},
+            "optimizer.boundaries is (10, 31):",
+            ["train.epochs=30"],
+        ),
+        ({"dataset.mean": (0.1, 0.2, 0.3)}, "dataset.mean has 3 values and dataset.std 0:", ["one value a channel"]),
+        ({"dataset.std": (0.1,)}, "dataset.mean has 0 values and dataset.std 1:", ["()"]),
+        ({"optimizer.nesterov": True, "optimizer.momentum": 0.0}, "optimizer.nesterov is True:", ["momentum above 0"]),
+        ({"optimizer.warmup_epochs": 30.5}, "optimizer.warmup_epochs is 30.5:", ["train.epochs=30"]),
+        ({"dataset.name": "folder"}, "dataset.data_dir is '':", ["--config.dataset.data_dir=DIR"]),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_contradiction_is_one_line_with_field_value_and_mend(values, start, parts):
+    (line,) = problems(values)
+    assert line.startswith(start)
+    for part in parts:
+        assert part in line
+
+
+def test_boundaries_beyond_the_run_matter_to_the_step_schedule_only():
+    check_config(changed({"optimizer.schedule": "cosine", "optimizer.boundaries": (10, 31)}))
+
+
+@pytest.mark.parametrize("field", ["train.batch_size", "eval.batch_size"])
+@pytest.mark.parametrize(("batch", "nearest"), [(30, 24), (7, 8), (100, 96)])
+def test_a_batch_that_the_devices_do_not_divide(field, batch, nearest):
+    (line,) = problems({field: batch}, devices=8)
+    assert line.startswith(f"{field} is {batch}: ") and "8 devices" in line and line.endswith(f"such as {nearest}")
+    check_config(changed({field: nearest}), devices=8)
+
+
+def test_all_that_is_wrong_is_said_at_once():
+    lines = problems(
+        {
+            "optimizer.learning_rate": -1.0,
+            "train.epochs": "many",
+            "model.name": "regnet20_convlstmm",
+            "eval.batch_size": 30,
+            "optimizer.nesterov": True,
+            "optimizer.momentum": 0,
+            "dataset.name": "folder",
+            "dataset.mean": (0.5,),
+        },
+        devices=4,
+    )
+    starts = [line.split(" ")[0].rstrip(":") for line in lines]
+    assert sorted(starts) == [
+        "dataset.data_dir",
+        "dataset.mean",
+        "eval.batch_size",
+        "model",
+        "optimizer.learning_rate",
+        "optimizer.nesterov",
+        "train.epochs",
+    ]
+
+
+def test_missing_and_unknown_fields_are_named():
+    config = changed({"train.bach_size": 64})
+    del config["train"]["batch_size"], config["optimizer"]
+    with pytest.raises(ConfigError) as caught:
+        check_config(config)
+    lines = str(caught.value).split("\n")
+    assert "train.batch_size is missing: start from configs/base.py" in lines
+    assert "optimizer.momentum is missing: start from configs/base.py" in lines
+    assert "train.bach_size is not a field of configs/base.py: remove it" in lines
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(),
+    st.binary(),
+    st.complex_numbers(),
+    st.lists(st.none() | st.text() | st.binary() | st.floats(), max_size=3),
+    st.tuples(st.binary(), st.none()),
+    st.dictionaries(st.integers() | st.sampled_from(["a", "learning_rate"]), st.integers(), max_size=2),
+    st.builds(object),
+    st.just(len),
+)
+# The types that a field takes, by its default's.
+TAKES = {bool: bool, int: int, float: (int, float), str: str, tuple: (tuple, list), type(None): object}
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(st.sampled_from(sorted(FIELDS)), VALUES)
+def test_a_value_of_another_type_is_a_config_error_and_nothing_else(field, value):
+    default = dict(flatten(DIGITS))[field]
+    takes = TAKES[type(default)]
+    right = isinstance(value, takes) and (not isinstance(value, bool) or takes in (bool, object))
+    config = changed({field: value})
+    if right or (field == "eval.checkpoint" and isinstance(value, int)):
+        try:
+            check_config(config)
+        except ConfigError:
+            pass
+    else:
+        with pytest.raises(ConfigError) as caught:
+            check_config(config)
+        assert all(line.startswith(field) for line in str(caught.value).split("\n"))
+
+
+# Going on with a run
+
+
+def stored(values=()):
+    """A run's config.json: digits, resolved."""
+    resolved = {"dataset.num_classes": 10, "dataset.image_size": 8, "dataset.mean": (0.3,), "dataset.std": (0.4,)}
+    return json.loads(json.dumps(changed(resolved | dict(values)) | {"class_names": ["0", "1"]}))
+
+
+def test_the_same_config_changes_nothing():
+    assert changed_fields(stored(), DIGITS, resolved=False) == []
+    assert changed_fields(stored(), stored(), resolved=True) == []
+
+
+def test_a_changed_field_is_named_with_both_values():
+    now = changed({"train.batch_size": 32, "optimizer.boundaries": (0.5,), "model.overrides.kernel": "dense"})
+    assert sorted(changed_fields(stored(), now, resolved=False)) == [
+        "model.overrides.kernel: None before, 'dense' now",
+        "optimizer.boundaries: (0.5, 0.75) before, (0.5,) now",
+        "train.batch_size: 64 before, 32 now",
+    ]
+
+
+def test_fields_that_change_no_number_may_change():
+    other = {"dataset.data_dir": "/elsewhere", "dataset.in_memory": "always", "eval.checkpoint": "last"}
+    other |= {field: 7 for field in MAY_CHANGE if field not in other}
+    assert changed_fields(stored(), changed(other), resolved=False) == []
+    assert {"train.max_steps", "checkpoint.keep", "log.every_steps"} <= set(MAY_CHANGE)
+    computed = {"seed", "dtype", "model.name", "dataset.name", "dataset.augment", "train.batch_size", "train.epochs"}
+    assert not set(MAY_CHANGE) & (computed | {field for field in FIELDS if field.startswith("optimizer.")})
+
+
+@pytest.mark.parametrize(
+    ("field", "other"),
+    [("dataset.num_classes", 9), ("dataset.image_size", 16), ("dataset.mean", (0.5,)), ("dataset.std", (0.5,))],
+)
+def test_what_is_left_to_the_data_is_compared_once_it_is_resolved(field, other):
+    resolved = {name: value for name, value in flatten(stored()) if name in FIELDS}
+    assert changed_fields(stored(), DIGITS, resolved=False) == []
+    (line,) = changed_fields(stored(), changed({field: other}), resolved=False)
+    assert line == f"{field}: {resolved[field]!r} before, {other!r} now"
+    assert changed_fields(stored(), changed(resolved), resolved=True) == []
+    (line,) = changed_fields(stored(), changed(resolved | {field: other}), resolved=True)
+    assert line.startswith(f"{field}: ")
+
+
+def test_tuples_are_as_json_has_them():
+    tuples = {"dataset.mean": (0.1, 0.2), "dataset.std": (0.3, 0.4), "dataset.augment": ("crop", "flip")}
+    assert isinstance(stored(tuples)["dataset"]["mean"], list)
+    assert changed_fields(stored(tuples), changed(tuples), resolved=False) == []
+    for field, value in tuples.items():
+        (line,) = changed_fields(stored(tuples), changed(tuples | {field: value[:1]}), resolved=False)
+        assert line == f"{field}: {value!r} before, {value[:1]!r} now"

@@ -1,0 +1,77 @@
+"""Metrics of a whole split, exactly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from regnet_flax.data.in_memory import eval_batch
+from regnet_flax.training.evaluate import evaluate
+from regnet_flax.training.steps import eval_step
+
+
+def split(size, classes, seed=0):
+    """Logits, which stand for the images, and labels."""
+    rng = np.random.default_rng(seed)
+    return 3 * rng.normal(size=(size, classes)).astype("f"), rng.integers(0, classes, size).astype("i")
+
+
+@functools.partial(jax.jit, static_argnames="batch_size")
+def one_batch(data, start, batch_size):
+    batch = eval_batch(data, start, batch_size=batch_size)
+    # What stands in the padding must not count, whatever it is.
+    batch["images"] = jnp.where(batch["mask"][:, None], batch["images"], jnp.nan)
+    return eval_step({}, batch, apply_fn=lambda variables, images, train: images)
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(1, 4), (7, 7), (23, 5), (23, 64), (101, 3)])
+@pytest.mark.parametrize("classes", [5, 6])
+def test_metrics_are_those_of_the_whole_split(size, batch_size, classes):
+    logits, labels = split(size, classes)
+    data = {"images": jnp.asarray(logits), "labels": jnp.asarray(labels)}
+    done = []
+    metrics = evaluate(lambda start: one_batch(data, start, batch_size), size, batch_size, done.append)
+
+    exact = logits.astype(np.float64)
+    losses = np.log(np.exp(exact).sum(1)) - exact[np.arange(size), labels]
+    better = (logits > logits[np.arange(size), labels][:, None]).sum(1)  # classes above the right one
+    expected = {"loss": losses.mean(), "accuracy": (better == 0).mean(), "count": size}
+    if classes > 5:
+        expected["top5_accuracy"] = (better < 5).mean()
+    assert metrics.keys() == expected.keys()
+    assert metrics["loss"] == pytest.approx(expected.pop("loss"), rel=1e-5)
+    for name, value in expected.items():
+        assert metrics[name] == value, name
+    assert [type(metrics[name]) for name in ("loss", "accuracy", "count")] == [float, float, int]
+    assert done == [min(size, n + batch_size) for n in range(0, size, batch_size)]
+
+
+def test_many_batches_lose_no_example():
+    # 2**24 + 1 is the first whole number that float32 has not.
+    sums = {0: (2**24, 2**24), 2**24: (1, 1)}
+
+    def fake(start):
+        correct, count = sums[start]
+        return {"loss": np.float32(0), "correct": np.int32(correct), "count": np.int32(count)}
+
+    metrics = evaluate(fake, 2**24 + 1, 2**24)
+    assert metrics == {"loss": 0, "accuracy": 1, "count": 2**24 + 1}
+
+
+def test_poll_can_end_an_evaluation():
+    data = dict(zip(("images", "labels"), map(jnp.asarray, split(20, 3)), strict=True))
+    started = []
+
+    def step(start):
+        started.append(start)
+        return one_batch(data, start, 5)
+
+    def poll(done):
+        if done >= 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(step, 20, 5, poll)
+    assert started == [0, 5]

@@ -1,0 +1,223 @@
+"""Whole runs, in this process, of a width-4 network on the digits."""
+
+import json
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from configs import digits
+
+from regnet_flax import create_model
+from regnet_flax.analysis.summary import count_parameters
+from regnet_flax.config import ConfigError
+from regnet_flax.training import loop
+from regnet_flax.training.checkpoint import CHECKPOINTS
+from regnet_flax.training.interrupt import WorkdirError
+from regnet_flax.training.run import NonFiniteError
+
+ONE = slice(0, 1)
+IMAGE = jnp.zeros((1, 8, 8, 1))
+STEPS_PER_EPOCH = 1437 // 128
+
+
+def tiny_config(**overrides):
+    config = digits.get_config("regnet8_convgru")
+    config.model.overrides.width = 4
+    config.train.batch_size = 128
+    config.train.epochs = 3
+    config.eval.batch_size = 100
+    config.log.every_steps = 5
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def train(workdir, **overrides):
+    return loop.train_and_evaluate(tiny_config(**overrides), workdir, devices=jax.devices()[ONE])
+
+
+def read_lines(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def checksums(workdir, step):
+    """CRC-32 of every array of a checkpoint, optimiser state included."""
+    return json.loads((workdir / CHECKPOINTS / str(step) / "record" / "metadata").read_text())["checksums"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "deep" / "run"
+    return workdir, train(workdir)
+
+
+def test_what_a_run_leaves(finished):
+    workdir, results = finished
+    total = 3 * STEPS_PER_EPOCH
+    assert results == json.loads((workdir / "results.json").read_text())
+    assert results["step"] == total and results["last"]["step"] == total
+    assert results["best"]["eval_accuracy"] >= results["last"]["eval_accuracy"] > 0.3
+    assert results["hardware"]["devices"] == 1 and results["versions"]["jax"] == jax.__version__
+    params = jax.eval_shape(lambda: create_model("regnet8_convgru", width=4).init(jax.random.key(0), IMAGE))["params"]
+    assert results["parameters"] == count_parameters(params)
+    assert results["wall_time_seconds"] > 0
+
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    logged = [step for step in range(1, total + 1) if step % 5 == 0 or step % STEPS_PER_EPOCH == 0]
+    assert [line["step"] for line in lines] == logged
+    for line in lines:
+        assert {"epoch", "train_loss", "train_accuracy", "learning_rate"} <= set(line)
+        evaluated = line["step"] % STEPS_PER_EPOCH == 0
+        assert ({"eval_loss", "eval_accuracy", "eval_top5_accuracy"} <= set(line)) == evaluated
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["dataset"]["num_classes"] == 10 and len(config["dataset"]["mean"]) == 1
+    assert config["class_names"] == [str(digit) for digit in range(10)]
+    assert (workdir / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "test accuracy" in (workdir / "train.log").read_text()
+    assert list(workdir.glob("events.out.tfevents*"))
+
+
+def test_eval_finds_what_training_measured(finished):
+    workdir, results = finished
+    for which, expected in (("last", results["last"]), ("best", results["best"])):
+        metrics = loop.evaluate_only(tiny_config(**{"eval.checkpoint": which}), workdir, devices=jax.devices()[ONE])
+        assert metrics["step"] == expected["step"] and metrics["count"] == 360
+        assert metrics["accuracy"] == expected["eval_accuracy"]
+        assert metrics["top5_accuracy"] == expected["eval_top5_accuracy"]
+    # Another batch size and eight devices count every image once, too.
+    again = loop.evaluate_only(tiny_config(**{"eval.batch_size": 56, "eval.checkpoint": "last"}), workdir)
+    assert again["count"] == 360
+    assert again["accuracy"] == pytest.approx(results["last"]["eval_accuracy"], abs=1 / 360)
+    assert again["loss"] == pytest.approx(results["last"]["eval_loss"], rel=1e-3)
+
+
+def test_a_finished_run_is_only_reported(finished, caplog):
+    workdir, results = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    logger = logging.getLogger("regnet_flax")
+    logger.addHandler(caplog.handler)
+    try:
+        with caplog.at_level(logging.INFO, "regnet_flax"):
+            assert train(workdir) == results
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert "finished" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_a_stopped_run_goes_on_to_the_same_end(finished, tmp_path):
+    """Stopped in the middle of an epoch and of a logging interval."""
+    workdir, _ = finished
+    total = 3 * STEPS_PER_EPOCH
+    train(tmp_path, **{"train.max_steps": 7, "checkpoint.every_steps": 4, "eval.every_epochs": 0})
+    assert sorted(int(p.name) for p in (tmp_path / CHECKPOINTS).iterdir() if p.name.isdigit()) == [4, 7]
+    train(tmp_path, **{"checkpoint.every_steps": 4})
+    assert checksums(tmp_path, total) == checksums(workdir, total)
+    by_step = {line["step"]: line for line in read_lines(tmp_path)}
+    expected = {line["step"]: line for line in read_lines(workdir)}
+    # Where the first run ended it logged as well, and so began the next interval later.
+    assert by_step.keys() == expected.keys() | {7}
+    for step in expected.keys() - {10}:
+        assert by_step[step] == expected[step]
+
+
+def test_a_run_goes_on_from_a_checkpoint_within_a_logging_interval(finished, tmp_path):
+    workdir, _ = finished
+    total = 3 * STEPS_PER_EPOCH
+    config = {"checkpoint.every_steps": 7, "checkpoint.keep": 99}
+    train(tmp_path, **config)
+    for step in (14, 21, 28, total):  # as if killed after step 13 or so
+        path = tmp_path / CHECKPOINTS / str(step)
+        path.rename(tmp_path / f"later-{step}")
+    (tmp_path / "results.json").unlink()
+    train(tmp_path, **config)
+    assert checksums(tmp_path, total) == checksums(workdir, total)
+    assert read_lines(tmp_path) == read_lines(workdir)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"train.batch_size": 64}, "train.batch_size: 128 before, 64 now"),
+        ({"model.name": "regnet8_convrnn"}, "model.name"),
+        ({"seed": 1}, "seed: 0 before, 1 now"),
+        ({"dataset.mean": (0.5,), "dataset.std": (0.5,)}, "dataset.mean"),
+        ({"model.overrides.kernel": "dense"}, "model.overrides.kernel: None before, 'dense' now"),
+    ],
+)
+def test_another_config_is_refused_with_the_fields(finished, change, words):
+    workdir, _ = finished
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(ConfigError) as error:
+        train(workdir, **change)
+    assert words in str(error.value) and "\n" not in str(error.value)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_other_images_are_refused(tmp_path):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for index in range(4):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{index}.png")
+    config = {
+        "dataset.name": "folder",
+        "dataset.data_dir": str(tmp_path / "data"),
+        "train.batch_size": 8,
+        "train.max_steps": 2,
+        "eval.batch_size": 8,
+        "train.epochs": 6,
+    }
+    train(tmp_path / "run", **config)
+    pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "data" / "train" / "a" / "0.png")
+    with pytest.raises(ConfigError, match="other images"):
+        train(tmp_path / "run", **(config | {"train.max_steps": 4}))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    config = {"checkpoint.every_steps": 2, "optimizer.warmup_epochs": 0.0, "train.max_steps": 6}
+    train(tmp_path, **(config | {"train.max_steps": 2}))
+    before = checksums(tmp_path, 2)
+    # The third step's statistics cannot be finite, whatever the rate.
+    restore = loop.Program.train
+
+    def spoil(self, state, step, count):
+        if step == 2:
+            state = state.replace(params=jax.tree.map(lambda a: a * np.float32(np.inf), state.params))
+        return restore(self, state, step, count)
+
+    loop.Program.train = spoil
+    try:
+        with pytest.raises(
+            NonFiniteError, match=r"at step 3, learning rate 0\.\d+; the last good checkpoint is step 2"
+        ):
+            train(tmp_path, **config)
+    finally:
+        loop.Program.train = restore
+    assert checksums(tmp_path, 2) == before
+    assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir() if p.name.isdigit()] == ["2"]
+
+
+def test_wrong_input_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ConfigError, match="train.epochs"):
+        train(tmp_path / "run", **{"train.epochs": 0})
+    with pytest.raises(ConfigError, match=r"batch_size is 2000: digits has 1437"):
+        train(tmp_path / "run", **{"train.batch_size": 2000})
+    with pytest.raises(WorkdirError, match="no checkpoint"):
+        loop.evaluate_only(tiny_config(), tmp_path / "run", devices=jax.devices()[ONE])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("change", [{"dtype": "bfloat16"}, {"train.batch_norm": "local"}, {"train.steps_per_call": 4}])
+def test_variants_of_training_learn(change, tmp_path):
+    results = train(tmp_path, **change, **{"model.name": "resnet8", "optimizer.label_smoothing": 0.1})
+    assert results["last"]["eval_accuracy"] > 0.3

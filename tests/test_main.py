@@ -1,0 +1,146 @@
+"""The command line, as a user meets it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from regnet_flax import main
+
+TINY = [
+    "--config.model.name=regnet8_convlstm",
+    "--config.model.overrides.width=4",
+    "--config.train.batch_size=128",
+    "--config.train.epochs=4",
+]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config.train.batchsize=64"], ["batchsize", "batch_size"]),
+        (["--config.optimizer.learning_rate=fast"], ["learning_rate", "fast"]),
+        (["--config.train.batch_size=0"], ["train.batch_size is 0", "at least 1"]),
+        (["--config.optimizer.learning_rate=nan"], ["optimizer.learning_rate is nan"]),
+        (["--config.optimizer.boundaries=(100,50)"], ["boundaries is (100, 50)", "in order"]),
+        (["--config.model.name=regnet20_lstm"], ["regnet20_lstm", "regnet20_convlstm"]),
+        (["--config", "configs/cifar10.py:regnet21_convrnn"], ["6m+2"]),
+        (["--config", "nowhere.py"], ["nowhere.py", "configs/cifar10.py"]),
+        (["--config"], ["needs a file"]),
+        (["--mode", "dream"], ["mode", "train"]),
+        (["--wrkdir=x"], ["wrkdir"]),
+        (["cifar10"], ["'cifar10'"]),
+        (["--config", "configs/folder.py"], ["dataset.data_dir is ''"]),
+        (["--config", "configs/folder.py", "--config.dataset.data_dir=nowhere"], ["nowhere"]),
+        (["--mode", "eval"], ["no checkpoint"]),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    if not any(arg.startswith("--config.train.batch_size") for arg in arguments):
+        arguments = [*arguments, "--config.train.batch_size=8"] if arguments != ["--config"] else arguments
+    assert main.main(arguments) == 2
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and errors[0].startswith("error: "), errors
+    for word in words:
+        assert word in errors[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_wrong_values_are_told_at_once(capsys):
+    assert main.main(["--config.train.epochs=0", "--config.dtype=float16"]) == 2
+    errors = capsys.readouterr().err
+    assert "train.epochs is 0" in errors and "dtype is 'float16'" in errors
+
+
+def test_summary(capsys):
+    assert main.main(["--mode", "summary", "--config", "configs/cifar10.py:regnet20_convgru"]) == 0
+    out = capsys.readouterr().out
+    assert "310,106" in out and "8×8×64" in out
+
+
+def test_help(capsys):
+    assert main.main(["--help"]) == 0
+    assert "--workdir" in capsys.readouterr().out
+
+
+def test_any_directory_and_a_config_of_ones_own(tmp_path, program):
+    (tmp_path / "mine.py").write_text(
+        "from configs import digits\n"
+        "def get_config():\n"
+        "    config = digits.get_config('resnet8')\n"
+        "    config.seed = 5\n"
+        "    return config\n"
+    )
+    out = program("--config", "mine.py", "--mode=summary", cwd=tmp_path, check=0).stdout
+    assert "resnet8, images of 8×8×1" in out
+
+
+def checksums(workdir, step):
+    return json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())["checksums"]
+
+
+def metrics(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run to its end in the default workdir, and what it printed."""
+    cwd = tmp_path_factory.mktemp("uninterrupted")
+    root = os.path.dirname(os.path.dirname(main.__file__))
+    command = [sys.executable, "-m", "regnet_flax.main", *TINY]
+    environment = os.environ | {"PYTHONPATH": root}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return cwd / "runs" / "digits-regnet8_convlstm-0", done.stdout
+
+
+def test_output_in_a_file_is_plain_lines(uninterrupted):
+    _, out = uninterrupted
+    assert "\x1b" not in out and "\r" not in out
+    epochs = [line for line in out.splitlines() if line.startswith("epoch ")]
+    assert len(epochs) == 4
+    for part in ("epoch 2/4", "step 22/44", "train loss", "test loss", "images/s", "left"):
+        assert part in epochs[1]
+
+
+def test_eval_takes_the_config_from_the_workdir(uninterrupted, program, tmp_path):
+    workdir, _ = uninterrupted
+    arguments = ["--mode", "eval", "--workdir", workdir, "--config.eval.checkpoint=last", "--config.eval.batch_size=77"]
+    out = program(*arguments, cwd=tmp_path, check=0).stdout
+    accuracy = json.loads((workdir / "results.json").read_text())["last"]["eval_accuracy"]
+    assert f"accuracy {100 * accuracy:.2f} %" in out and "over 360 images" in out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_by_a_signal_and_run_again_it_ends_the_same(number, uninterrupted, tmp_path, program):
+    expected, _ = uninterrupted
+    arguments = [*TINY, "--workdir", str(tmp_path / "run"), "--config.checkpoint.every_steps=5"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "regnet_flax.main", *arguments],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(main.__file__))},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not (tmp_path / "run" / "checkpoints" / "5").exists():
+        time.sleep(0.005)
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=100)
+    if number == signal.SIGTERM:
+        assert process.returncode == 143, out
+        assert "saved at step" in out
+    else:
+        assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "run" / "results.json").exists(), "the run ended before the signal came"
+    assert "going on from the checkpoint" in program(*arguments, cwd=tmp_path, check=0).stdout
+    assert checksums(tmp_path / "run", 44) == checksums(expected, 44)
+    assert metrics(tmp_path / "run") == metrics(expected)

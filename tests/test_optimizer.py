@@ -1,0 +1,141 @@
+"""Schedules against plain Python, SGD and cross-entropy against PyTorch."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+
+from regnet_flax.training.optimizer import make_optimizer, make_schedule
+from regnet_flax.training.steps import cross_entropy
+
+EPOCHS, STEPS_PER_EPOCH, RATE = 8, 10, 0.4
+TOTAL = EPOCHS * STEPS_PER_EPOCH
+
+
+def rates(kind, steps, **settings):
+    schedule = make_schedule(kind, RATE, epochs=EPOCHS, steps_per_epoch=STEPS_PER_EPOCH, **settings)
+    return [float(schedule(step)) for step in steps]
+
+
+@pytest.mark.parametrize("boundaries", [(2, 5), (0.25, 0.625), (0.25, 5)], ids=["epochs", "fractions", "both"])
+def test_step_schedule_decays_at_its_boundaries(boundaries):
+    first, second = 2 * STEPS_PER_EPOCH, 5 * STEPS_PER_EPOCH
+    steps = [0, first - 1, first, second - 1, second, TOTAL - 1]
+    expected = [0.4, 0.4, 0.2, 0.2, 0.1, 0.1]
+    assert rates("step", steps, boundaries=boundaries, decay=0.5) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_boundary_of_one_is_the_first_epochs_end():
+    steps = [STEPS_PER_EPOCH - 1, STEPS_PER_EPOCH, TOTAL - 1]
+    assert rates("step", steps, boundaries=(1,)) == pytest.approx([0.4, 0.04, 0.04], rel=1e-6)
+
+
+def test_boundaries_that_fall_on_one_step_both_decay():
+    # 0.376 and 0.374 of 80 steps both round to step 30.
+    assert rates("step", [29, 30], boundaries=(0.374, 0.376), decay=0.5) == pytest.approx([0.4, 0.1], rel=1e-6)
+
+
+def test_step_schedule_without_boundaries_is_constant():
+    assert rates("step", [0, TOTAL - 1]) == pytest.approx([0.4, 0.4])
+
+
+def test_cosine_goes_from_the_rate_to_zero():
+    steps = [0, 1, 20, 40, 60, TOTAL - 1, TOTAL, TOTAL + 5]
+    expected = [0.2 * (1 + math.cos(math.pi * min(step, TOTAL) / TOTAL)) for step in steps]
+    assert expected[0] == 0.4 and expected[3] == pytest.approx(0.2) and expected[-1] == 0
+    assert rates("cosine", steps) == pytest.approx(expected, rel=1e-5, abs=1e-8)
+
+
+def test_constant():
+    assert rates("constant", [0, 1, TOTAL - 1]) == pytest.approx([0.4] * 3)
+
+
+def test_warmup_rises_to_the_rate_and_then_the_schedule_holds():
+    warmup = 2 * STEPS_PER_EPOCH
+    steps = [0, 1, warmup - 2, warmup - 1, warmup, warmup + 1, TOTAL - 1]
+    rising = [0.4 * 1 / 20, 0.4 * 2 / 20, 0.4 * 19 / 20, 0.4]
+    assert rates("constant", steps, warmup_epochs=2) == pytest.approx(rising + [0.4] * 3, rel=1e-6)
+    falling = [0.2 * (1 + math.cos(math.pi * done / 60)) for done in (0, 1, 59)]
+    assert rates("cosine", steps, warmup_epochs=2) == pytest.approx(rising + falling, rel=1e-5, abs=1e-7)
+    decayed = [0.4, 0.4, 0.04]
+    assert rates("step", steps, warmup_epochs=2, boundaries=(0.5,)) == pytest.approx(rising + decayed, rel=1e-6)
+
+
+def test_warmup_of_a_part_of_an_epoch():
+    assert rates("constant", [0, 4, 5], warmup_epochs=0.5) == pytest.approx([0.08, 0.4, 0.4])
+
+
+@pytest.mark.parametrize("kind", ["step", "cosine", "constant"])
+def test_a_schedule_is_a_float32_scalar_inside_jit(kind):
+    schedule = make_schedule(kind, RATE, epochs=2, steps_per_epoch=5, boundaries=(1,), warmup_epochs=0.4)
+    rate = jax.jit(schedule)(jnp.int32(6))
+    assert rate.shape == () and rate.dtype == jnp.float32
+    assert float(rate) == pytest.approx(float(schedule(6)), rel=1e-6)
+
+
+def test_an_unknown_schedule_is_named_with_the_known_ones():
+    with pytest.raises(ValueError, match="'linear'.*step, cosine, constant"):
+        make_schedule("linear", RATE, epochs=1, steps_per_epoch=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.0},
+        {"momentum": 0.9},
+        {"momentum": 0.9, "weight_decay": 0.05},
+        {"momentum": 0.9, "weight_decay": 0.05, "nesterov": True},
+        {"momentum": 0.9, "weight_decay": 0.05, "clip_norm": 4.5},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_sgd_takes_the_steps_of_torch(settings):
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.normal(size=(8, 3)).astype("f"), rng.normal(size=(8, 2)).astype("f")
+    start = {"weight": rng.normal(size=(3, 2)).astype("f"), "bias": np.array([2, -3], "f")}
+    rates = [0.1, 0.1, 0.1, 0.05, 0.05, 0.05, 0.05, 0.01, 0.01, 0.01]
+    clip = settings.get("clip_norm", 0)
+
+    tx = make_optimizer(lambda count: jnp.asarray(rates)[count], **settings)
+    params = jax.tree.map(jnp.asarray, start)
+    state = tx.init(params)
+    loss = lambda params: jnp.mean((inputs @ params["weight"] + params["bias"] - targets) ** 2)  # noqa: E731
+
+    weights = {name: torch.tensor(value, requires_grad=True) for name, value in start.items()}
+    options = {name: value for name, value in settings.items() if name != "clip_norm"}
+    theirs = torch.optim.SGD(weights.values(), lr=1.0, **options)
+    norms = []
+    for rate in rates:
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        params = optax.apply_updates(params, updates)
+
+        theirs.zero_grad()
+        outputs = torch.tensor(inputs) @ weights["weight"] + weights["bias"]
+        torch.nn.functional.mse_loss(outputs, torch.tensor(targets)).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(weights.values(), clip or math.inf)))
+        theirs.param_groups[0]["lr"] = rate
+        theirs.step()
+        for name, value in weights.items():
+            np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=1e-5, atol=1e-6)
+    assert not clip or min(norms) < clip < max(norms), "the bound must be met and not met"
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
+def test_cross_entropy_is_that_of_torch(label_smoothing):
+    rng = np.random.default_rng(0)
+    logits, labels = (4 * rng.normal(size=(6, 5))).astype("f"), np.array([0, 1, 2, 3, 4, 4])
+    ours = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), label_smoothing)
+    theirs = torch.nn.functional.cross_entropy(
+        torch.tensor(logits), torch.tensor(labels), label_smoothing=label_smoothing, reduction="none"
+    )
+    assert ours.shape == (6,) and ours.dtype == jnp.float32
+    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_cross_entropy_of_large_logits_is_finite():
+    logits = jnp.array([[1000.0, 0.0, -1000.0]])
+    np.testing.assert_allclose(cross_entropy(logits, jnp.array([1])), [1000.0])
