@@ -289,15 +289,15 @@ def test_several_damaged_ones_are_all_set_aside(workdir, opened, warnings):
 
 
 def test_a_step_can_be_damaged_twice(workdir, opened):
-    empty(workdir / "checkpoints/30")
+    truncate(workdir / "checkpoints/30")
     checkpoints = opened(workdir)
     checkpoints.restore(LIKE)
     save(checkpoints, 30)
     checkpoints.wait()
-    truncate(workdir / "checkpoints/30")
+    delete_record(workdir / "checkpoints/30")
     checkpoints = opened(workdir)
     assert is_step(checkpoints.restore(LIKE), 20)
-    assert (workdir / "checkpoints/damaged/30/state").is_dir()  # the second
+    assert not (workdir / "checkpoints/damaged/30/record").exists()  # the second
     save(checkpoints, 30)
     assert is_step(checkpoints.restore(LIKE), 30)
 

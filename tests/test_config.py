@@ -155,6 +155,7 @@ RIGHT = {
     "optimizer.boundaries": [(), (0.5,), [0.5, 20]],
     "eval.checkpoint": ["best", "last", "1200", "0", 1200],
     "train.max_steps": [0, 10],
+    "checkpoint.keep": [1, 10],
     "checkpoint.keep_best": [0],
 }
 
@@ -336,6 +337,7 @@ def test_what_is_left_to_the_data_is_compared_once_it_is_resolved(field, other):
     (line,) = changed_fields(stored(), changed({field: other}), resolved=False)
     assert line == f"{field}: {resolved[field]!r} before, {other!r} now"
     assert changed_fields(stored(), changed(resolved), resolved=True) == []
+    assert len(changed_fields(stored(), DIGITS, resolved=True)) == 4
     (line,) = changed_fields(stored(), changed(resolved | {field: other}), resolved=True)
     assert line.startswith(f"{field}: ")
 

@@ -70,8 +70,9 @@ def test_warmup_of_a_part_of_an_epoch():
 
 
 @pytest.mark.parametrize("kind", ["step", "cosine", "constant"])
-def test_a_schedule_is_a_float32_scalar_inside_jit(kind):
-    schedule = make_schedule(kind, RATE, epochs=2, steps_per_epoch=5, boundaries=(1,), warmup_epochs=0.4)
+@pytest.mark.parametrize("warmup", [0, 0.4])
+def test_a_schedule_is_a_float32_scalar_inside_jit(kind, warmup):
+    schedule = make_schedule(kind, RATE, epochs=2, steps_per_epoch=5, boundaries=(1,), warmup_epochs=warmup)
     rate = jax.jit(schedule)(jnp.int32(6))
     assert rate.shape == () and rate.dtype == jnp.float32
     assert float(rate) == pytest.approx(float(schedule(6)), rel=1e-6)

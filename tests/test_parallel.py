@@ -71,9 +71,9 @@ def test_any_number_of_devices_trains_to_the_same_state(devices, one_device):
     assert state.step == STEPS and state.nonfinite_step == -1
     for name in ("params", "batch_stats", "opt_state"):
         errors = jax.tree.map(relative, getattr(state, name), getattr(expected, name))
-        assert max(jax.tree.leaves(errors)) < 1e-9, name
+        assert max(jax.tree.leaves(errors)) < 1e-6, name
     for name, total in expected.sums.items():
-        np.testing.assert_allclose(state.sums[name], total, rtol=1e-9)
+        np.testing.assert_allclose(state.sums[name], total, rtol=1e-6)
     assert program.evaluate(state) == pytest.approx(one_device[0].evaluate(expected), rel=1e-6)
     assert program.evaluate(state)["count"] == 21
 
@@ -91,7 +91,7 @@ def test_local_statistics_and_gradients_are_means_over_the_devices():
     for name in ("params", "batch_stats", "opt_state", "sums"):
         first, second = (getattr(half, name) for half in halves)
         mean = jax.tree.map(lambda a, b: (a.astype(np.float64) + b) / 2, first, second)
-        assert max(jax.tree.leaves(jax.tree.map(relative, getattr(state, name), mean))) < 1e-9, name
+        assert max(jax.tree.leaves(jax.tree.map(relative, getattr(state, name), mean))) < 1e-6, name
         if name == "batch_stats":
             assert max(jax.tree.leaves(jax.tree.map(relative, first, second))) > 1e-2, "the halves must differ"
 

@@ -32,7 +32,7 @@ STEPS_PER_CALL_ON_ACCELERATORS = 50
 logger = logging.getLogger("regnet_flax")
 
 
-def pmap(function: Callable[..., Any], mapped: Sequence[int | None], devices: list[jax.Device], donate: bool = False):
+def pmap(function: Callable[..., Any], mapped: Sequence[int | None], devices: list[Any], donate: bool = False):
     """Runs `function` on every device's part; what it returns is the same on all of them.
 
     The state has no device axis, so checkpoints hold for any number of devices. That the result is the same everywhere
@@ -112,7 +112,7 @@ class Program:
       like: shapes, dtypes and placement of the state.
     """
 
-    def __init__(self, config: Any, dataset: sources.Dataset, devices: list[jax.Device]):
+    def __init__(self, config: Any, dataset: sources.Dataset, devices: list[Any]):
         self._config, self._devices = config, devices
         mesh = Mesh(np.array(devices), (AXIS,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
@@ -169,7 +169,7 @@ class Program:
     def _initial_state(self) -> steps.TrainState:
         images = jnp.zeros((1, *self._image_shape))
         variables = self._model.init(jax.random.key(self._config.seed), images, train=False)
-        return steps.create_train_state(variables, self._tx)
+        return steps.create_train_state(dict(variables), self._tx)
 
     def initial_state(self) -> steps.TrainState:
         """The state before the first step."""
@@ -237,7 +237,7 @@ class Program:
 
 
 def train_and_evaluate(
-    config: Any, path: str | pathlib.Path, devices: list[jax.Device] | None = None
+    config: Any, path: str | pathlib.Path, devices: list[Any] | None = None
 ) -> dict[str, Any]:
     """Trains, or goes on with, the run of a workdir.
 
@@ -317,7 +317,7 @@ def _refuse_changes(stored: dict[str, Any] | None, config: Any, path: pathlib.Pa
         )
 
 
-def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[jax.Device] | None = None) -> dict[str, float]:
+def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, float]:
     """Evaluates the checkpoint `eval.checkpoint` of a workdir on the test split.
 
     Args:

@@ -7,7 +7,7 @@ import pathlib
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import jax
 import numpy as np
@@ -32,8 +32,8 @@ class Program(Protocol):
     total_steps: int
     steps_per_call: int
     like: steps.TrainState
+    schedule: Callable[[Any], Any]
 
-    def schedule(self, count: Any) -> jax.Array: ...
     def initial_state(self) -> steps.TrainState: ...
     def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]: ...
     def evaluate(self, state: steps.TrainState, poll: Callable[[int], None]) -> dict[str, float]: ...
@@ -151,8 +151,8 @@ class Run:
                 metrics = self._program.evaluate(self.state, self._poll)
             except _Stop:
                 self._interrupt()
-            line |= {f"eval_{name}": metrics[name] for name in ("loss", "accuracy", "top5_accuracy") if name in metrics}
-            metrics = {name: line[name] for name in line if name.startswith("eval_")}
+            metrics = {f"eval_{name}": value for name, value in metrics.items() if name != "count"}
+            line |= metrics
         self._metrics.write(line)
         self._display.log(line)
         self._logged = True
@@ -186,7 +186,7 @@ class Run:
         self._checkpoints.save(self.step, self.state, {"logged": self._logged, "seconds": self.seconds}, metrics)
         self._display.doing("")
 
-    def _interrupt(self) -> None:
+    def _interrupt(self) -> NoReturn:
         assert self._stop.received is not None
         self._save()
         self._checkpoints.wait()
@@ -194,7 +194,7 @@ class Run:
         raise Interrupted(self._stop.received, message)
 
 
-def collect_results(run: Run, config: Any, path: pathlib.Path, devices: list[jax.Device]) -> dict[str, Any]:
+def collect_results(run: Run, config: Any, path: pathlib.Path, devices: list[Any]) -> dict[str, Any]:
     """What results.json holds of a finished run."""
     lines = workdir.read_metrics(path)
     evals = [{k: v for k, v in line.items() if k in ("step", "epoch") or k.startswith("eval_")} for line in lines]
