@@ -71,13 +71,16 @@ def _checkpoint(value: Any) -> str:
     return "" if known or not _whole(0)(value) else "best, last or a step"
 
 
-_ANY: Check = lambda value: ""  # noqa: E731
+def _any(value: Any) -> str:
+    return ""
+
+
 FIELDS: dict[str, Check] = {
     "seed": _whole(0),
     "dtype": _choice("float32", "bfloat16"),
     "model.name": _text,
     # The other values are create_model's to check.
-    **{f"model.overrides.{option}": _ANY for option in OPTIONS},
+    **{f"model.overrides.{option}": _any for option in OPTIONS},
     "model.overrides.share_regulator": _optional(_flag),
     "model.overrides.regulated_stages": _optional(_each(_whole(1))),
     "model.overrides.remat": _optional(_flag),

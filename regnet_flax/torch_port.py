@@ -1,4 +1,4 @@
-"""PyTorch state dicts to Flax variables and back, in numpy, by the names that the public projects and torchvision use."""
+"""PyTorch state dicts to Flax variables and back, in numpy, by the public projects' and torchvision's names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,11 @@ def _is_torchvision(model: nn.Module) -> bool:
 def _torch_name(path: tuple[str, ...], torchvision: bool) -> str:
     """From ("stage1", "block2", "shortcut_conv", "kernel") to "layer1.1.shortcut.0.weight"."""
     shortcut = "downsample" if torchvision else "shortcut"
-    modules = {"shortcut_conv": f"{shortcut}.0", "shortcut_bn": f"{shortcut}.1", "head": "fc" if torchvision else "linear"}
+    modules = {
+        "shortcut_conv": f"{shortcut}.0",
+        "shortcut_bn": f"{shortcut}.1",
+        "head": "fc" if torchvision else "linear",
+    }
     parts = []
     *owners, leaf = path
     for owner in owners:

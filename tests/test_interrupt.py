@@ -46,9 +46,8 @@ def test_the_lock_keeps_another_process_out_until_its_holder_is_gone(tmp_path):
 def test_the_lock_is_free_after_use_and_after_an_error(tmp_path):
     with pytest.raises(RuntimeError), workdir_lock(tmp_path):
         raise RuntimeError
-    with workdir_lock(tmp_path):
-        with pytest.raises(WorkdirError), workdir_lock(tmp_path):
-            pass
+    with workdir_lock(tmp_path), pytest.raises(WorkdirError), workdir_lock(tmp_path):
+        pass
 
 
 def test_a_workdir_that_is_a_file(tmp_path):
@@ -75,6 +74,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with StopSignals() as stop:
         assert stop.received is None
+        assert signal.getsignal(number) not in before
         os.kill(os.getpid(), number)
         assert stop.received == number
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before

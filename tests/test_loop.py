@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import digits
 
+from configs import digits
 from regnet_flax import create_model
 from regnet_flax.analysis.summary import count_parameters
 from regnet_flax.config import ConfigError

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from configs import digits
 
+from configs import digits
 from regnet_flax.data.sources import Dataset, Split
 from regnet_flax.training import loop, steps
 

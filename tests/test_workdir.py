@@ -35,7 +35,7 @@ def logger(monkeypatch):
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", True)
     level = logger.level
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.NOTSET)
     yield logger
     logger.setLevel(level)
 

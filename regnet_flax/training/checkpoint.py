@@ -18,13 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_manager
 
 from regnet_flax.training.interrupt import WorkdirError
 from regnet_flax.training.workdir import write_json
 
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
 METRIC = "eval_accuracy"
-METRICS = ocp.checkpoint_manager.METRIC_ITEM_NAME
+METRICS = checkpoint_manager.METRIC_ITEM_NAME
 
 logger = logging.getLogger("regnet_flax")
 
@@ -217,7 +218,7 @@ class Checkpoints:
         reason, hook = "", sys.unraisablehook
         sys.unraisablehook = lambda unraisable: None
         try:
-            restored = self._manager.restore(step, args=args)
+            restored: Any = self._manager.restore(step, args=args)
             record = dict(restored.record)
             expected, found = record.pop("checksums"), _checksums(jax.device_get(restored.state))
             if expected == found:

@@ -236,9 +236,7 @@ class Program:
         )
 
 
-def train_and_evaluate(
-    config: Any, path: str | pathlib.Path, devices: list[Any] | None = None
-) -> dict[str, Any]:
+def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, Any]:
     """Trains, or goes on with, the run of a workdir.
 
     Args:
@@ -272,7 +270,7 @@ def train_and_evaluate(
         fingerprint = dataset.fingerprint()
         if stored and stored["dataset_fingerprint"] != fingerprint:
             raise config_lib.ConfigError(
-                f"{path} was trained on other images than {dataset.name} has now: restore them, or name another --workdir"
+                f"{path} was trained on other images than {dataset.name} has now: restore them, or name another workdir"
             )
         config = resolve(config, dataset)
         _refuse_changes(stored, config, path, resolved=True)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("step", "cosine", "constant")
-Schedule = Callable[[jax.Array | int], jax.Array]
+Schedule = Callable[[Any], Any]  # from steps taken to a float32 scalar
 
 
 def boundary_steps(boundaries: Sequence[float], epochs: float, steps_per_epoch: int) -> list[int]:
@@ -49,13 +48,11 @@ def make_schedule(
     total, warmup = round(epochs * steps_per_epoch), round(warmup_epochs * steps_per_epoch)
     if kind == "step":
         steps = boundary_steps(boundaries, epochs, steps_per_epoch)
-        base = optax.piecewise_constant_schedule(learning_rate, {step: decay ** steps.count(step) for step in steps})
+        factors = {step: decay ** steps.count(step) for step in steps}
+        base: Schedule = optax.piecewise_constant_schedule(learning_rate, factors)
     elif kind == "cosine":
-
-        def base(count):
-            progress = jnp.clip((count - warmup) / max(1, total - warmup), 0, 1)
-            return learning_rate * 0.5 * (1 + jnp.cos(math.pi * progress))
-
+        decayed = optax.cosine_decay_schedule(learning_rate, max(1, total - warmup))
+        base = lambda count: decayed(jnp.maximum(count - warmup, 0))  # noqa: E731
     elif kind == "constant":
         base = optax.constant_schedule(learning_rate)
     else:

@@ -190,7 +190,7 @@ class Run:
         assert self._stop.received is not None
         self._save()
         self._checkpoints.wait()
-        message = f"stopped by signal {self._stop.received} and saved at step {self.step}: the same command goes on from there"
+        message = f"stopped by signal {self._stop.received} saved at step {self.step}; the same command goes on from it"
         raise Interrupted(self._stop.received, message)
 
 

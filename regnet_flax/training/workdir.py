@@ -121,6 +121,8 @@ def log_to(workdir: pathlib.Path) -> logging.Handler:
     handler = logging.FileHandler(workdir / LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)
+    if not logger.isEnabledFor(logging.INFO):  # called from Python, where nothing has set a level
+        logger.setLevel(logging.INFO)
     return handler
 
 
@@ -130,7 +132,7 @@ def stop_logging(handler: logging.Handler) -> None:
     handler.close()
 
 
-def environment(devices: list[jax.Device]) -> dict[str, Any]:
+def environment(devices: list[Any]) -> dict[str, Any]:
     """Hardware and versions, for results.json."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "regnet-flax")
     versions = {"python": platform.python_version()}
