@@ -41,7 +41,8 @@ def step_times(name, batch, rounds):
     }
     scanned, looped = create_model(name, unroll=99), create_model(name, scan=False)
     state = initial_state(scanned, data["images"])
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    # A copy, since each step gives up the state that it is given.
+    variables = jax.tree.map(jnp.copy, {"params": state.params, "batch_stats": state.batch_stats})
     states = {"scan": state, "loop": steps.create_train_state(unstack_blocks(variables), tx)}
     functions = {"scan": train_step(scanned), "loop": train_step(looped)}
     times = {"scan": [], "loop": []}

@@ -206,7 +206,8 @@ def collect_results(run: Run, config: Any, path: pathlib.Path, devices: list[Any
         "seed": config.seed,
         "step": run.step,
         "last": evals[-1] if evals else None,
-        "best": max(evals, key=lambda line: line["eval_accuracy"]) if evals else None,
+        # The later of two equal ones, as Orbax keeps them.
+        "best": max(reversed(evals), key=lambda line: line["eval_accuracy"]) if evals else None,
         "parameters": summary.count_parameters(run.state.params),
         "wall_time_seconds": round(run.seconds, 1),
         "images_per_second": round(float(np.median(rates)), 1) if rates else None,
