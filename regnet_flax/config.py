@@ -1,14 +1,15 @@
-"""Checks a config's values, all at once, before anything is compiled, downloaded or written."""
+"""Checks a config's values, all at once, before anything is compiled, downloaded or written; completes it."""
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from regnet_flax.data.augment import AUGMENTATIONS
-from regnet_flax.data.sources import SOURCES
+from regnet_flax.data.sources import SOURCES, Dataset, channel_statistics
 from regnet_flax.models.registry import OPTIONS, create_model
 from regnet_flax.training.optimizer import SCHEDULES, boundary_steps
 
@@ -204,6 +205,31 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
         yield "optimizer.nesterov is True: it needs optimizer.momentum above 0"
     if values.get("dataset.name") == "folder" and values.get("dataset.data_dir") == "":
         yield "dataset.data_dir is '': name the directory of train/ and test/, with --config.dataset.data_dir=DIR"
+
+
+def resolve(config: Any, dataset: Dataset) -> Any:
+    """A copy of the config with what it left to the data set filled in.
+
+    Raises:
+      ConfigError: a value contradicts the data set.
+    """
+    config = copy.deepcopy(config)
+    height, width, channels = dataset.train.images.shape[1:]
+    if height == width:
+        config.dataset.image_size = height
+    config.dataset.num_classes = len(dataset.class_names)
+    if not config.dataset.mean:
+        config.dataset.mean, config.dataset.std = channel_statistics(dataset.train.images)
+    if len(config.dataset.mean) not in (1, channels):
+        raise ConfigError(
+            f"dataset.mean has {len(config.dataset.mean)} values: the images of {dataset.name} have {channels} channels"
+        )
+    if config.train.batch_size > len(dataset.train.labels):
+        raise ConfigError(
+            f"train.batch_size is {config.train.batch_size}: {dataset.name} has {len(dataset.train.labels)} training "
+            "images, so it must be at most that"
+        )
+    return config
 
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, resolved: bool) -> list[str]:

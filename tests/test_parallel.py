@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import digits
+from regnet_flax.config import resolve
 from regnet_flax.data.sources import Dataset, Split
 from regnet_flax.training import loop, steps
 
@@ -34,7 +35,7 @@ def make_program(devices, **overrides):
     config.dtype = "float64"
     config.update_from_flattened_dict(overrides)
     data = dataset()
-    return loop.Program(loop.resolve(config, data), data, jax.devices()[:devices])
+    return loop.Program(resolve(config, data), data, jax.devices()[:devices])
 
 
 @pytest.fixture(autouse=True, scope="module")

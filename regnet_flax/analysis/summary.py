@@ -68,21 +68,23 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Part]
 
     def count(call, args, kwargs, context):
         module = context.module
-        if context.method_name != "__call__":
+        if context.method_name != "__call__" or module.is_initializing():  # apply asks for the shapes of parameters
             return call(*args, **kwargs)
-        if len(module.path) == 1:
+        of_the_model = isinstance(module.parent, type(model))
+        if of_the_model:
             inside[0] = module.path[0]
         output = call(*args, **kwargs)
         if inside[0]:
             part = parts.setdefault(inside[0], Part(inside[0]))
             part.multiply_adds += _multiply_adds(module, args, output)
-            if len(module.path) == 1:
+            if of_the_model:
                 part.output = output.shape[1:] if hasattr(output, "shape") else None
         return output
 
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    variables = jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images)
     with nn.intercept_methods(count):
-        variables = jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images)
+        jax.eval_shape(lambda variables, x: model.apply(variables, x, train=False), variables, images)
     for name, tree in variables["params"].items():
         parts.setdefault(name, Part(name)).parameters = count_parameters(tree)
     return list(parts.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import logging
@@ -46,27 +45,6 @@ def pmap(function: Callable[..., Any], mapped: Sequence[int | None], devices: li
         devices=devices,
         donate_argnums=(0,) if donate else (),
     )
-
-
-def resolve(config: Any, dataset: sources.Dataset) -> Any:
-    """A copy of the config with what it left to the data set filled in."""
-    config = copy.deepcopy(config)
-    height, width, channels = dataset.train.images.shape[1:]
-    if height == width:
-        config.dataset.image_size = height
-    config.dataset.num_classes = len(dataset.class_names)
-    if not config.dataset.mean:
-        config.dataset.mean, config.dataset.std = sources.channel_statistics(dataset.train.images)
-    if len(config.dataset.mean) not in (1, channels):
-        raise config_lib.ConfigError(
-            f"dataset.mean has {len(config.dataset.mean)} values: the images of {dataset.name} have {channels} channels"
-        )
-    if config.train.batch_size > len(dataset.train.labels):
-        raise config_lib.ConfigError(
-            f"train.batch_size is {config.train.batch_size}: {dataset.name} has {len(dataset.train.labels)} training "
-            "images, so it must be at most that"
-        )
-    return config
 
 
 def load(config: Any) -> sources.Dataset:
@@ -272,7 +250,7 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
             raise config_lib.ConfigError(
                 f"{path} was trained on other images than {dataset.name} has now: restore them, or name another workdir"
             )
-        config = resolve(config, dataset)
+        config = config_lib.resolve(config, dataset)
         _refuse_changes(stored, config, path, resolved=True)
         with workdir_lock(path):
             record = {"class_names": list(dataset.class_names), "dataset_fingerprint": fingerprint}
@@ -334,7 +312,7 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     if not (path / CHECKPOINTS).is_dir():
         raise WorkdirError(f"there is no checkpoint in {path}: train first, or name the run with --workdir")
     dataset = load(config)
-    program = Program(resolve(config, dataset), dataset, devices)
+    program = Program(config_lib.resolve(config, dataset), dataset, devices)
     checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
     try:
         step, state = checkpoints.read(str(config.eval.checkpoint), program.like)
