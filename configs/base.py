@@ -14,6 +14,8 @@ def get_config() -> config_dict.ConfigDict:
 
     config.model = model = config_dict.ConfigDict()
     model.name = "regnet20_convlstm"  # see `regnet_flax.list_models()`; any CIFAR depth 6m+2 is accepted
+    model.init_from = ""  # a .safetensors or .pth file of weights by PyTorch's names to start from, or to evaluate
+    model.new_head = False  # leave that file's head out, as for another number of classes
     model.overrides = overrides = config_dict.ConfigDict()  # None: the model's own default
     overrides.kernel = config_dict.placeholder(str)  # of the regulators: "separable" or "dense"
     overrides.share_regulator = config_dict.placeholder(bool)  # one for all blocks of a stage, or one each
@@ -67,4 +69,8 @@ def get_config() -> config_dict.ConfigDict:
     checkpoint.every_steps = 0  # 0: every epoch
     checkpoint.keep = 2  # the newest
     checkpoint.keep_best = 1  # and those of the highest test accuracy
+
+    config.export = export = config_dict.ConfigDict()  # for --mode export, of the checkpoint eval.checkpoint
+    export.format = "safetensors"  # or "torch", by PyTorch's names both
+    export.path = ""  # "": weights.safetensors or weights.pth in the workdir
     return config

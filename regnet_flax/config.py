@@ -80,6 +80,8 @@ FIELDS: dict[str, Check] = {
     "seed": _whole(0),
     "dtype": _choice("float32", "bfloat16"),
     "model.name": _text,
+    "model.init_from": _text,
+    "model.new_head": _flag,
     # The other values are create_model's to check.
     **{f"model.overrides.{option}": _any for option in OPTIONS},
     "model.overrides.share_regulator": _optional(_flag),
@@ -116,6 +118,8 @@ FIELDS: dict[str, Check] = {
     "checkpoint.every_steps": _whole(0),
     "checkpoint.keep": _whole(1),
     "checkpoint.keep_best": _whole(0),
+    "export.format": _choice("safetensors", "torch"),
+    "export.path": _text,
 }
 
 # The fields in which a run may be resumed with another value: they change no number that training computes.
@@ -131,6 +135,8 @@ MAY_CHANGE = (
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.keep_best",
+    "export.format",
+    "export.path",
 )
 # The values that stand for "from the data set".
 AUTOMATIC = {"dataset.num_classes": 0, "dataset.image_size": 0, "dataset.mean": (), "dataset.std": ()}
@@ -203,6 +209,8 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
             yield f"optimizer.warmup_epochs is {warmup}: the run ends at train.epochs={epochs}"
     if values.get("optimizer.nesterov") and values.get("optimizer.momentum") == 0:
         yield "optimizer.nesterov is True: it needs optimizer.momentum above 0"
+    if values.get("model.new_head") and values.get("model.init_from") == "":
+        yield "model.new_head is True: it needs model.init_from, a file of weights"
     if values.get("dataset.name") == "folder" and values.get("dataset.data_dir") == "":
         yield "dataset.data_dir is '': name the directory of train/ and test/, with --config.dataset.data_dir=DIR"
 

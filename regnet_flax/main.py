@@ -11,7 +11,7 @@ from typing import Any
 # configs/ stands beside the package, in the repository as in an installation.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "configs/digits.py"
-MODES = ("train", "eval", "summary")
+MODES = ("train", "eval", "summary", "export")
 
 
 class UsageError(ValueError):
@@ -98,6 +98,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
                 f"{values.workdir}/{workdir.CONFIG} does not fit this version: {_one_line(error)}"
             ) from error
         _tuples(config)
+        config.model.init_from, config.model.new_head = "", False  # what the run began with, not what it came to
         config.update_from_flattened_dict(overrides)
     return config, values
 
@@ -166,6 +167,11 @@ def run(argv: Sequence[str]) -> None:
 
     if values.mode == "train":
         loop.train_and_evaluate(config, values.workdir)
+    elif values.mode == "export":
+        from regnet_flax import export
+
+        model, variables, step = loop.load_trained(config, values.workdir)
+        export.export_weights(config, model, variables, step, values.workdir)
     else:
         loop.evaluate_only(config, values.workdir)
 
@@ -177,13 +183,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from regnet_flax.training.checkpoint import CheckpointError
     from regnet_flax.training.interrupt import Interrupted, WorkdirError
     from regnet_flax.training.run import NonFiniteError
+    from regnet_flax.weights import WeightsError
 
     try:
         run(sys.argv[1:] if argv is None else argv)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    except (UsageError, ConfigError, DataError, WorkdirError) as error:
+    except (UsageError, ConfigError, DataError, WeightsError, WorkdirError) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,32 +13,46 @@ import numpy as np
 from flax import traverse_util
 
 from regnet_flax.models.regnet import RegNet, stack_blocks, unstack_blocks
+from regnet_flax.models.regnety import RegNetY
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 _IGNORED = "num_batches_tracked"
 
 
-def _is_torchvision(model: nn.Module) -> bool:
-    """Whether the model's names are torchvision's: those of the ImageNet ResNets without regulators."""
-    return isinstance(model, RegNet) and model.stem == "imagenet" and model.regulator is None
+def _module_names(model: nn.Module) -> dict[str, str]:
+    """What the model's PyTorch counterpart calls the modules that go by another name here."""
+    if isinstance(model, RegNetY):
+        return _REGNETY
+    assert isinstance(model, RegNet)
+    if model.replace:
+        return _names("shortcut", "linear", "rnn") | {"conv": "conv_x"}
+    if model.regulator is not None and not model.normalize_state:
+        return _names("downsample", "fc", "convlstm")
+    if model.stem == "imagenet" and model.regulator is None:
+        return _names("downsample", "fc", "regulator")  # torchvision
+    return _names("shortcut", "linear", "regulator")  # the paper's
 
 
-def _torch_name(path: tuple[str, ...], torchvision: bool) -> str:
+def _names(shortcut: str, head: str, regulator: str) -> dict[str, str]:
+    return {"shortcut_conv": f"{shortcut}.0", "shortcut_bn": f"{shortcut}.1", "head": head, "regulator": regulator}
+
+
+_REGNETY = {"stem_conv": "stem.0", "stem_bn": "stem.1", "head": "fc", "proj_conv": "proj.0", "proj_bn": "proj.1"}
+_REGNETY |= {f"{part}_{kind}": f"f.{part}.{i}" for part in "abc" for i, kind in enumerate(("conv", "bn"))}
+_REGNETY |= {"se": "f.se"}
+
+
+def _torch_name(path: tuple[str, ...], modules: dict[str, str]) -> str:
     """From ("stage1", "block2", "shortcut_conv", "kernel") to "layer1.1.shortcut.0.weight"."""
-    shortcut = "downsample" if torchvision else "shortcut"
-    modules = {
-        "shortcut_conv": f"{shortcut}.0",
-        "shortcut_bn": f"{shortcut}.1",
-        "head": "fc" if torchvision else "linear",
-    }
     parts = []
     *owners, leaf = path
     for owner in owners:
-        if owner.startswith("stage"):
-            stage = owner.removeprefix("stage")
-            parts.append(f"regulator{stage}" if owners[1] == "regulator" else f"layer{stage}")
-        elif owner.startswith("block"):
-            parts.append(str(int(owner.removeprefix("block")) - 1))
+        if match := re.fullmatch(r"stage(\d+)_block(\d+)", owner):  # RegNetY
+            parts.append(f"trunk_output.block{match[1]}.block{match[1]}-{int(match[2]) - 1}")
+        elif match := re.fullmatch(r"stage(\d+)", owner):
+            parts.append(f"regulator{match[1]}" if owners[1] == "regulator" else f"layer{match[1]}")
+        elif match := re.fullmatch(r"block(\d+)", owner):
+            parts.append(str(int(match[1]) - 1))
         elif owner == "regulator" and owners[1] == "regulator":
             continue  # the stage's shared one, already named
         else:
@@ -45,17 +60,30 @@ def _torch_name(path: tuple[str, ...], torchvision: bool) -> str:
     return ".".join([*parts, _LEAVES[leaf]])
 
 
-def _entries(variables: Mapping[str, Any], model: nn.Module) -> Iterator[tuple[str, tuple[str, ...], Any]]:
-    """(PyTorch's name, path with the collection first, array) of every array of per-block variables."""
-    torchvision = _is_torchvision(model)
+class _Entry(NamedTuple):
+    """An array of per-block variables: PyTorch's name, the path with the collection first, the array."""
+
+    name: str
+    path: tuple[str, ...]
+    array: Any
+
+    def to_torch(self, array: np.ndarray) -> np.ndarray:
+        """In PyTorch's layout, (outputs, inputs, height, width) for (height, width, inputs, outputs)."""
+        if ".f.se." in self.name and array.ndim == 2:  # torchvision's RegNet has 1×1 convolutions for dense layers
+            return array.T[:, :, None, None]
+        return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+
+    def from_torch(self, array: np.ndarray) -> np.ndarray:
+        """The inverse; an array that fits in no layout is left alone."""
+        if ".f.se." in self.name and array.ndim == 4:
+            return array[:, :, 0, 0].T
+        return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+
+
+def _entries(variables: Mapping[str, Any], model: nn.Module) -> Iterator[_Entry]:
+    modules = _module_names(model)
     for path, array in traverse_util.flatten_dict(dict(variables)).items():
-        yield _torch_name(path[1:], torchvision), path, array
-
-
-def _transposed(array: np.ndarray, to_torch: bool) -> np.ndarray:
-    if array.ndim == 4:  # (height, width, inputs, outputs) against (outputs, inputs, height, width)
-        return array.transpose((3, 2, 0, 1) if to_torch else (2, 3, 1, 0))
-    return array.T if array.ndim == 2 else array
+        yield _Entry(_torch_name(path[1:], modules), path, array)
 
 
 def to_torch(variables: Mapping[str, Any], model: nn.Module) -> dict[str, np.ndarray]:
@@ -70,15 +98,16 @@ def to_torch(variables: Mapping[str, Any], model: nn.Module) -> dict[str, np.nda
     """
     variables = {name: variables[name] for name in ("params", "batch_stats") if name in variables}
     entries = _entries(unstack_blocks(variables), model)
-    return {name: np.ascontiguousarray(_transposed(np.asarray(array), True)) for name, _, array in entries}
+    return {entry.name: np.ascontiguousarray(entry.to_torch(np.asarray(entry.array))) for entry in entries}
 
 
-def from_torch(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> dict[str, Any]:
+def from_torch(state_dict: Mapping[str, np.ndarray], model: nn.Module, *, new_head: bool = False) -> dict[str, Any]:
     """A PyTorch state dict as the model's variables.
 
     Args:
       state_dict: from PyTorch's names to arrays, in PyTorch's layouts; `num_batches_tracked` is ignored.
       model: from create_model, with the number of classes of the state dict.
+      new_head: leave the head out, of the state dict and of the result; the number of classes may differ then.
 
     Returns:
       "params" and "batch_stats", stacked where the model runs its blocks under `nn.scan`.
@@ -87,25 +116,31 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> dict[s
       ValueError: entries are missing, left over or of another shape; the message lists them.
     """
     found = {name: np.asarray(array) for name, array in state_dict.items() if not name.endswith(_IGNORED)}
-    if not _is_torchvision(model) and "linear.weight" not in found:
-        # The public photo notebook's name for the head.
+    if _module_names(model)["head"] == "linear" and "linear.weight" not in found:
+        # A public notebook's name for the head.
         found = {name.replace("fc.", "linear.") if name.startswith("fc.") else name: a for name, a in found.items()}
     per_block = model.clone(scan=False) if hasattr(model, "scan") else model
-    stem = found.get("conv1.weight")
+    stem = found.get("stem.0.weight" if isinstance(model, RegNetY) else "conv1.weight")
     channels = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
     images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
     expected = jax.eval_shape(lambda key, x: per_block.init(key, x, train=False), jax.random.key(0), images)
 
     flat, missing, misshapen = {}, [], []
-    for name, path, struct in _entries(expected, model):
-        if name not in found:
-            missing.append(name)
+    head = _module_names(model)["head"]
+    if new_head:
+        found = {name: array for name, array in found.items() if not name.startswith(f"{head}.")}
+    for entry in _entries(expected, model):
+        if new_head and entry.path[1] == "head":
             continue
-        array = _transposed(found.pop(name), False)
-        if array.shape != struct.shape:
-            wanted = _transposed(np.empty(struct.shape, np.bool_), True).shape
-            misshapen.append(f"{name} has shape {_transposed(array, True).shape}, not {wanted}")
-        flat[path] = array
+        if entry.name not in found:
+            missing.append(entry.name)
+            continue
+        array = found.pop(entry.name)
+        wanted = entry.to_torch(np.empty(entry.array.shape, np.bool_)).shape
+        if array.shape != wanted:
+            misshapen.append(f"{entry.name} has shape {array.shape}, not {wanted}")
+        else:
+            flat[entry.path] = entry.from_torch(array)
     problems = [
         f"{what}: {', '.join(names)}"
         for what, names in (("missing", missing), ("left over", sorted(found)), ("misshapen", misshapen))

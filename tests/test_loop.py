@@ -15,7 +15,7 @@ from regnet_flax.config import ConfigError
 from regnet_flax.training import loop
 from regnet_flax.training.checkpoint import CHECKPOINTS
 from regnet_flax.training.interrupt import WorkdirError
-from regnet_flax.training.run import NonFiniteError
+from regnet_flax.training.run import NonFiniteError, Run
 
 ONE = slice(0, 1)
 IMAGE = jnp.zeros((1, 8, 8, 1))
@@ -123,6 +123,20 @@ def test_a_stopped_run_goes_on_to_the_same_end(finished, tmp_path):
     assert by_step.keys() == expected.keys() | {7}
     for step in expected.keys() - {10}:
         assert by_step[step] == expected[step]
+
+
+def test_a_run_that_goes_on_is_not_taken_for_finished_when_it_is_stopped(tmp_path, monkeypatch):
+    train(tmp_path, **{"train.max_steps": 3})
+    assert (tmp_path / "results.json").exists()
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "run", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(tmp_path, **{"train.max_steps": 5})
+    assert train(tmp_path, **{"train.max_steps": 5})["step"] == 5
 
 
 def test_a_run_goes_on_from_a_checkpoint_within_a_logging_interval(finished, tmp_path):

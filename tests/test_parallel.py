@@ -10,8 +10,10 @@ import pytest
 
 from configs import digits
 from regnet_flax.config import resolve
+from regnet_flax.data import augment, in_memory
 from regnet_flax.data.sources import Dataset, Split
 from regnet_flax.training import loop, steps
+from regnet_flax.training.program import Program
 
 STEPS = 5
 
@@ -35,7 +37,7 @@ def make_program(devices, **overrides):
     config.dtype = "float64"
     config.update_from_flattened_dict(overrides)
     data = dataset()
-    return loop.Program(resolve(config, data), data, jax.devices()[:devices])
+    return Program(resolve(config, data), data, jax.devices()[:devices], loop.pmap)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -98,12 +100,12 @@ def test_local_statistics_and_gradients_are_means_over_the_devices():
 
 
 def _order(program):
-    return loop.in_memory.epoch_order(program._config.seed, 0, program._size)
+    return in_memory.epoch_order(program._config.seed, 0, program._size)
 
 
 def _one_half(program, state, data, order, shard):
-    batch, keys = loop.in_memory.train_batch(data, order, 0, state.step, batch_size=16, shard=shard, shards=2)
-    images = loop.augment.augment(("crop", "flip"), keys, batch["images"])
+    batch, keys = in_memory.train_batch(data, order, 0, state.step, batch_size=16, shard=shard, shards=2)
+    images = augment.augment(("crop", "flip"), keys, batch["images"])
     return steps.train_step(
         state,
         {"images": program._normalize(images), "labels": batch["labels"]},

@@ -11,40 +11,63 @@ import torch
 
 import torch_reference
 from regnet_flax import create_model
+from regnet_flax.models.registry import MODELS
 from regnet_flax.torch_port import from_torch, to_torch
 from regnet_flax.training.steps import cross_entropy
 
 BATCH, CLASSES = 6, 10
 TOLERANCE = 1e-8  # of norms, relative
-CASES = [
+WHOLE = [  # at their own depth
     ("resnet20", {}),
-    ("regnet20_convrnn", {}),
-    ("regnet20_convgru", {}),
     ("regnet20_convlstm", {}),
+    ("regnet50_convrnn", {"width": 4}),
+    ("regnet_proj_cifar", {"width": 8}),
+    ("regnet_proj_imagenet", {"width": 4}),
+    ("resnet_rnn20_convrnn", {"width": 8}),
+    ("resnet_rnn20_convgru", {"width": 8}),
+    ("regnety_400mf", {}),
+]
+OPTIONS = [
     ("regnet14_convrnn", {"kernel": "dense"}),
     ("regnet14_convgru", {"kernel": "dense", "share_regulator": False}),
     ("regnet14_convlstm", {"kernel": "dense", "shortcut": "A"}),
     ("regnet14_convlstm", {"share_regulator": False, "regulated_stages": (1, 3)}),
     ("se_resnet14", {"shortcut": "A"}),
-    ("se_regnet14_convgru", {}),
-    ("resnet18", {"width": 8}),
-    ("resnet50", {"width": 8}),
-    ("resnet50", {"width": 8, "bottleneck_stride": "3x3"}),
-    ("se_resnet50", {"width": 8}),
-    ("regnet18_convgru", {"width": 8}),
-    ("regnet50_convrnn", {"width": 8}),
-    ("regnet50_convlstm", {"width": 8}),
-    ("se_regnet50_convlstm", {"width": 8, "share_regulator": False}),
+    ("resnet50", {"width": 4, "bottleneck_stride": "3x3", "stage_sizes": (2, 2)}),
 ]
 
 
+def kind(name):
+    """All that makes a registered model but its depth and width."""
+    make = MODELS[name]
+    return make.func, tuple(sorted((k, v) for k, v in make.keywords.items() if k not in ("stage_sizes", "width")))
+
+
+# One model of every kind in the registry, so that none can be added without a comparison; two stages of two blocks.
+_named = {kind(name) for name, _ in WHOLE}
+KINDS = [
+    (name, {"width": 4, "stage_sizes": (2, 2)})
+    for name in {kind(name): name for name in MODELS if kind(name) not in _named}.values()
+]
+CASES = WHOLE + OPTIONS + KINDS
+
+
 def is_imagenet(name):
-    return any(name.removeprefix("se_").startswith(f"{family}{d}") for family in ("resnet", "regnet") for d in (18, 50))
+    return getattr(create_model(name), "stem", "imagenet") == "imagenet"
+
+
+def create(name, options, **more):
+    """Our model; `stage_sizes` may be other than the name says."""
+    options = dict(options)
+    sizes = options.pop("stage_sizes", None)
+    model = create_model(name, num_classes=CLASSES, **options, **more)
+    return model.clone(stage_sizes=sizes) if sizes else model
 
 
 def reference(name, options, seed=0):
     """The PyTorch model, with batch normalisations that are not the identity."""
     torch.manual_seed(seed)
+    options = {"counts" if key == "stage_sizes" else key: value for key, value in options.items()}
     model = torch_reference.build(name, num_classes=CLASSES, **options)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -68,6 +91,12 @@ def relative(a, b):
 def statistics_count(name, options, size, key):
     """batch × height × width of what a batch normalisation of the reference sees."""
     first, block, *rest = key.split(".")
+    if name.startswith("regnety"):
+        stage = int(block.removeprefix("block")) if first == "trunk_output" else 0
+        before = stage and rest[0].endswith("-0") and rest[2] == "a"  # before the stride
+        return BATCH * (size // 2 ** (stage + (not before))) ** 2
+    if name == "regnet_proj_cifar" and first != "bn1":
+        size //= 2
     if is_imagenet(name):
         size = size // 2 if first == "bn1" else size // 4
     if first.startswith("layer"):
@@ -79,7 +108,7 @@ def statistics_count(name, options, size, key):
 
 
 def batch(name, dtype):
-    size = 64 if is_imagenet(name) else 16
+    size = 32 if is_imagenet(name) else 16
     rng = np.random.default_rng(1)
     return rng.normal(size=(BATCH, 3, size, size)).astype(dtype), rng.integers(0, CLASSES, BATCH)
 
@@ -88,10 +117,10 @@ def nhwc(images):
     return jnp.asarray(images.transpose(0, 2, 3, 1))
 
 
-@pytest.mark.parametrize("name, options", CASES)
+@pytest.mark.parametrize("name, options", WHOLE + OPTIONS)
 def test_logits_in_float32(name, options):
     theirs = reference(name, options).eval()
-    ours = create_model(name, num_classes=CLASSES, **options)
+    ours = create(name, options)
     variables = from_torch(arrays(theirs.state_dict()), ours)
     images, _ = batch(name, np.float32)
     with torch.no_grad():
@@ -110,7 +139,7 @@ def test_training_in_float64(name, options):
     gradients = {key: p.grad.numpy() for key, p in theirs.named_parameters()}
 
     with jax.enable_x64(True):
-        ours = create_model(name, num_classes=CLASSES, dtype=jnp.float64, **options)
+        ours = create(name, options, dtype=jnp.float64)
         variables = from_torch(before, ours)
 
         def loss_fn(params):
@@ -137,9 +166,9 @@ def test_training_in_float64(name, options):
 @pytest.mark.parametrize("name, options", [*CASES, ("resnet20", {"in_channels": 1})])
 def test_names_both_ways(name, options):
     state = arrays(reference(name, options).state_dict())
-    options = {k: v for k, v in options.items() if k != "in_channels"}
+    options = {key: value for key, value in options.items() if key != "in_channels"}
     for scan in (True, False):
-        model = create_model(name, num_classes=CLASSES, scan=scan, **options)
+        model = create(name, options, scan=None if name.startswith("regnety") else scan)
         back = to_torch(from_torch(state, model), model)
         assert back.keys() == state.keys()
         for key, value in state.items():

@@ -45,9 +45,7 @@ def _multiply_adds(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> i
     if isinstance(module, nn.Dense):
         return math.prod(output.shape[1:]) * inputs[0].shape[-1]
     if isinstance(module, Regulator):
-        n, gates = module.features, len(module.gate_names)
-        weights = 11 * n if module.kernel == "separable" else 18 * n * n
-        return math.prod(inputs[0].shape[1:3]) * gates * weights
+        return math.prod(inputs[0].shape[1:3]) * module.multiply_adds
     return 0
 
 

@@ -23,12 +23,12 @@ class SqueezeExcite(nn.Module):
     """Scales each channel by a weight in (0, 1) that depends on all channels' means (Hu et al., arXiv 1709.01507).
 
     Attributes:
-      reduction: C / reduction channels, at least one, between the two dense layers.
+      squeezed: channels between the two dense layers; 0 stands for C / 16, at least one.
       dtype: of the result; the means and dense layers are computed in float32 or wider.
       initial: initial values, a name in INITIALIZERS.
     """
 
-    reduction: int = 16
+    squeezed: int = 0
     dtype: Any = jnp.float32
     initial: str = "paper"
 
@@ -37,7 +37,7 @@ class SqueezeExcite(nn.Module):
         """From (N, height, width, C) to the same."""
         channels, init = x.shape[-1], INITIALIZERS[self.initial]
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        squeezed = max(1, channels // self.reduction)
+        squeezed = self.squeezed or max(1, channels // 16)
 
         def dense(features: int, fan_in: int, name: str) -> nn.Dense:
             return nn.Dense(features, dtype=wide, kernel_init=init.dense, bias_init=init.bias(fan_in), name=name)
@@ -56,6 +56,8 @@ class Block(nn.Module):
       strides: by which the block reduces height and width.
       cell: makes the block's regulator, given `name` or `parent`; None for a plain ResNet block.
       norm: makes a batch normalisation, given `name`.
+      normalize_state: whether H goes through ReLU(BN(·)) on its way.
+      replace: whether H takes the place of X2, instead of being fused with it.
       squeeze_excite: whether squeeze-and-excitation follows the last batch normalisation.
       shortcut: "B", a 1×1 convolution where the shape changes, or "A", no parameters: subsampled, then zero-padded.
       stride_at: the bottleneck's convolution that carries the stride, "1x1" or "3x3".
@@ -67,6 +69,8 @@ class Block(nn.Module):
     norm: Callable[..., nn.Module]
     strides: int = 1
     cell: Callable[..., Regulator] | None = None
+    normalize_state: bool = True
+    replace: bool = False
     squeeze_excite: bool = False
     shortcut: str = "B"
     stride_at: str = "1x1"
@@ -121,10 +125,16 @@ class Block(nn.Module):
             state, gates = self.cell(name="regulator")(x, state)
         else:
             state, gates = self.cell(parent=None).apply({"params": shared}, x, state)
-        h = nn.relu(self.norm(name="bn_h")(state[0]))
+        h = nn.relu(self.norm(name="bn_h")(state[0])) if self.normalize_state else state[0]
         self.sow("intermediates", "gates", gates)
         self.sow("intermediates", "state", (h, *state[1:]))
         return (h, *state[1:])
+
+    def fuse(self, x: Array, h: Array) -> Array:
+        """ReLU(BN(W * [X, H])), or H itself."""
+        if self.replace:
+            return h
+        return self.conv_bn_relu(jnp.concatenate([x, h], -1), self.features, 1, 1, "conv_fuse", "bn_fuse")
 
     def _shortcut(self, x: Array) -> Array:
         features = self.features * self.expansion
@@ -146,7 +156,7 @@ class BasicBlock(Block):
         x = self.conv_bn_relu(x, n, 3, self.strides, "conv1", "bn1")
         if self.cell is not None:
             state = self.regulate(x, state, shared)
-            x = self.conv_bn_relu(jnp.concatenate([x, state[0]], -1), n, 1, 1, "conv_fuse", "bn_fuse")
+            x = self.fuse(x, state[0])
         return self.norm(name="bn2")(self.conv(x, n, 3, 1, "conv2")), state
 
 
@@ -163,5 +173,5 @@ class BottleneckBlock(Block):
             state = self.regulate(x, state, shared)
         x = self.conv_bn_relu(x, n, 3, second, "conv2", "bn2")
         if self.cell is not None:
-            x = self.conv_bn_relu(jnp.concatenate([x, state[0]], -1), n, 1, 1, "conv_fuse", "bn_fuse")
+            x = self.fuse(x, state[0])
         return self.norm(name="bn3")(self.conv(x, n * self.expansion, 1, 1, "conv3")), state

@@ -49,6 +49,13 @@ INITIALIZERS = {
         dense=nn.initializers.lecun_normal(),
         bias=lambda fan_in: nn.initializers.zeros_init(),
     ),
+    # torchvision.models.regnet.RegNet.__init__: the biases of its squeeze-and-excitation stay PyTorch's own.
+    "torchvision_regnet": Initializers(
+        conv=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        regulator=nn.initializers.lecun_normal(),
+        dense=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+        bias=_torch_uniform,
+    ),
     # nn.Conv2d.reset_parameters and nn.Linear.reset_parameters.
     "torch": Initializers(conv=_torch_kernel, regulator=_torch_kernel, dense=_torch_kernel, bias=_torch_uniform),
 }

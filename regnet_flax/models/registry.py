@@ -11,8 +11,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from regnet_flax.models.initializers import INITIALIZERS
 from regnet_flax.models.regnet import RegNet
+from regnet_flax.models.regnety import RegNetY
 from regnet_flax.models.regulators import REGULATORS
 
 CIFAR_DEPTHS = (20, 32, 44, 56, 110)
@@ -37,7 +37,7 @@ _CHOICES = {
     "kernel": ("separable", "dense"),
     "shortcut": ("A", "B"),
     "bottleneck_stride": ("1x1", "3x3"),
-    "init": tuple(INITIALIZERS),
+    "init": ("paper", "torch"),
 }
 
 
@@ -59,6 +59,16 @@ MODELS: dict[str, functools.partial[nn.Module]] = {
     for depth in (*CIFAR_DEPTHS, *IMAGENET_STAGES)
     for squeeze_excite in (False, True)
     for regulator in (None, *REGULATORS)
+}
+_PROJECTS = {"share_regulator": False, "kernel": "dense", "normalize_state": False, "initial": "torch"}
+_PROJ = _PROJECTS | {"regulator": "convlstm"}
+_RNN = _PROJECTS | {"replace": True, "stage_sizes": (3, 3, 3)}
+MODELS |= {
+    "regnet_proj_cifar": functools.partial(RegNet, **_PROJ, stage_sizes=(2, 2, 2), stem="cifar_pool"),
+    "regnet_proj_imagenet": functools.partial(RegNet, **_PROJ, stage_sizes=(3, 4, 6, 3), stem="imagenet", width=64),
+    "resnet_rnn20_convrnn": functools.partial(RegNet, **_RNN, regulator="convrnn"),
+    "resnet_rnn20_convgru": functools.partial(RegNet, **_RNN, regulator="replacing_convgru"),
+    "regnety_400mf": functools.partial(RegNetY),
 }
 
 
@@ -105,12 +115,14 @@ def create_model(
       ValueError: unknown name (the closest are named), unknown option, or a value that an option cannot take.
     """
     make = _resolve(name)
-    known = {*OPTIONS, "scan", "features"}
+    known = {*OPTIONS, "scan", "features"} if make.func is RegNet else {"features"}
     given = {key: value for key, value in options.items() if value is not None}
     for key, value in given.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1) or sorted(known)
             raise ValueError(f"unknown option {key!r} of model {name!r}: did you mean {', '.join(close)}?")
+        if key in ("kernel", "share_regulator") and make.keywords.get(key, value) != value:
+            raise ValueError(f"{key} is {value!r}: in {name} it is always {make.keywords[key]!r}")
         if key in _CHOICES and value not in _CHOICES[key]:
             raise ValueError(f"{key} is {value!r}: it must be one of {', '.join(map(repr, _CHOICES[key]))}")
         if key in ("width", "unroll") and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -120,8 +132,8 @@ def create_model(
     fields: dict[str, Any] = make.keywords | given
     if "init" in fields:  # linen modules have a method of that name
         fields["initial"] = fields.pop("init")
-    stages = len(fields["stage_sizes"])
     if "regulated_stages" in given:
+        stages = len(fields["stage_sizes"])
         wrong = [stage for stage in given["regulated_stages"] if stage not in range(1, stages + 1)]
         if wrong:
             raise ValueError(f"regulated_stages has {wrong[0]!r}: the stages of {name} are 1 to {stages}")

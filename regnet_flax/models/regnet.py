@@ -12,10 +12,12 @@ import jax.numpy as jnp
 
 from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock
 from regnet_flax.models.initializers import INITIALIZERS
-from regnet_flax.models.regulators import REGULATORS
+from regnet_flax.models.regulators import REGULATORS, ReplacingConvGRU
 
 Array = jax.Array
 
+# The paper's, and a public project's.
+CELLS = REGULATORS | {"replacing_convgru": ReplacingConvGRU}
 BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": BottleneckBlock}
 
 
@@ -84,12 +86,14 @@ class RegNet(nn.Module):
       stage_sizes: the number of blocks of each stage.
       num_classes: 0 gives the pooled features.
       block: "basic" or "bottleneck".
-      stem: "cifar", a 3×3 convolution, or "imagenet", 7×7 at stride 2 and a max-pool at stride 2.
+      stem: "cifar", a 3×3 convolution; "cifar_pool", that and a 3×3 max-pool at stride 2; or "imagenet", 7×7 at stride
+        2 and that max-pool.
       width: channels of the stem and n of the first stage; n doubles from stage to stage.
-      regulator: "convrnn", "convgru" or "convlstm"; None is plain ResNet. The next three have no effect then.
+      regulator: a key of CELLS; None is plain ResNet, and the next five have no effect then.
       kernel: of the regulators, "separable" or "dense".
       share_regulator: one regulator for all blocks of a stage, or one each; the state is passed on in both.
       regulated_stages: the stages, from 1, that have a regulator; None is all.
+      normalize_state, replace: see Block.
       squeeze_excite: whether each block ends in squeeze-and-excitation.
       shortcut: "B", a 1×1 convolution where the shape changes, or "A", without parameters.
       bottleneck_stride: the convolution of a bottleneck that carries the stride, "1x1" (He et al. 2015) or, without
@@ -113,6 +117,8 @@ class RegNet(nn.Module):
     kernel: str = "separable"
     share_regulator: bool = True
     regulated_stages: tuple[int, ...] | None = None
+    normalize_state: bool = True
+    replace: bool = False
     squeeze_excite: bool = False
     shortcut: str = "B"
     bottleneck_stride: str = "1x1"
@@ -149,16 +155,13 @@ class RegNet(nn.Module):
             dtype=self.dtype,
             axis_name=self.axis_name,
         )
-        if self.stem == "cifar":
-            size, strides = (3, 3), 1
-        else:
-            size, strides = (7, 7), 2
+        size, strides = ((7, 7), 2) if self.stem == "imagenet" else ((3, 3), 1)
         pad = (size[0] // 2, size[0] // 2)
         x = nn.Conv(
             self.width, size, strides, (pad, pad), use_bias=False, dtype=self.dtype, kernel_init=init.conv, name="conv1"
         )(images.astype(self.dtype))
         x = nn.relu(norm(name="bn1")(x))
-        if self.stem == "imagenet":
+        if self.stem != "cifar":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
         unroll = self.unroll or (max(self.stage_sizes) if jax.default_backend() == "cpu" else 1)
@@ -168,13 +171,15 @@ class RegNet(nn.Module):
             cell = None
             if self.regulator is not None and self._regulates(stage):
                 cell = functools.partial(
-                    REGULATORS[self.regulator], features=n, kernel=self.kernel, dtype=self.dtype, initial=self.initial
+                    CELLS[self.regulator], features=n, kernel=self.kernel, dtype=self.dtype, initial=self.initial
                 )
             block = functools.partial(
                 BLOCKS[self.block],
                 features=n,
                 norm=norm,
                 cell=cell,
+                normalize_state=self.normalize_state,
+                replace=self.replace,
                 squeeze_excite=self.squeeze_excite,
                 shortcut=self.shortcut,
                 stride_at=self.bottleneck_stride,

@@ -68,6 +68,11 @@ def _separable(x: Array, h: Array, pointwise: Array, depthwise: Array) -> Array:
     return sum(taps[1:], taps[0])
 
 
+def _conv3x3(x: Array, kernel: Array) -> Array:
+    padding = ((1, 1), (1, 1))
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
 class Regulator(nn.Module):
     """Base of the cells.
 
@@ -118,6 +123,12 @@ class Regulator(nn.Module):
         """The cell's equations."""
         raise NotImplementedError
 
+    @property
+    def multiply_adds(self) -> int:
+        """Of one step, a pixel."""
+        n = self.features
+        return len(self.gate_names) * (11 * n if self.kernel == "separable" else 18 * n * n)
+
     def _weights(self) -> tuple[Array, ...]:
         n, gates, init = self.features, len(self.gate_names), INITIALIZERS[self.initial]
         if self.kernel == "separable":
@@ -136,14 +147,8 @@ class Regulator(nn.Module):
         if self.kernel == "separable":
             sums = _separable(x, h, *kernels)
         else:
-            flat = kernels[0].reshape(3, 3, 2 * self.features, -1)
-            sums = jax.lax.conv_general_dilated(
-                jnp.concatenate([x, h], -1),
-                flat,
-                (1, 1),
-                ((1, 1), (1, 1)),
-                dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            ).reshape(*x.shape[:-1], last - first, self.features)
+            sums = _conv3x3(jnp.concatenate([x, h], -1), kernels[0].reshape(3, 3, 2 * self.features, -1))
+            sums = sums.reshape(*x.shape[:-1], last - first, self.features)
         sums = sums + bias.astype(jnp.promote_types(self.dtype, jnp.float32))
         return [sums[..., gate, :] for gate in range(last - first)]
 
@@ -187,6 +192,38 @@ class ConvLSTM(Regulator):
         i, f, o, g = nn.sigmoid(a), nn.sigmoid(b), nn.sigmoid(d), jnp.tanh(e)
         c = f * c + i * g
         return (o * jnp.tanh(c), c), {"i": i, "f": f, "o": o, "g": g}
+
+
+class ReplacingConvGRU(Regulator):
+    """a, b = σ(W[X, H] + b); y = tanh(Wy[X, H, b⊙H] + by); H' = a⊙H + (1 − a)⊙y.
+
+    That of a public project in which H takes the place of the features; dense only.
+    """
+
+    gate_names = ("a", "b", "y")
+
+    @property
+    def multiply_adds(self) -> int:
+        return 9 * self.features**2 * (2 * 2 + 3)
+
+    def _weights(self) -> tuple[Array, ...]:
+        n, initial = self.features, INITIALIZERS[self.initial]
+        if self.kernel != "dense":
+            raise ValueError(f"kernel is {self.kernel!r}: this cell has none but 'dense'")
+        return (
+            *GateWeights((3, 3, 2 * n, 2 * n), True, initial, name="conv_x")(),
+            *GateWeights((3, 3, 3 * n, n), True, initial, name="conv_y")(),
+        )
+
+    def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
+        (h,) = state
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        kernel_x, bias_x, kernel_y, bias_y = weights
+        sums = _conv3x3(jnp.concatenate([x, h], -1), kernel_x.astype(self.dtype)) + bias_x.astype(wide)
+        a, b = jnp.split(nn.sigmoid(sums), 2, axis=-1)
+        inputs = jnp.concatenate([x, h, (b * h).astype(self.dtype)], -1)
+        y = jnp.tanh(_conv3x3(inputs, kernel_y.astype(self.dtype)) + bias_y.astype(wide))
+        return (a * h + (1 - a) * y,), {"a": a, "b": b, "y": y}
 
 
 REGULATORS: dict[str, type[Regulator]] = {"convrnn": ConvRNN, "convgru": ConvGRU, "convlstm": ConvLSTM}

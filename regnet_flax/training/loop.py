@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import logging
 import pathlib
 import time
@@ -11,22 +9,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from regnet_flax import config as config_lib
+from regnet_flax import torch_port, weights
 from regnet_flax.analysis import plots
-from regnet_flax.data import augment, in_memory, sources
-from regnet_flax.models.registry import create_model
-from regnet_flax.training import evaluate, optimizer, steps, workdir
+from regnet_flax.data import sources
+from regnet_flax.training import workdir
 from regnet_flax.training.checkpoint import CHECKPOINTS, Checkpoints
 from regnet_flax.training.interrupt import StopSignals, WorkdirError, workdir_lock
+from regnet_flax.training.program import AXIS, Program, build_model, build_optimizer, build_state
 from regnet_flax.training.progress import duration
 from regnet_flax.training.run import Run, collect_results, report
-
-AXIS = "batch"
-STEPS_PER_CALL_ON_ACCELERATORS = 50
 
 logger = logging.getLogger("regnet_flax")
 
@@ -73,145 +66,38 @@ def load(config: Any) -> sources.Dataset:
     return dataset
 
 
-class Program:
-    """The compiled functions of a run, and the data on its devices.
+def load_weights(config: Any) -> dict[str, Any] | None:
+    """The variables in the file `model.init_from` of a resolved config; None where it names none.
 
-    Args:
-      config: resolved.
-      dataset: what `load` gave.
-      devices: over which each batch is divided.
-
-    Attributes:
-      steps_per_epoch: whole batches in the training split.
-      total_steps: of the run, which `train.max_steps` may cut short.
-      steps_per_call: the most steps of one compiled call.
-      schedule: learning rate by step.
-      drops: the epochs at which the step schedule lowers it.
-      like: shapes, dtypes and placement of the state.
+    Raises:
+      WeightsError: the file cannot be read, or does not fit the model.
     """
-
-    def __init__(self, config: Any, dataset: sources.Dataset, devices: list[Any]):
-        self._config, self._devices = config, devices
-        mesh = Mesh(np.array(devices), (AXIS,))
-        self._replicated = NamedSharding(mesh, PartitionSpec())
-        # Put on all devices once: an argument left on one of them would be copied at every call.
-        self._place = functools.partial(jax.device_put, device=self._replicated)
-        self._train_data = self._place(dataclasses.asdict(dataset.train))
-        self._test_data = self._place(dataclasses.asdict(dataset.test))
-        self._shards = jax.device_put(np.arange(len(devices)), NamedSharding(mesh, PartitionSpec(AXIS)))
-        self._seed = self._place(np.int32(config.seed))
-
-        train, settings = config.train, config.optimizer
-        self._size, self._test_size = len(dataset.train.labels), len(dataset.test.labels)
-        self.steps_per_epoch = self._size // train.batch_size
-        self.total_steps = train.epochs * self.steps_per_epoch
-        if train.max_steps:
-            self.total_steps = min(self.total_steps, train.max_steps)
-        on_cpu = devices[0].platform == "cpu"
-        self.steps_per_call = train.steps_per_call or (1 if on_cpu else STEPS_PER_CALL_ON_ACCELERATORS)
-        self.schedule = optimizer.make_schedule(
-            settings.schedule,
-            settings.learning_rate,
-            epochs=train.epochs,
-            steps_per_epoch=self.steps_per_epoch,
-            boundaries=settings.boundaries,
-            decay=settings.decay,
-            warmup_epochs=settings.warmup_epochs,
-        )
-        drops = optimizer.boundary_steps(settings.boundaries, train.epochs, self.steps_per_epoch)
-        self.drops = [step / self.steps_per_epoch for step in drops] if settings.schedule == "step" else []
-        self._tx = optimizer.make_optimizer(
-            self.schedule,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            weight_decay=settings.weight_decay,
-            clip_norm=settings.clip_norm,
-        )
-        make_model = functools.partial(
-            create_model,
-            config.model.name,
-            num_classes=config.dataset.num_classes,
-            dtype=jnp.dtype(config.dtype),
-            **config_lib.model_options(config),
-        )
-        self._model = make_model(axis_name=AXIS if train.batch_norm == "sync" else None)
-        self._image_shape = dataset.train.images.shape[1:]
-        self.like = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated),
-            jax.eval_shape(self._initial_state),
-        )
-        self._order: tuple[int, jax.Array] = (-1, self._seed)
-        self._p_train = pmap(self._train_steps, (None, 0, None, None, None, None), devices, donate=True)
-        self._p_eval = pmap(self._eval_step, (None, 0, None, None), devices)
-
-    def _initial_state(self) -> steps.TrainState:
-        images = jnp.zeros((1, *self._image_shape))
-        variables = self._model.init(jax.random.key(self._config.seed), images, train=False)
-        return steps.create_train_state(dict(variables), self._tx)
-
-    def initial_state(self) -> steps.TrainState:
-        """The state before the first step."""
-        return self._place(jax.jit(self._initial_state)())
-
-    def _normalize(self, images: jax.Array) -> jax.Array:
-        return augment.normalize(images, self._config.dataset.mean, self._config.dataset.std)
-
-    def _train_steps(self, state, shard, data, order, seed, count):
-        def one(_, state):
-            batch, keys = in_memory.train_batch(
-                data,
-                order,
-                seed,
-                state.step,
-                batch_size=self._config.train.batch_size,
-                shard=shard,
-                shards=len(self._devices),
+    file = config.model.init_from
+    if not file:
+        return None
+    arrays, metadata = weights.read_weights(file)
+    model = build_model(config)
+    stride = getattr(model, "bottleneck_stride", "")
+    if getattr(model, "block", "") == "bottleneck":
+        recorded = metadata.get("bottleneck_stride", stride)
+        if recorded != stride:
+            raise weights.WeightsError(
+                f"{file} is of bottlenecks with the stride in the {recorded} convolution: "
+                f"set model.overrides.bottleneck_stride={recorded}"
             )
-            images = augment.augment(self._config.dataset.augment, keys, batch["images"])
-            return steps.train_step(
-                state,
-                {"images": self._normalize(images), "labels": batch["labels"]},
-                apply_fn=self._model.apply,
-                tx=self._tx,
-                label_smoothing=self._config.optimizer.label_smoothing,
-                axis_name=AXIS,
+        if "bottleneck_stride" not in metadata:
+            logger.warning(
+                "%s does not say where its bottlenecks have their stride; it is taken to be the %s convolution "
+                "(torchvision's ResNets: model.overrides.bottleneck_stride=3x3)",
+                file,
+                stride,
             )
-
-        state = one(0, state) if self.steps_per_call == 1 else jax.lax.fori_loop(0, count, one, state)
-        return state, state.step
-
-    def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]:
-        """Takes `count` steps of one epoch from `step`; the state given is used up.
-
-        Returns:
-          The next state, and an array that is ready when it is, and that the next call does not use up.
-        """
-        epoch = step // self.steps_per_epoch
-        if self._order[0] != epoch:
-            self._order = epoch, self._place(in_memory.epoch_order(self._config.seed, epoch, self._size))
-        return self._p_train(state, self._shards, self._train_data, self._order[1], self._seed, count)
-
-    def _eval_step(self, variables, shard, data, start):
-        batch = in_memory.eval_batch(
-            data, start, batch_size=self._eval_batch_size, shard=shard, shards=len(self._devices)
-        )
-        batch["images"] = self._normalize(batch["images"])
-        return steps.eval_step(variables, batch, apply_fn=self._model.apply, axis_name=AXIS)
-
-    @property
-    def _eval_batch_size(self) -> int:
-        devices = len(self._devices)
-        return -(-min(self._config.eval.batch_size, self._test_size) // devices) * devices
-
-    def evaluate(self, state: steps.TrainState, poll: Callable[[int], None] = lambda done: None) -> dict[str, float]:
-        """Metrics of the test split; see evaluate.evaluate."""
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        return evaluate.evaluate(
-            lambda start: self._p_eval(variables, self._shards, self._test_data, start),
-            self._test_size,
-            self._eval_batch_size,
-            poll,
-        )
+    try:
+        variables = torch_port.from_torch(arrays, model, new_head=config.model.new_head)
+    except ValueError as error:
+        raise weights.WeightsError(f"{file}: {error}; model.new_head=True leaves the head out") from error
+    logger.info("weights from %s%s", file, ", all but the head" if config.model.new_head else "")
+    return variables
 
 
 def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, Any]:
@@ -252,8 +138,15 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
             )
         config = config_lib.resolve(config, dataset)
         _refuse_changes(stored, config, path, resolved=True)
+        start = load_weights(config)
         with workdir_lock(path):
-            record = {"class_names": list(dataset.class_names), "dataset_fingerprint": fingerprint}
+            # Of a run that is to go on: it would pass for finished if it were stopped now.
+            (path / workdir.RESULTS).unlink(missing_ok=True)
+            record = {
+                "class_names": list(dataset.class_names),
+                "image_shape": list(dataset.train.images.shape[1:]),
+                "dataset_fingerprint": fingerprint,
+            }
             workdir.write_json(path / workdir.CONFIG, workdir.plain(config) | record)
             handler = workdir.log_to(path)
             checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
@@ -265,7 +158,7 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                     devices[0].device_kind,
                     config.dtype,
                 )
-                program = Program(config, dataset, devices)
+                program = Program(config, dataset, devices, pmap, start)
                 run = Run(config, path, program, checkpoints, stop)
                 run.run()
                 checkpoints.wait()
@@ -293,8 +186,48 @@ def _refuse_changes(stored: dict[str, Any] | None, config: Any, path: pathlib.Pa
         )
 
 
+def _check_has_checkpoints(path: pathlib.Path) -> None:
+    if not (path / CHECKPOINTS).is_dir():
+        raise WorkdirError(f"there is no checkpoint in {path}: train first, or name the run with --workdir")
+
+
+def _read_checkpoint(config: Any, path: pathlib.Path, like: Any) -> tuple[int, Any]:
+    checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
+    try:
+        return checkpoints.read(str(config.eval.checkpoint), like)
+    finally:
+        checkpoints.close()
+
+
+def load_trained(config: Any, path: str | pathlib.Path) -> tuple[Any, dict[str, Any], int]:
+    """The model of a workdir, and the variables of its checkpoint `eval.checkpoint`; no data set is read.
+
+    Args:
+      config: the workdir's.
+      path: the workdir.
+
+    Returns:
+      The model, its "params" and "batch_stats", and the step.
+
+    Raises:
+      ConfigError, WorkdirError, CheckpointError: see train_and_evaluate.
+    """
+    path = pathlib.Path(path)
+    config_lib.check_config(config)
+    _check_has_checkpoints(path)
+    image_shape = workdir.read_json(path / workdir.CONFIG)["image_shape"]
+    model, (_, tx) = build_model(config), build_optimizer(config, 1)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        jax.eval_shape(lambda: build_state(model, tx, image_shape, config.seed)),
+    )
+    step, state = _read_checkpoint(config, path, like)
+    return model, {"params": state.params, "batch_stats": state.batch_stats}, step
+
+
 def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, float]:
-    """Evaluates the checkpoint `eval.checkpoint` of a workdir on the test split.
+    """Evaluates the checkpoint `eval.checkpoint` of a workdir, or the file `model.init_from`, on the test split.
 
     Args:
       config: the workdir's, its values to be overridden at will.
@@ -309,15 +242,15 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     """
     path, devices = pathlib.Path(path), devices or jax.local_devices()
     config_lib.check_config(config, len(devices))
-    if not (path / CHECKPOINTS).is_dir():
-        raise WorkdirError(f"there is no checkpoint in {path}: train first, or name the run with --workdir")
+    if not config.model.init_from:
+        _check_has_checkpoints(path)
     dataset = load(config)
-    program = Program(config_lib.resolve(config, dataset), dataset, devices)
-    checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
-    try:
-        step, state = checkpoints.read(str(config.eval.checkpoint), program.like)
-    finally:
-        checkpoints.close()
+    config = config_lib.resolve(config, dataset)
+    program = Program(config, dataset, devices, pmap, load_weights(config))
+    if config.model.init_from:
+        step, state = 0, program.initial_state()
+    else:
+        step, state = _read_checkpoint(config, path, program.like)
     metrics = {"step": step} | program.evaluate(state)
     top5 = f", top-5 {metrics['top5_accuracy']:.2%}" if "top5_accuracy" in metrics else ""
     logger.info(

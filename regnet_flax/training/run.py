@@ -6,8 +6,7 @@ import logging
 import pathlib
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -16,6 +15,7 @@ from regnet_flax.analysis import summary
 from regnet_flax.training import steps, workdir
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.interrupt import Interrupted, StopSignals
+from regnet_flax.training.program import Program
 from regnet_flax.training.progress import RunDisplay, duration
 
 logger = logging.getLogger("regnet_flax")
@@ -23,20 +23,6 @@ logger = logging.getLogger("regnet_flax")
 
 class NonFiniteError(RuntimeError):
     """The loss or a gradient is not finite; the message is one line."""
-
-
-class Program(Protocol):
-    """What a run needs of its compiled functions; loop.Program has it."""
-
-    steps_per_epoch: int
-    total_steps: int
-    steps_per_call: int
-    like: steps.TrainState
-    schedule: Callable[[Any], Any]
-
-    def initial_state(self) -> steps.TrainState: ...
-    def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]: ...
-    def evaluate(self, state: steps.TrainState, poll: Callable[[int], None]) -> dict[str, float]: ...
 
 
 class _Stop(Exception):

@@ -1,0 +1,195 @@
+"""The compiled functions of a run: model, optimiser, training steps and evaluation over devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from regnet_flax.config import model_options
+from regnet_flax.data import augment, in_memory
+from regnet_flax.data.sources import Dataset
+from regnet_flax.models.registry import create_model
+from regnet_flax.training import evaluate, optimizer, steps
+
+AXIS = "batch"
+STEPS_PER_CALL_ON_ACCELERATORS = 50
+
+
+def build_model(config: Any, axis_name: str | None = None) -> nn.Module:
+    """The model of a resolved config."""
+    return create_model(
+        config.model.name,
+        num_classes=config.dataset.num_classes,
+        dtype=jnp.dtype(config.dtype),
+        axis_name=axis_name,
+        **model_options(config),
+    )
+
+
+def build_optimizer(config: Any, steps_per_epoch: int) -> tuple[optimizer.Schedule, optax.GradientTransformation]:
+    """The learning rate by step, and SGD, of a config."""
+    settings = config.optimizer
+    schedule = optimizer.make_schedule(
+        settings.schedule,
+        settings.learning_rate,
+        epochs=config.train.epochs,
+        steps_per_epoch=steps_per_epoch,
+        boundaries=settings.boundaries,
+        decay=settings.decay,
+        warmup_epochs=settings.warmup_epochs,
+    )
+    return schedule, optimizer.make_optimizer(
+        schedule,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+    )
+
+
+def build_state(
+    model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+) -> steps.TrainState:
+    """The state before the first step, for images of shape (height, width, channels)."""
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+    return steps.create_train_state(dict(variables), tx)
+
+
+class Program:
+    """The compiled functions of a run, and the data on its devices.
+
+    Args:
+      config: resolved.
+      dataset: the data set.
+      devices: over which each batch is divided.
+      parallelize: loop.pmap, or what takes its place.
+      start: variables that take the place of initial ones; the head may be left out.
+
+    Attributes:
+      steps_per_epoch: whole batches in the training split.
+      total_steps: of the run, which `train.max_steps` may cut short.
+      steps_per_call: the most steps of one compiled call.
+      schedule: learning rate by step.
+      drops: the epochs at which the step schedule lowers it.
+      like: shapes, dtypes and placement of the state.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        dataset: Dataset,
+        devices: list[Any],
+        parallelize: Callable[..., Any],
+        start: dict[str, Any] | None = None,
+    ):
+        self._config, self._devices, self._start = config, devices, start
+        mesh = Mesh(np.array(devices), (AXIS,))
+        self._replicated = NamedSharding(mesh, PartitionSpec())
+        # Put on all devices once: an argument left on one of them would be copied at every call.
+        self._place = functools.partial(jax.device_put, device=self._replicated)
+        self._train_data = self._place(dataclasses.asdict(dataset.train))
+        self._test_data = self._place(dataclasses.asdict(dataset.test))
+        self._shards = jax.device_put(np.arange(len(devices)), NamedSharding(mesh, PartitionSpec(AXIS)))
+        self._seed = self._place(np.int32(config.seed))
+
+        train, settings = config.train, config.optimizer
+        self._size, self._test_size = len(dataset.train.labels), len(dataset.test.labels)
+        self.steps_per_epoch = self._size // train.batch_size
+        self.total_steps = train.epochs * self.steps_per_epoch
+        if train.max_steps:
+            self.total_steps = min(self.total_steps, train.max_steps)
+        on_cpu = devices[0].platform == "cpu"
+        self.steps_per_call = train.steps_per_call or (1 if on_cpu else STEPS_PER_CALL_ON_ACCELERATORS)
+        self.schedule, self._tx = build_optimizer(config, self.steps_per_epoch)
+        drops = optimizer.boundary_steps(settings.boundaries, train.epochs, self.steps_per_epoch)
+        self.drops = [step / self.steps_per_epoch for step in drops] if settings.schedule == "step" else []
+        self._model = build_model(config, AXIS if train.batch_norm == "sync" else None)
+        self._image_shape = dataset.train.images.shape[1:]
+        self.like = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated),
+            jax.eval_shape(self._initial_state),
+        )
+        self._order: tuple[int, jax.Array] = (-1, self._seed)
+        self._p_train = parallelize(self._train_steps, (None, 0, None, None, None, None), devices, donate=True)
+        self._p_eval = parallelize(self._eval_step, (None, 0, None, None), devices)
+
+    def _initial_state(self) -> steps.TrainState:
+        return build_state(self._model, self._tx, self._image_shape, self._config.seed)
+
+    def initial_state(self) -> steps.TrainState:
+        """The state before the first step."""
+        state = jax.jit(self._initial_state)()
+        if self._start is not None:
+            state = state.replace(
+                params=state.params | self._start["params"], batch_stats=state.batch_stats | self._start["batch_stats"]
+            )
+        return self._place(state)
+
+    def _normalize(self, images: jax.Array) -> jax.Array:
+        return augment.normalize(images, self._config.dataset.mean, self._config.dataset.std)
+
+    def _train_steps(self, state, shard, data, order, seed, count):
+        def one(_, state):
+            batch, keys = in_memory.train_batch(
+                data,
+                order,
+                seed,
+                state.step,
+                batch_size=self._config.train.batch_size,
+                shard=shard,
+                shards=len(self._devices),
+            )
+            images = augment.augment(self._config.dataset.augment, keys, batch["images"])
+            return steps.train_step(
+                state,
+                {"images": self._normalize(images), "labels": batch["labels"]},
+                apply_fn=self._model.apply,
+                tx=self._tx,
+                label_smoothing=self._config.optimizer.label_smoothing,
+                axis_name=AXIS,
+            )
+
+        state = one(0, state) if self.steps_per_call == 1 else jax.lax.fori_loop(0, count, one, state)
+        return state, state.step
+
+    def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]:
+        """Takes `count` steps of one epoch from `step`; the state given is used up.
+
+        Returns:
+          The next state, and an array that is ready when it is, and that the next call does not use up.
+        """
+        epoch = step // self.steps_per_epoch
+        if self._order[0] != epoch:
+            self._order = epoch, self._place(in_memory.epoch_order(self._config.seed, epoch, self._size))
+        return self._p_train(state, self._shards, self._train_data, self._order[1], self._seed, count)
+
+    def _eval_step(self, variables, shard, data, start):
+        batch = in_memory.eval_batch(
+            data, start, batch_size=self._eval_batch_size, shard=shard, shards=len(self._devices)
+        )
+        batch["images"] = self._normalize(batch["images"])
+        return steps.eval_step(variables, batch, apply_fn=self._model.apply, axis_name=AXIS)
+
+    @property
+    def _eval_batch_size(self) -> int:
+        devices = len(self._devices)
+        return -(-min(self._config.eval.batch_size, self._test_size) // devices) * devices
+
+    def evaluate(self, state: steps.TrainState, poll: Callable[[int], None] = lambda done: None) -> dict[str, float]:
+        """Metrics of the test split; see evaluate.evaluate."""
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        return evaluate.evaluate(
+            lambda start: self._p_eval(variables, self._shards, self._test_data, start),
+            self._test_size,
+            self._eval_batch_size,
+            poll,
+        )

@@ -1,0 +1,157 @@
+"""Files of weights: read, written, refused, and through the command line."""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from regnet_flax import create_model, main
+from regnet_flax.torch_port import from_torch, to_torch
+from regnet_flax.weights import WeightsError, read_weights, write_weights
+
+ARRAYS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float32([1.5])}
+TINY = [
+    "--config.model.name=regnet8_convgru",
+    "--config.model.overrides.width=4",
+    "--config.train.batch_size=128",
+    "--config.train.epochs=2",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
+def test_round_trip(suffix, tmp_path):
+    file = tmp_path / "deep" / f"w{suffix}"
+    write_weights(file, ARRAYS, {"model": "x"})
+    found, metadata = read_weights(file)
+    assert found.keys() == ARRAYS.keys() and metadata == {"model": "x"}
+    for name, array in ARRAYS.items():
+        np.testing.assert_array_equal(found[name], array)
+    assert not list(file.parent.glob("*.part"))
+
+
+@pytest.mark.parametrize("nest", ["state_dict", "model", "net", None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_training_scripts_save(nest, dtype, tmp_path):
+    state = {f"module.{name}": torch.from_numpy(array).to(dtype) for name, array in ARRAYS.items()}
+    torch.save({nest: state, "epoch": 3} if nest else state, tmp_path / "w.pth")
+    found, metadata = read_weights(tmp_path / "w.pth")
+    assert metadata == {}
+    for name, array in ARRAYS.items():
+        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(found[name], array)
+
+
+class Harm:
+    def __reduce__(self):
+        return os.mkdir, ("harm",)
+
+
+def test_nothing_else_is_unpickled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"a": Harm()}, "w.pth")
+    with pytest.raises(WeightsError, match="weights alone") as error:
+        read_weights("w.pth")
+    assert not (tmp_path / "harm").exists() and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("w.safetensors", b"\x08\0\0\0\0\0\0\0{}", "no whole .safetensors"),
+        ("w.safetensors", b"", "no whole .safetensors"),
+        ("w.pth", b"nothing", "cannot be read"),
+        ("w.pth", b"", "cannot be read"),
+        ("w.onnx", b"", "must end in"),
+        ("missing.pth", None, "not a file"),
+    ],
+)
+def test_what_is_no_file_of_weights_is_one_line(name, content, words, tmp_path):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=words) as error:
+        read_weights(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_pth_file_that_holds_no_state_dict(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(WeightsError, match="no state dict"):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        assert main.main([*TINY, "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+def last_line(capsys):
+    return capsys.readouterr().out.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind, suffix", [("safetensors", ".safetensors"), ("torch", ".pth")])
+def test_exported_and_evaluated_again(kind, suffix, trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main.main(["--mode=eval", "--workdir", str(trained), "--config.eval.checkpoint=last"]) == 0
+    expected = last_line(capsys)
+    export = ["--mode=export", "--workdir", str(trained), "--config.eval.checkpoint=last"]
+    assert main.main([*export, f"--config.export.format={kind}"]) == 0
+    file = trained / f"weights{suffix}"
+    assert str(file) in last_line(capsys)
+    assert main.main([*TINY, "--mode=eval", f"--config.model.init_from={file}"]) == 0
+    assert last_line(capsys).partition(":")[2] == expected.partition(":")[2]
+    _, metadata = read_weights(file)
+    assert metadata["model"] == "regnet8_convgru" and metadata["num_classes"] == "10"
+    assert not list(tmp_path.iterdir())
+
+
+def test_training_starts_from_a_file_and_takes_a_new_head(tmp_path, capsys):
+    model = create_model("regnet8_convgru", num_classes=7, width=4)
+    variables = model.init(jax.random.key(5), np.zeros((1, 8, 8, 1), np.float32))
+    write_weights(tmp_path / "w.safetensors", to_torch(variables, model))
+    run = [*TINY, "--workdir", str(tmp_path / "run"), f"--config.model.init_from={tmp_path / 'w.safetensors'}"]
+    # A step so small that the weights stay what they were.
+    run += ["--config.train.max_steps=1", "--config.optimizer.learning_rate=1e-12"]
+    assert main.main(run) == 2
+    error = capsys.readouterr().err
+    assert "linear.weight has shape (7, 16), not (10, 16)" in error and "new_head" in error
+    assert not (tmp_path / "run").exists()
+
+    assert main.main([*run, "--config.model.new_head=True"]) == 0
+    assert main.main(["--mode=export", "--workdir", str(tmp_path / "run")]) == 0
+    found, _ = read_weights(tmp_path / "run" / "weights.safetensors")
+    expected = to_torch({"params": variables["params"]}, model)
+    for name, array in expected.items():
+        if not name.startswith("linear."):
+            np.testing.assert_allclose(found[name], array, atol=1e-6)
+    assert found["linear.weight"].shape == (10, 16)
+
+
+def test_a_head_may_be_left_out():
+    model, other = (create_model("resnet8", num_classes=n, width=4) for n in (10, 7))
+    variables = other.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    found = from_torch(to_torch(variables, other), model, new_head=True)
+    assert "head" not in found["params"] and found["params"].keys() | {"head"} == variables["params"].keys()
+
+
+def test_the_stride_of_bottlenecks_is_said_or_checked(tmp_path, capsys):
+    model = create_model("resnet50", width=4, bottleneck_stride="3x3")
+    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32)))
+    arrays = to_torch(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), variables), model)
+    write_weights(tmp_path / "w.safetensors", arrays, {"bottleneck_stride": "3x3"})
+    command = ["--mode=eval", "--config.model.name=resnet50", "--config.model.overrides.width=4"]
+    assert main.main([*command, f"--config.model.init_from={tmp_path / 'w.safetensors'}"]) == 2
+    assert "bottleneck_stride=3x3" in capsys.readouterr().err
+    write_weights(tmp_path / "plain.safetensors", arrays)
+    assert main.main([*command, f"--config.model.init_from={tmp_path / 'plain.safetensors'}"]) == 0
+    assert "taken to be the 1x1 convolution" in capsys.readouterr().out
