@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,8 @@ from regnet_flax.analysis.summary import count_parameters
 from regnet_flax.config import ConfigError
 from regnet_flax.training import loop
 from regnet_flax.training.checkpoint import CHECKPOINTS
-from regnet_flax.training.interrupt import WorkdirError
+from regnet_flax.training.interrupt import Interrupted, WorkdirError
+from regnet_flax.training.program import Program
 from regnet_flax.training.run import NonFiniteError, Run
 
 ONE = slice(0, 1)
@@ -139,6 +142,30 @@ def test_a_run_that_goes_on_is_not_taken_for_finished_when_it_is_stopped(tmp_pat
     assert train(tmp_path, **{"train.max_steps": 5})["step"] == 5
 
 
+def test_stopped_while_it_evaluates_it_evaluates_when_it_goes_on(finished, tmp_path, monkeypatch):
+    workdir, _ = finished
+    evaluate = Program.evaluate
+
+    def stop(self, state, poll):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, state, poll)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "evaluate", stop)
+        with pytest.raises(Interrupted, match=f"saved at step {STEPS_PER_EPOCH}") as stopped:
+            train(tmp_path)
+    assert stopped.value.exit_code == 143
+    assert STEPS_PER_EPOCH not in [line["step"] for line in read_lines(tmp_path)]
+    # Nothing is trained after the first epoch's evaluation, so that its accuracy is the best one.
+    again = train(tmp_path, **{"train.max_steps": STEPS_PER_EPOCH})
+    assert again["best"]["step"] == STEPS_PER_EPOCH
+    found = loop.evaluate_only(tiny_config(**{"eval.checkpoint": "best"}), tmp_path, devices=jax.devices()[ONE])
+    assert found["step"] == STEPS_PER_EPOCH
+    train(tmp_path)
+    assert read_lines(tmp_path) == read_lines(workdir)
+    assert checksums(tmp_path, 3 * STEPS_PER_EPOCH) == checksums(workdir, 3 * STEPS_PER_EPOCH)
+
+
 def test_a_run_goes_on_from_a_checkpoint_within_a_logging_interval(finished, tmp_path):
     workdir, _ = finished
     total = 3 * STEPS_PER_EPOCH
@@ -202,21 +229,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     train(tmp_path, **(config | {"train.max_steps": 2}))
     before = checksums(tmp_path, 2)
     # The third step's statistics cannot be finite, whatever the rate.
-    restore = loop.Program.train
+    restore = Program.train
 
     def spoil(self, state, step, count):
         if step == 2:
             state = state.replace(params=jax.tree.map(lambda a: a * np.float32(np.inf), state.params))
         return restore(self, state, step, count)
 
-    loop.Program.train = spoil
+    Program.train = spoil
     try:
         with pytest.raises(
             NonFiniteError, match=r"at step 3, learning rate 0\.\d+; the last good checkpoint is step 2"
         ):
             train(tmp_path, **config)
     finally:
-        loop.Program.train = restore
+        Program.train = restore
     assert checksums(tmp_path, 2) == before
     assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir() if p.name.isdigit()] == ["2"]
 

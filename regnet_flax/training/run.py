@@ -64,7 +64,8 @@ class Run:
         with RunDisplay(
             program.total_steps, train.epochs, program.steps_per_epoch, train.batch_size, self.step
         ) as self._display:
-            self._metrics = workdir.MetricsLog(self._path, self.step)
+            # A checkpoint that a signal made before its step was logged: the line is still to come.
+            self._metrics = workdir.MetricsLog(self._path, self.step if self._logged else self.step - 1)
             try:
                 self._loop()
             finally:
