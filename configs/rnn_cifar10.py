@@ -13,7 +13,7 @@ from configs import base
 def get_config(model: str = "resnet_rnn20_convrnn"):
     config = base.get_config()
     config.model.name = model
-    if not model.startswith("resnet_rnn"):
+    if model.startswith(("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")):
         config.model.overrides.init = "torch"  # PyTorch's initial values, as all of the project's models have
     config.dataset.name = "cifar10"
     config.dataset.mean = (0.5,)

@@ -227,15 +227,12 @@ def resolve(config: Any, dataset: Dataset) -> Any:
         config.dataset.image_size = height
     config.dataset.num_classes = len(dataset.class_names)
     if not config.dataset.mean:
-        config.dataset.mean, config.dataset.std = channel_statistics(dataset.train.images)
+        mean, std = channel_statistics(dataset.train.images)
+        # A channel that is the same everywhere has nothing to divide.
+        config.dataset.mean, config.dataset.std = mean, tuple(value or 1.0 for value in std)
     if len(config.dataset.mean) not in (1, channels):
         raise ConfigError(
             f"dataset.mean has {len(config.dataset.mean)} values: the images of {dataset.name} have {channels} channels"
-        )
-    if config.train.batch_size > len(dataset.train.labels):
-        raise ConfigError(
-            f"train.batch_size is {config.train.batch_size}: {dataset.name} has {len(dataset.train.labels)} training "
-            "images, so it must be at most that"
         )
     return config
 

@@ -11,6 +11,7 @@ from typing import Any
 # configs/ stands beside the package, in the repository as in an installation.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "configs/digits.py"
+_IN_CONFIG = "Error whilst parsing config file"  # ml_collections, before a traceback
 MODES = ("train", "eval", "summary", "export")
 
 
@@ -77,10 +78,9 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     flags.DEFINE_enum("mode", "train", MODES, "what to do", values)
     try:
         left = values(arguments)
-    except flags.Error as error:
-        raise UsageError(_one_line(error)) from error
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        raise UsageError(f"--config {name}: {_one_line(error)}") from error
+    except Exception as error:  # the config is a program, and may end in anything
+        of_the_config = not isinstance(error, flags.Error) or _IN_CONFIG in str(error)
+        raise UsageError((f"--config {name}: " if of_the_config else "") + _one_line(error)) from error
     if len(left) > 1:
         raise UsageError(f"{left[1]!r} is not understood: options are written --name=value")
 
@@ -116,8 +116,8 @@ def _tuples(config: Any) -> None:
 def _one_line(error: BaseException) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    if lines and lines[0].startswith("Error whilst parsing config file"):
-        lines = lines[-1:]
+    if any(_IN_CONFIG in line for line in lines):
+        lines = lines[-1:]  # of a traceback
     return " ".join(lines) or type(error).__name__
 
 
@@ -129,6 +129,7 @@ def _summary(config: Any) -> None:
     from regnet_flax.data.sources import IMAGES
     from regnet_flax.models.registry import create_model
 
+    config.dataset.data_dir = config.dataset.data_dir or "."  # nothing is read
     check_config(config)
     shape, classes = IMAGES.get(config.dataset.name, ((32, 32, 3), 10))
     size = config.dataset.image_size

@@ -75,13 +75,23 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
         if not isinstance(loaded, Mapping) or not all(torch.is_tensor(value) for value in loaded.values()):
             raise WeightsError(f"{path} holds no state dict: save model.state_dict() with torch.save")
         found = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in loaded.items()}
-        beside = path.with_suffix(".json")
-        if beside.is_file():
-            metadata = json.loads(beside.read_text())
+        metadata = _read_beside(path)
     found = {n: a.astype(np.float32) if np.issubdtype(a.dtype, np.floating) else a for n, a in found.items()}
     if found and all(name.startswith(_PREFIX) for name in found):
         found = {name.removeprefix(_PREFIX): array for name, array in found.items()}
     return found, metadata
+
+
+def _beside(path: pathlib.Path) -> pathlib.Path:
+    return path.with_name(path.name + ".json")
+
+
+def _read_beside(path: pathlib.Path) -> dict[str, str]:
+    try:
+        found = json.loads(_beside(path).read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _is_nested(loaded: Any, name: str) -> bool:
@@ -96,7 +106,7 @@ def write_weights(
     Args:
       file: a .safetensors, .pth or .pt file; its directory is made.
       arrays: from names to arrays.
-      metadata: kept in a .safetensors file, or beside a .pth file, which has no place for it, as .json.
+      metadata: kept in a .safetensors file; as FILE.json beside a .pth file, which has no place for it.
 
     Raises:
       WeightsError: another suffix, or what writes it is not installed.
@@ -114,5 +124,5 @@ def write_weights(
         torch = _import_torch(path)
         torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, part)
         if metadata:
-            path.with_suffix(".json").write_text(json.dumps(dict(metadata), indent=2) + "\n")
+            _beside(path).write_text(json.dumps(dict(metadata), indent=2) + "\n")
     part.replace(path)

@@ -15,6 +15,7 @@ from regnet_flax import create_model
 from regnet_flax.analysis.summary import count_parameters
 from regnet_flax.config import ConfigError
 from regnet_flax.training import loop
+from regnet_flax.training import workdir as workdir_lib
 from regnet_flax.training.checkpoint import CHECKPOINTS
 from regnet_flax.training.interrupt import Interrupted, WorkdirError
 from regnet_flax.training.program import Program
@@ -91,6 +92,9 @@ def test_eval_finds_what_training_measured(finished):
         assert metrics["step"] == expected["step"] and metrics["count"] == 360
         assert metrics["accuracy"] == expected["eval_accuracy"]
         assert metrics["top5_accuracy"] == expected["eval_top5_accuracy"]
+    # A batch that the devices do not divide was that of training: it does not matter here.
+    other = loop.evaluate_only(tiny_config(**{"eval.checkpoint": "last", "train.batch_size": 100}), workdir)
+    assert other["count"] == 360
     # Another batch size and eight devices count every image once, too.
     again = loop.evaluate_only(tiny_config(**{"eval.batch_size": 56, "eval.checkpoint": "last"}), workdir)
     assert again["count"] == 360
@@ -140,6 +144,33 @@ def test_a_run_that_goes_on_is_not_taken_for_finished_when_it_is_stopped(tmp_pat
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path, **{"train.max_steps": 5})
     assert train(tmp_path, **{"train.max_steps": 5})["step"] == 5
+
+
+def test_the_best_checkpoint_is_kept_whatever_the_cadence_and_the_time_left_is_said(tmp_path):
+    results = train(tmp_path, **{"checkpoint.every_steps": 7, "checkpoint.keep": 1, "train.steps_per_call": 50})
+    best = results["best"]["step"]
+    metrics = loop.evaluate_only(tiny_config(**{"train.steps_per_call": 50}), tmp_path, devices=jax.devices()[ONE])
+    assert metrics["step"] == best and metrics["accuracy"] == results["best"]["eval_accuracy"]
+    lines = [line for line in (tmp_path / "train.log").read_text().splitlines() if " step " in line and "epoch" in line]
+    assert all(" left" in line for line in lines[1:]) and len(lines) > 3
+
+
+def test_a_run_that_goes_on_elsewhere_is_warned(tmp_path, monkeypatch):
+    train(tmp_path, **{"train.max_steps": 2})
+    here = workdir_lib.environment
+
+    def elsewhere(devices):
+        found = here(devices)
+        return found | {"hardware": found["hardware"] | {"cpu_cores": 999}}
+
+    monkeypatch.setattr(workdir_lib, "environment", elsewhere)
+    train(tmp_path, **{"train.max_steps": 3})
+    assert "cpu_cores" in (tmp_path / "train.log").read_text().partition("the run began elsewhere")[2]
+
+
+def test_another_config_is_no_matter_before_the_first_checkpoint(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"batch_size": 7}}))
+    assert train(tmp_path, **{"train.max_steps": 1})["step"] == 1
 
 
 def test_stopped_while_it_evaluates_it_evaluates_when_it_goes_on(finished, tmp_path, monkeypatch):
@@ -208,6 +239,7 @@ def test_other_images_are_refused(tmp_path):
             (tmp_path / "data" / split / name).mkdir(parents=True)
             for index in range(4):
                 pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                pixels[..., 2] = 9  # a channel without any variance
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{index}.png")
     config = {
         "dataset.name": "folder",
@@ -218,6 +250,13 @@ def test_other_images_are_refused(tmp_path):
         "train.epochs": 6,
     }
     train(tmp_path / "run", **config)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["dataset"]["std"][2] == 1
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "a").rename(tmp_path / "data" / split / "c")
+    with pytest.raises(ConfigError, match="trained on a, b"):
+        loop.evaluate_only(tiny_config(**config), tmp_path / "run", devices=jax.devices()[ONE])
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / "c").rename(tmp_path / "data" / split / "a")
     pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "data" / "train" / "a" / "0.png")
     with pytest.raises(ConfigError, match="other images"):

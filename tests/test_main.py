@@ -76,8 +76,29 @@ def test_any_directory_and_a_config_of_ones_own(tmp_path, program):
         "    config.seed = 5\n"
         "    return config\n"
     )
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "__init__.py").touch()  # another package of that name
     out = program("--config", "mine.py", "--mode=summary", cwd=tmp_path, check=0).stdout
     assert "resnet8, images of 8×8×1" in out
+
+
+@pytest.mark.parametrize("body", ["1 / 0", "return undefined", "raise TypeError('no\\nway')", "import nothing_such"])
+def test_an_error_in_a_config_is_one_line(body, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(f"def get_config():\n    {body}\n")
+    assert main.main(["--config", "mine.py"]) == 2
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: ") and "mine.py" in error and "Traceback" not in error
+
+
+def test_a_model_for_a_config_that_takes_none(capsys):
+    assert main.main(["--config", "configs/base.py:resnet20"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_summary_of_a_folder_needs_no_folder(capsys):
+    assert main.main(["--mode", "summary", "--config", "configs/folder.py:resnet20"]) == 0
+    assert "272,474" in capsys.readouterr().out
 
 
 def checksums(workdir, step):

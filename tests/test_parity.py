@@ -3,6 +3,8 @@
 Outputs in float32; gradients and updated statistics in float64, where rounding turns no ReLU and hides nothing.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,8 @@ import torch_reference
 from regnet_flax import create_model
 from regnet_flax.models.registry import MODELS
 from regnet_flax.torch_port import from_torch, to_torch
-from regnet_flax.training.steps import cross_entropy
+from regnet_flax.training.optimizer import make_optimizer, make_schedule
+from regnet_flax.training.steps import create_train_state, cross_entropy, train_step
 
 BATCH, CLASSES = 6, 10
 TOLERANCE = 1e-8  # of norms, relative
@@ -199,3 +202,34 @@ def test_the_photo_notebooks_head_is_read():
     renamed = {key.replace("linear.", "fc."): value for key, value in state.items()}
     a, b = from_torch(state, model), from_torch(renamed, model)
     assert jax.tree.all(jax.tree.map(np.array_equal, a, b))
+
+
+@pytest.mark.parametrize("name, options", [("resnet14", {}), ("regnet14_convlstm", {}), ("resnet_rnn20_convgru", {})])
+def test_ten_sgd_steps_in_float64(name, options):
+    """Momentum, weight decay and a step of the schedule: the losses on the way and the parameters at the end."""
+    options = options | {"width": 4}
+    theirs = reference(name, options).double().train()
+    with jax.enable_x64(True):
+        ours = create(name, options, dtype=jnp.float64)
+        schedule = make_schedule("step", 0.1, epochs=1, steps_per_epoch=10, boundaries=(0.5,))
+        tx = make_optimizer(schedule, momentum=0.9, weight_decay=1e-2)
+        state = create_train_state(from_torch(arrays(theirs.state_dict()), ours), tx)
+        step = jax.jit(functools.partial(train_step, apply_fn=ours.apply, tx=tx))
+        sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
+        rng = np.random.default_rng(2)
+        for index in range(10):
+            images, labels = rng.normal(size=(BATCH, 3, 8, 8)), rng.integers(0, CLASSES, BATCH)
+            before = float(state.sums["loss"])
+            sums = {key: value.astype(jnp.float64) for key, value in state.sums.items()}
+            state = step(state.replace(sums=sums), {"images": nhwc(images), "labels": jnp.asarray(labels)})
+
+            sgd.param_groups[0]["lr"] = float(schedule(index))
+            sgd.zero_grad()
+            loss = torch.nn.functional.cross_entropy(theirs(torch.from_numpy(images)), torch.from_numpy(labels))
+            loss.backward()
+            sgd.step()
+            assert float(state.sums["loss"]) - before == pytest.approx(loss.item(), rel=1e-7), index
+    assert sgd.param_groups[0]["lr"] == pytest.approx(0.01)
+    found = to_torch({"params": state.params}, ours)
+    for key, parameter in theirs.named_parameters():
+        assert relative(found[key], parameter.detach().numpy()) < 1e-6, key

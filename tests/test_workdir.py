@@ -210,19 +210,22 @@ def test_a_config_becomes_plain_json():
     assert workdir.plain(config) == {"a": [1, 2], "b": {"c": None, "d": "x"}}
 
 
-def test_train_log_has_what_the_run_says_with_the_time(tmp_path, logger):
-    handler = workdir.log_to(tmp_path)
-    logger.info("step %d", 7)
-    logger.warning("look")
-    workdir.stop_logging(handler)
+def test_train_log_has_what_the_run_says_with_the_time_and_the_error_that_ended_it(tmp_path, logger):
+    with pytest.raises(OSError), workdir.RunLog() as log:
+        logger.info("before the workdir is known to be right")
+        assert not list(tmp_path.iterdir())
+        log.write_to(tmp_path)
+        logger.warning("look")
+        raise OSError("full")
     logger.info("after")
-    first, second = (tmp_path / "train.log").read_text().splitlines()
-    assert first.startswith("20") and first.endswith(" INFO step 7")
+    first, second, third = (tmp_path / "train.log").read_text().splitlines()
+    assert first.startswith("20") and first.endswith(" INFO before the workdir is known to be right")
     assert second.endswith(" WARNING look")
-    again = workdir.log_to(tmp_path)
-    logger.info("resumed")
-    workdir.stop_logging(again)
-    assert len((tmp_path / "train.log").read_text().splitlines()) == 3
+    assert third.endswith(" ERROR OSError: full")
+    with workdir.RunLog() as log:
+        log.write_to(tmp_path)
+        logger.info("resumed")
+    assert len((tmp_path / "train.log").read_text().splitlines()) == 4
 
 
 def test_hardware_and_versions_are_recorded():

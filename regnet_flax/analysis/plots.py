@@ -9,6 +9,15 @@ from typing import Any
 TRAIN, TEST, DROP = "#1f77b4", "#d62728", "#999999"
 
 
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def _column(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
     chosen = [line for line in lines if name in line]
     return [line["epoch"] for line in chosen], [line[name] for line in chosen]
@@ -23,10 +32,7 @@ def curves(lines: Sequence[dict[str, Any]], path: pathlib.Path, title: str = "",
       title: above it.
       drops: the epochs at which the learning rate falls; those beyond the last line are not drawn.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    plt = _pyplot()
     from matplotlib.ticker import PercentFormatter
 
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -58,6 +64,35 @@ def curves(lines: Sequence[dict[str, Any]], path: pathlib.Path, title: str = "",
             ha="right",
             color=TEST,
         )
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def losses(curves: dict[str, Sequence[float]], path: pathlib.Path, title: str = "") -> None:
+    """Loss by step of several runs, over one another, and how far each is from the first.
+
+    Args:
+      curves: from a run's name to its loss at each step.
+      path: the picture to write.
+      title: above it.
+    """
+    plt = _pyplot()
+    figure, (overlaid, apart) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    (first, reference), *others = curves.items()
+    overlaid.plot(reference, label=first, linewidth=3, alpha=0.4)
+    for name, values in others:
+        overlaid.plot(values, label=name, linewidth=1)
+        apart.plot(
+            [abs(a - b) for a, b in zip(values, reference, strict=True)], label=f"|{name} − {first}|", linewidth=1
+        )
+    for axes in (overlaid, apart):
+        axes.set_yscale("log")
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    overlaid.set_ylabel("loss (cross-entropy, nats)")
+    apart.set_ylabel("difference")
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -14,7 +14,10 @@ from PIL import Image, ImageOps
 
 TRAIN_NAMES = ("train", "Train")
 TEST_NAMES = ("test", "Test", "val", "Val")
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".tif", ".tiff")
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".jp2"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"),
+)
 
 
 class DataError(ValueError):

@@ -119,8 +119,9 @@ def create_model(
     given = {key: value for key, value in options.items() if value is not None}
     for key, value in given.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1) or sorted(known)
-            raise ValueError(f"unknown option {key!r} of model {name!r}: did you mean {', '.join(close)}?")
+            close = difflib.get_close_matches(key, known, n=1) or sorted(known & set(OPTIONS))
+            hint = f"did you mean {', '.join(close)}?" if close else "leave it out"
+            raise ValueError(f"model {name!r} has no option {key!r}: {hint}")
         if key in ("kernel", "share_regulator") and make.keywords.get(key, value) != value:
             raise ValueError(f"{key} is {value!r}: in {name} it is always {make.keywords[key]!r}")
         if key in _CHOICES and value not in _CHOICES[key]:

@@ -120,8 +120,9 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
       Interrupted: stopped by a signal, after saving.
     """
     path, devices = pathlib.Path(path), devices or jax.local_devices()
-    config_lib.check_config(config, len(devices))
-    stored = workdir.read_json(path / workdir.CONFIG)
+    config_lib.check_config(config)
+    # Before the first checkpoint there is nothing that another config would spoil.
+    stored = workdir.read_json(path / workdir.CONFIG) if has_checkpoints(path) else None
     _refuse_changes(stored, config, path, resolved=False)
     results = workdir.read_json(path / workdir.RESULTS)
     if stored and results and stored["train"]["max_steps"] == config.train.max_steps:
@@ -129,8 +130,14 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
         report(results, path)
         return results
 
-    with StopSignals() as stop:
+    config_lib.check_config(config, len(devices))
+    with StopSignals() as stop, workdir.RunLog() as log:
         dataset = load(config)
+        batch, images = config.train.batch_size, len(dataset.train.labels)
+        if batch > images:
+            raise config_lib.ConfigError(
+                f"train.batch_size is {batch}: {dataset.name} has {images} training images, so it must be at most that"
+            )
         fingerprint = dataset.fingerprint()
         if stored and stored["dataset_fingerprint"] != fingerprint:
             raise config_lib.ConfigError(
@@ -148,7 +155,7 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                 "dataset_fingerprint": fingerprint,
             }
             workdir.write_json(path / workdir.CONFIG, workdir.plain(config) | record)
-            handler = workdir.log_to(path)
+            log.write_to(path)
             checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
             try:
                 logger.info(
@@ -162,7 +169,7 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                 run = Run(config, path, program, checkpoints, stop)
                 run.run()
                 checkpoints.wait()
-                results = collect_results(run, config, path, devices)
+                results = collect_results(run, config, path)
                 (path / workdir.FIGURES).mkdir(exist_ok=True)
                 plots.curves(
                     workdir.read_metrics(path),
@@ -175,7 +182,6 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                 report(results, path)
             finally:
                 checkpoints.close()
-                workdir.stop_logging(handler)
     return results
 
 
@@ -186,8 +192,13 @@ def _refuse_changes(stored: dict[str, Any] | None, config: Any, path: pathlib.Pa
         )
 
 
+def has_checkpoints(path: pathlib.Path) -> bool:
+    """Whether the workdir has any, whole or not."""
+    return any(entry.name.isdigit() for entry in (path / CHECKPOINTS).glob("*"))
+
+
 def _check_has_checkpoints(path: pathlib.Path) -> None:
-    if not (path / CHECKPOINTS).is_dir():
+    if not has_checkpoints(path) or not (path / workdir.CONFIG).is_file():
         raise WorkdirError(f"there is no checkpoint in {path}: train first, or name the run with --workdir")
 
 
@@ -241,10 +252,17 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
       ConfigError, DataError, CheckpointError: see train_and_evaluate.
     """
     path, devices = pathlib.Path(path), devices or jax.local_devices()
-    config_lib.check_config(config, len(devices))
+    config_lib.check_config(config)
     if not config.model.init_from:
         _check_has_checkpoints(path)
     dataset = load(config)
+    if not config.model.init_from:
+        trained = tuple(workdir.read_json(path / workdir.CONFIG)["class_names"])
+        if trained != dataset.class_names:
+            raise config_lib.ConfigError(
+                f"{dataset.name} has the classes {', '.join(dataset.class_names)}, but {path} was trained on "
+                f"{', '.join(trained)}: evaluate it on images of these"
+            )
     config = config_lib.resolve(config, dataset)
     program = Program(config, dataset, devices, pmap, load_weights(config))
     if config.model.init_from:

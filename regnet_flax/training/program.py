@@ -75,6 +75,7 @@ class Program:
       start: variables that take the place of initial ones; the head may be left out.
 
     Attributes:
+      devices: as given.
       steps_per_epoch: whole batches in the training split.
       total_steps: of the run, which `train.max_steps` may cut short.
       steps_per_call: the most steps of one compiled call.
@@ -91,7 +92,7 @@ class Program:
         parallelize: Callable[..., Any],
         start: dict[str, Any] | None = None,
     ):
-        self._config, self._devices, self._start = config, devices, start
+        self._config, self.devices, self._start = config, devices, start
         mesh = Mesh(np.array(devices), (AXIS,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         # Put on all devices once: an argument left on one of them would be copied at every call.
@@ -103,7 +104,7 @@ class Program:
 
         train, settings = config.train, config.optimizer
         self._size, self._test_size = len(dataset.train.labels), len(dataset.test.labels)
-        self.steps_per_epoch = self._size // train.batch_size
+        self.steps_per_epoch = max(1, self._size // train.batch_size)  # evaluation needs no whole batch
         self.total_steps = train.epochs * self.steps_per_epoch
         if train.max_steps:
             self.total_steps = min(self.total_steps, train.max_steps)
@@ -146,7 +147,7 @@ class Program:
                 state.step,
                 batch_size=self._config.train.batch_size,
                 shard=shard,
-                shards=len(self._devices),
+                shards=len(self.devices),
             )
             images = augment.augment(self._config.dataset.augment, keys, batch["images"])
             return steps.train_step(
@@ -174,14 +175,14 @@ class Program:
 
     def _eval_step(self, variables, shard, data, start):
         batch = in_memory.eval_batch(
-            data, start, batch_size=self._eval_batch_size, shard=shard, shards=len(self._devices)
+            data, start, batch_size=self._eval_batch_size, shard=shard, shards=len(self.devices)
         )
         batch["images"] = self._normalize(batch["images"])
         return steps.eval_step(variables, batch, apply_fn=self._model.apply, axis_name=AXIS)
 
     @property
     def _eval_batch_size(self) -> int:
-        devices = len(self._devices)
+        devices = len(self.devices)
         return -(-min(self._config.eval.batch_size, self._test_size) // devices) * devices
 
     def evaluate(self, state: steps.TrainState, poll: Callable[[int], None] = lambda done: None) -> dict[str, float]:

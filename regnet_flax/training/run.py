@@ -35,11 +35,13 @@ class Run:
     Attributes:
       state: of training.
       step: steps taken.
+      environment: hardware and versions.
     """
 
     def __init__(self, config: Any, path: pathlib.Path, program: Program, checkpoints: Checkpoints, stop: StopSignals):
         self._config, self._path, self._program = config, path, program
         self._checkpoints, self._stop = checkpoints, stop
+        self.environment = workdir.environment(program.devices)
         self._began = time.monotonic()
         restored = checkpoints.restore(program.like)
         if restored is None:
@@ -49,6 +51,7 @@ class Run:
         self.step = int(self.state.step)
         self._logged, self._seconds_before = record["logged"], record["seconds"]
         if restored is not None:
+            self._warn_of_changes(record["environment"])
             logger.info("going on from the checkpoint at step %d of %d", self.step, program.total_steps)
         self._since, self._timed_from = None, self.step  # for images_per_second
         self._fetch_sums()
@@ -57,6 +60,16 @@ class Run:
     def seconds(self) -> float:
         """Wall time of the run, earlier processes' included."""
         return self._seconds_before + time.monotonic() - self._began
+
+    def _warn_of_changes(self, before: dict[str, Any]) -> None:
+        changes = [
+            f"{name} {before[part].get(name)} before, {value} now"
+            for part in ("hardware", "versions")
+            for name, value in self.environment[part].items()
+            if before[part].get(name) != value
+        ]
+        if changes:
+            logger.warning("the run began elsewhere (%s): it goes on to rounding, not bitwise", "; ".join(changes))
 
     def run(self) -> None:
         """Trains to the end, or until a signal."""
@@ -87,42 +100,43 @@ class Run:
                 self._display.step(finished)
                 if self._since is None:
                     self._since, self._timed_from = time.monotonic(), finished
-            self._logged = not self._is_due(self._log_every)
+            self._logged = not self._logs_here()
             if self._stop.received is not None:
                 self._interrupt()
             if not self._logged:
                 self._end_of_interval()
                 running.clear()
-            elif self._is_due(self._save_every):
+            elif self._saves_here():
                 self._save()
-
-    @property
-    def _log_every(self) -> int:
-        return self._config.log.every_steps
 
     @property
     def _save_every(self) -> int:
         return self._config.checkpoint.every_steps or self._program.steps_per_epoch
 
     def _is_due(self, every: int) -> bool:
-        return (
-            bool(every and self.step % every == 0)
-            or self.step == self._program.total_steps
-            or (every == self._log_every and self._evaluates())
-        )
-
-    def _evaluates(self) -> bool:
-        every = self._config.eval.every_epochs * self._program.steps_per_epoch
         return bool(every) and (self.step % every == 0 or self.step == self._program.total_steps)
+
+    def _evaluates_here(self) -> bool:
+        return self._is_due(self._config.eval.every_epochs * self._program.steps_per_epoch)
+
+    def _logs_here(self) -> bool:
+        at_the_end = self.step == self._program.total_steps
+        return self._is_due(self._config.log.every_steps) or self._evaluates_here() or at_the_end
+
+    def _saves_here(self) -> bool:
+        # Where it evaluates as well, since the best checkpoint is to be kept.
+        return self._is_due(self._save_every) or self._evaluates_here()
 
     def _next_event(self) -> int:
         """The next step at which a call must end."""
-        intervals = [self._program.steps_per_epoch, self._save_every, self._log_every]
+        intervals = [self._program.steps_per_epoch, self._save_every, self._config.log.every_steps]
         return min(self._program.total_steps, *(self.step - self.step % n + n for n in intervals if n))
 
     def _end_of_interval(self) -> None:
         """Evaluates where that is due, and logs."""
         sums = self._fetch_sums()
+        if self._since is not None:
+            self._display.step(self.step)
         line: dict[str, Any] = {"step": self.step, "epoch": self.step / self._program.steps_per_epoch}
         if sums["steps"]:
             line["train_loss"] = float(sums["loss"] / sums["steps"])
@@ -132,7 +146,7 @@ class Run:
             elapsed = time.monotonic() - self._since
             line["images_per_second"] = (self.step - self._timed_from) * self._config.train.batch_size / elapsed
         metrics = None
-        if self._evaluates():
+        if self._evaluates_here():
             self._display.doing("evaluating")
             try:
                 metrics = self._program.evaluate(self.state, self._poll)
@@ -144,7 +158,7 @@ class Run:
         self._display.log(line)
         self._logged = True
         self.state = self.state.replace(sums=jax.device_put(steps.zero_sums(), self.state.step.sharding))
-        if self._is_due(self._save_every):
+        if self._saves_here():
             self._save(metrics)
         if self._since is not None:
             self._since, self._timed_from = time.monotonic(), self.step
@@ -170,7 +184,8 @@ class Run:
     def _save(self, metrics: dict[str, float] | None = None) -> None:
         self._fetch_sums()
         self._display.doing("saving")
-        self._checkpoints.save(self.step, self.state, {"logged": self._logged, "seconds": self.seconds}, metrics)
+        record = {"logged": self._logged, "seconds": self.seconds, "environment": self.environment}
+        self._checkpoints.save(self.step, self.state, record, metrics)
         self._display.doing("")
 
     def _interrupt(self) -> NoReturn:
@@ -181,7 +196,7 @@ class Run:
         raise Interrupted(self._stop.received, message)
 
 
-def collect_results(run: Run, config: Any, path: pathlib.Path, devices: list[Any]) -> dict[str, Any]:
+def collect_results(run: Run, config: Any, path: pathlib.Path) -> dict[str, Any]:
     """What results.json holds of a finished run."""
     lines = workdir.read_metrics(path)
     evals = [{k: v for k, v in line.items() if k in ("step", "epoch") or k.startswith("eval_")} for line in lines]
@@ -198,7 +213,7 @@ def collect_results(run: Run, config: Any, path: pathlib.Path, devices: list[Any
         "parameters": summary.count_parameters(run.state.params),
         "wall_time_seconds": round(run.seconds, 1),
         "images_per_second": round(float(np.median(rates)), 1) if rates else None,
-        **workdir.environment(devices),
+        **run.environment,
     }
 
 

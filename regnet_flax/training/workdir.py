@@ -116,20 +116,44 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return lines
 
 
-def log_to(workdir: pathlib.Path) -> logging.Handler:
-    """Sends what the run says to train.log as well, with the time; returns the handler, for `stop_logging`."""
-    handler = logging.FileHandler(workdir / LOG)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    if not logger.isEnabledFor(logging.INFO):  # called from Python, where nothing has set a level
-        logger.setLevel(logging.INFO)
-    return handler
+class RunLog(logging.Handler):
+    """What the run says while this is entered, and the error that ends it, in train.log as well, with the time.
 
+    What is said before the workdir is known to be right waits until then.
+    """
 
-def stop_logging(handler: logging.Handler) -> None:
-    """Ends what `log_to` began."""
-    logger.removeHandler(handler)
-    handler.close()
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[logging.LogRecord] = []
+        self._file: logging.Handler | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._file is None:
+            self._waiting.append(record)
+        else:
+            self._file.handle(record)
+
+    def write_to(self, workdir: pathlib.Path) -> None:
+        """Opens train.log."""
+        self._file = logging.FileHandler(workdir / LOG)
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        for record in self._waiting:
+            self._file.handle(record)
+        self._waiting.clear()
+
+    def __enter__(self) -> RunLog:
+        if logger.level == logging.NOTSET:  # a program of its own calls: its log is to be whole all the same
+            logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        logger.removeHandler(self)
+        if self._file is not None:
+            if error is not None:
+                message = f"{type(error).__name__}: {error}"
+                self._file.handle(logging.LogRecord(logger.name, logging.ERROR, "", 0, message, None, None))
+            self._file.close()
 
 
 def environment(devices: list[Any]) -> dict[str, Any]:
