@@ -121,6 +121,7 @@ class RegNetY(nn.Module):
             use_running_average=not train,
             momentum=0.9,
             epsilon=1e-5,
+            use_fast_variance=False,  # E[x²] − E[x]² would lose digits that PyTorch keeps
             dtype=self.dtype,
             axis_name=self.axis_name,
         )
