@@ -16,7 +16,6 @@ def get_config(model: str = "regnet20_convlstm"):
     config.train.epochs = 25
     config.optimizer.learning_rate = 0.05
     config.optimizer.weight_decay = 5e-3  # so few images ask for more than the paper's 1e-4
-    config.optimizer.label_smoothing = 0.1
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.schedule = "cosine"
     config.eval.batch_size = 360

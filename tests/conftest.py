@@ -1,5 +1,6 @@
 """Eight CPU devices, and one compilation cache for the whole run, subprocesses included."""
 
+import logging
 import os
 import pathlib
 import shutil
@@ -50,3 +51,15 @@ def program():
         return done
 
     return run
+
+
+@pytest.fixture
+def logger(monkeypatch):
+    """The package's logger, as it is before anything is set up."""
+    logger = logging.getLogger("regnet_flax")
+    monkeypatch.setattr(logger, "handlers", [])
+    monkeypatch.setattr(logger, "propagate", True)
+    level = logger.level
+    logger.setLevel(logging.NOTSET)
+    yield logger
+    logger.setLevel(level)

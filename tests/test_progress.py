@@ -23,18 +23,6 @@ LINE = {
 }
 
 
-@pytest.fixture
-def logger(monkeypatch):
-    """The package's logger, as it is before anything is set up."""
-    logger = logging.getLogger("regnet_flax")
-    monkeypatch.setattr(logger, "handlers", [])
-    monkeypatch.setattr(logger, "propagate", True)
-    level = logger.level
-    logger.setLevel(logging.NOTSET)
-    yield logger
-    logger.setLevel(level)
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import math
 import os
 import struct
@@ -26,18 +25,6 @@ LINE = {
     "eval_accuracy": 0.4321,
     "eval_top5_accuracy": 0.9,
 }
-
-
-@pytest.fixture
-def logger(monkeypatch):
-    """The package's logger, as it is before anything is set up."""
-    logger = logging.getLogger("regnet_flax")
-    monkeypatch.setattr(logger, "handlers", [])
-    monkeypatch.setattr(logger, "propagate", True)
-    level = logger.level
-    logger.setLevel(logging.NOTSET)
-    yield logger
-    logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ A block maps the carry (X, state) of the block before it to its own, so that a s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,25 @@ from regnet_flax.models.regulators import Regulator, State
 
 Array = jax.Array
 Carry = tuple[Array, State]
+
+
+def batch_norm(train: bool, dtype: Any, axis_name: str | None) -> Callable[..., nn.Module]:
+    """Makes batch normalisations, given `name`, with PyTorch's momentum 0.1 (Flax's 0.9) and epsilon.
+
+    Args:
+      train: normalise by this batch, and update the running statistics.
+      dtype: of the result; statistics are float32 or wider.
+      axis_name: the pmap axis over which statistics are taken; None is this device's batch.
+    """
+    return functools.partial(
+        nn.BatchNorm,
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        use_fast_variance=False,  # E[x²] − E[x]² would lose digits that PyTorch keeps
+        dtype=dtype,
+        axis_name=axis_name,
+    )
 
 
 class SqueezeExcite(nn.Module):

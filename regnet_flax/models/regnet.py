@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock
+from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock, batch_norm
 from regnet_flax.models.initializers import INITIALIZERS
 from regnet_flax.models.regulators import REGULATORS, ReplacingConvGRU
 
@@ -147,15 +147,7 @@ class RegNet(nn.Module):
           dict from "stage1", "stage2", … to (N, height, width, channels). Logits and pooled features are float32.
         """
         init, wide = INITIALIZERS[self.initial], jnp.promote_types(self.dtype, jnp.float32)
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            use_fast_variance=False,  # E[x²] − E[x]² would lose digits that PyTorch keeps
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
+        norm = batch_norm(train, self.dtype, self.axis_name)
         size, strides = ((7, 7), 2) if self.stem == "imagenet" else ((3, 3), 1)
         pad = (size[0] // 2, size[0] // 2)
         x = nn.Conv(

@@ -5,7 +5,6 @@ Another family called RegNet: no regulators, but a design space of grouped bottl
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regnet_flax.models.blocks import SqueezeExcite
+from regnet_flax.models.blocks import SqueezeExcite, batch_norm
 
 Array = jax.Array
 INITIAL = "torchvision_regnet"
@@ -116,15 +115,7 @@ class RegNetY(nn.Module):
     def __call__(self, images: Array, train: bool = False, features: bool | None = None) -> Any:
         """Classifies images; see RegNet."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        norm = functools.partial(
-            nn.BatchNorm,
-            use_running_average=not train,
-            momentum=0.9,
-            epsilon=1e-5,
-            use_fast_variance=False,  # E[x²] − E[x]² would lose digits that PyTorch keeps
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-        )
+        norm = batch_norm(train, self.dtype, self.axis_name)
         x = nn.relu(conv_bn(images.astype(self.dtype), 32, 3, 2, 1, norm, self.dtype, "stem"))
         outputs = {}
         stages = stage_widths(self.depth, self.w0, self.wa, self.wm, self.group_width)
