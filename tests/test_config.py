@@ -26,6 +26,7 @@ def load(name):
 
 
 DIGITS = load("digits").to_dict()
+DIGITS["train"] |= {"batch_size": 64, "epochs": 30}  # what the contradictions below are about
 
 
 def changed(values):
