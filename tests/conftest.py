@@ -22,6 +22,20 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+# One line of metrics.jsonl, with every field.
+LINE = {
+    "step": 1170,
+    "epoch": 3.0,
+    "train_loss": 1.23456,
+    "train_accuracy": 0.5678,
+    "learning_rate": 0.1,
+    "images_per_second": 2345.6,
+    "eval_loss": 1.5,
+    "eval_accuracy": 0.4321,
+    "eval_top5_accuracy": 0.9,
+}
+
+
 def pytest_unconfigure():
     shutil.rmtree(_cache, ignore_errors=True)
 

@@ -7,20 +7,9 @@ import time
 
 import pytest
 
+from conftest import LINE
 from regnet_flax.training import progress
 from regnet_flax.training.progress import RunDisplay, describe, duration
-
-LINE = {
-    "step": 1170,
-    "epoch": 3.0,
-    "train_loss": 1.23456,
-    "train_accuracy": 0.5678,
-    "learning_rate": 0.1,
-    "images_per_second": 2345.6,
-    "eval_loss": 1.5,
-    "eval_accuracy": 0.4321,
-    "eval_top5_accuracy": 0.9,
-}
 
 
 @pytest.mark.parametrize(

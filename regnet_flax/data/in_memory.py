@@ -50,7 +50,7 @@ def train_batch(
     epoch, k = jnp.divmod(step, order.shape[0] // batch_size)
     local = batch_size // shards
     indices = jax.lax.dynamic_slice(order, (k * batch_size + shard * local,), (local,))
-    # Apart from epoch_order's key by one more folding, as size-independent as the order is not.
+    # One more folding, since epoch_order has used the epoch's own key up.
     epoch_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), epoch), 1)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(epoch_key, indices)
     return {name: array[indices] for name, array in data.items()}, keys
