@@ -36,6 +36,18 @@ LINE = {
 }
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also the tests marked slow")
+    parser.addoption("--torch-device", default="cpu", help="where the PyTorch reference runs: cpu or cuda")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
+
+
 def pytest_unconfigure():
     shutil.rmtree(_cache, ignore_errors=True)
 

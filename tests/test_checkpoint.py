@@ -15,9 +15,6 @@ from regnet_flax.training.interrupt import WorkdirError
 from regnet_flax.training.optimizer import make_optimizer
 from regnet_flax.training.steps import create_train_state
 
-# An "Exception ignored in:" would be a page of traceback on the user's terminal.
-pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
-
 
 def state(step):
     """Some arrays that tell the step, incompressible, so that the largest file holds them."""
