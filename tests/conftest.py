@@ -1,4 +1,7 @@
-"""Eight CPU devices, and one compilation cache for the whole run, subprocesses included."""
+"""Eight CPU devices, and one compilation cache for the whole run, subprocesses included.
+
+JAX_COMPILATION_CACHE_DIR names a cache that outlives the run.
+"""
 
 import logging
 import os
@@ -14,7 +17,8 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `configs`
 
-_cache = tempfile.mkdtemp(prefix="regnet_flax_tests_")
+_given_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+_cache = _given_cache or tempfile.mkdtemp(prefix="regnet_flax_tests_")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 jax.config.update("jax_compilation_cache_dir", _cache)
@@ -49,7 +53,8 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_unconfigure():
-    shutil.rmtree(_cache, ignore_errors=True)
+    if not _given_cache:
+        shutil.rmtree(_cache, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
