@@ -26,6 +26,7 @@ def get_config() -> config_dict.ConfigDict:
     overrides.init = config_dict.placeholder(str)  # initial values: "paper" or "torch"
     overrides.unroll = config_dict.placeholder(int)  # blocks a step of nn.scan; None: all on a CPU, 1 elsewhere
     overrides.remat = config_dict.placeholder(bool)  # recompute each block in the backward pass, to save memory
+    overrides.tuned = config_dict.placeholder(bool)  # forms of the gradients that are fast on a CPU; None: on a CPU
 
     config.dataset = dataset = config_dict.ConfigDict()
     dataset.name = "digits"  # "digits", "cifar10", "cifar100", "folder" or "synthetic"

@@ -87,6 +87,7 @@ FIELDS: dict[str, Check] = {
     "model.overrides.share_regulator": _optional(_flag),
     "model.overrides.regulated_stages": _optional(_each(_whole(1))),
     "model.overrides.remat": _optional(_flag),
+    "model.overrides.tuned": _optional(_flag),
     "dataset.name": _choice(*SOURCES),
     "dataset.data_dir": _text,
     "dataset.num_classes": _whole(0),

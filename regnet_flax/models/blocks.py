@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from regnet_flax.models import convolution
 from regnet_flax.models.initializers import INITIALIZERS
 from regnet_flax.models.regulators import Regulator, State
 
@@ -83,6 +84,7 @@ class Block(nn.Module):
       stride_at: the bottleneck's convolution that carries the stride, "1x1" or "3x3".
       dtype: of the convolutions and activations.
       initial: initial values, a name in INITIALIZERS.
+      tuned: use the forms of `convolution` that are fast on a CPU.
     """
 
     features: int
@@ -96,6 +98,7 @@ class Block(nn.Module):
     stride_at: str = "1x1"
     dtype: Any = jnp.float32
     initial: str = "paper"
+    tuned: bool = False
 
     expansion = 1
 
@@ -133,6 +136,7 @@ class Block(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             kernel_init=INITIALIZERS[self.initial].conv,
+            conv_general_dilated=convolution.conv_general_dilated if self.tuned else None,
             name=name,
         )(x)
 
@@ -141,10 +145,11 @@ class Block(nn.Module):
 
     def regulate(self, x: Array, state: State, shared: Any) -> State:
         assert self.cell is not None
+        sown = self.is_mutable_collection("intermediates")
         if shared is None:
-            state, gates = self.cell(name="regulator")(x, state)
+            state, gates = self.cell(name="regulator")(x, state, sown)
         else:
-            state, gates = self.cell(parent=None).apply({"params": shared}, x, state)
+            state, gates = self.cell(parent=None).apply({"params": shared}, x, state, sown)
         h = nn.relu(self.norm(name="bn_h")(state[0])) if self.normalize_state else state[0]
         self.sow("intermediates", "gates", gates)
         self.sow("intermediates", "state", (h, *state[1:]))

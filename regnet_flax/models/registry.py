@@ -32,6 +32,7 @@ OPTIONS = (
     "init",
     "unroll",
     "remat",
+    "tuned",
 )
 _CHOICES = {
     "kernel": ("separable", "dense"),
@@ -106,7 +107,7 @@ def create_model(
       dtype: of the arithmetic, float32 or bfloat16; parameters, statistics and logits are float32.
       axis_name: the pmap axis over which batch normalisation is synchronised.
       **options: kernel, share_regulator, regulated_stages, shortcut, width, bottleneck_stride, init (RegNet's
-        `initial`), unroll, remat, scan and features; see RegNet. None leaves the model's default.
+        `initial`), unroll, remat, tuned, scan and features; see RegNet. None leaves the model's default.
 
     Returns:
       A Flax module; `model.init(key, images, train=False)` makes its variables.

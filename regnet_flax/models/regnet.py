@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from regnet_flax.models import convolution
 from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock, batch_norm
 from regnet_flax.models.initializers import INITIALIZERS
 from regnet_flax.models.regulators import REGULATORS, ReplacingConvGRU
@@ -103,6 +104,7 @@ class RegNet(nn.Module):
       unroll: blocks a step of the scan. None takes all on a CPU, where XLA runs convolutions inside a loop badly, and
         1 elsewhere.
       remat: recompute each block in the backward pass instead of keeping what is in it.
+      tuned: use the forms of `convolution` that are fast on a CPU. None does on a CPU.
       dtype: of the arithmetic; parameters and batch statistics are float32.
       axis_name: the pmap axis over which batch statistics are taken; None is this device's batch.
       features: return the stages' outputs instead of logits.
@@ -126,6 +128,7 @@ class RegNet(nn.Module):
     scan: bool = True
     unroll: int | None = None
     remat: bool = False
+    tuned: bool | None = None
     dtype: Any = jnp.float32
     axis_name: str | None = None
     features: bool = False
@@ -147,24 +150,39 @@ class RegNet(nn.Module):
           dict from "stage1", "stage2", … to (N, height, width, channels). Logits and pooled features are float32.
         """
         init, wide = INITIALIZERS[self.initial], jnp.promote_types(self.dtype, jnp.float32)
+        on_cpu = jax.default_backend() == "cpu"
+        tuned = on_cpu if self.tuned is None else self.tuned
         norm = batch_norm(train, self.dtype, self.axis_name)
         size, strides = ((7, 7), 2) if self.stem == "imagenet" else ((3, 3), 1)
         pad = (size[0] // 2, size[0] // 2)
         x = nn.Conv(
-            self.width, size, strides, (pad, pad), use_bias=False, dtype=self.dtype, kernel_init=init.conv, name="conv1"
+            self.width,
+            size,
+            strides,
+            (pad, pad),
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=init.conv,
+            conv_general_dilated=convolution.conv_general_dilated if tuned else None,
+            name="conv1",
         )(images.astype(self.dtype))
         x = nn.relu(norm(name="bn1")(x))
         if self.stem != "cifar":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
-        unroll = self.unroll or (max(self.stage_sizes) if jax.default_backend() == "cpu" else 1)
+        unroll = self.unroll or (max(self.stage_sizes) if on_cpu else 1)
         outputs = {}
         for stage, length in enumerate(self.stage_sizes, start=1):
             n = self.width * 2 ** (stage - 1)
             cell = None
             if self.regulator is not None and self._regulates(stage):
                 cell = functools.partial(
-                    CELLS[self.regulator], features=n, kernel=self.kernel, dtype=self.dtype, initial=self.initial
+                    CELLS[self.regulator],
+                    features=n,
+                    kernel=self.kernel,
+                    dtype=self.dtype,
+                    initial=self.initial,
+                    tuned=tuned,
                 )
             block = functools.partial(
                 BLOCKS[self.block],
@@ -178,6 +196,7 @@ class RegNet(nn.Module):
                 stride_at=self.bottleneck_stride,
                 dtype=self.dtype,
                 initial=self.initial,
+                tuned=tuned,
             )
             x = Stage(
                 block=block,

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from regnet_flax.models import convolution
 from regnet_flax.models.initializers import INITIALIZERS, Initializers
 
 Array = jax.Array
@@ -42,35 +43,17 @@ class GateWeights(nn.Module):
         return kernel, self.param("bias", self.initial.bias(fan_in), self.shape[-1:])
 
 
-def _separable(x: Array, h: Array, pointwise: Array, depthwise: Array) -> Array:
-    """Grouped 1×1 convolution of the pairs (x[c], h[c]), then a depthwise 3×3 one, for all gates at once.
-
-    Written as sums of shifted products: it is bound by memory, and XLA fuses these, while its grouped convolutions
-    are slow on a CPU.
+def _pairs(x: Array, h: Array, pointwise: Array) -> Array:
+    """Grouped 1×1 convolution of the pairs (x[c], h[c]) for all gates at once.
 
     Args:
       x, h: (N, height, width, n).
       pointwise: (2, gates, n), the weights of x and of h.
-      depthwise: (3, 3, gates, n).
 
     Returns:
-      (N, height, width, gates, n), summed in float32 or wider.
+      (N, height, width, gates, n).
     """
-    height, width = x.shape[1:3]
-    pairs = x[..., None, :] * pointwise[0] + h[..., None, :] * pointwise[1]
-    padded = jnp.pad(pairs, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    taps = [
-        padded[:, i : i + height, j : j + width].astype(wide) * depthwise[i, j].astype(wide)
-        for i in range(3)
-        for j in range(3)
-    ]
-    return sum(taps[1:], taps[0])
-
-
-def _conv3x3(x: Array, kernel: Array) -> Array:
-    padding = ((1, 1), (1, 1))
-    return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return x[..., None, :] * pointwise[0] + h[..., None, :] * pointwise[1]
 
 
 class Regulator(nn.Module):
@@ -82,6 +65,7 @@ class Regulator(nn.Module):
         to n channels, 18n² + n a gate.
       dtype: of the arithmetic between X, H and the gates' sums, which are float32 or wider, and of the new state.
       initial: initial values, a name in INITIALIZERS.
+      tuned: use the forms of `convolution` that are fast on a CPU.
 
     Raises:
       ValueError: X and a state array differ in shape; the message names both.
@@ -91,6 +75,7 @@ class Regulator(nn.Module):
     kernel: str = "separable"
     dtype: Any = jnp.float32
     initial: str = "paper"
+    tuned: bool = False
 
     gate_names: ClassVar[tuple[str, ...]] = ()
     state_names: ClassVar[tuple[str, ...]] = ("H",)
@@ -101,23 +86,32 @@ class Regulator(nn.Module):
         return tuple(jnp.zeros(shape, dtype) for _ in cls.state_names)
 
     @nn.compact
-    def __call__(self, x: Array, state: State) -> tuple[State, Gates]:
+    def __call__(self, x: Array, state: State, gates: bool = True) -> tuple[State, Gates]:
         """One step.
 
         Args:
           x: X, (N, height, width, n).
           state: H, and C for the LSTM, each of x's shape.
+          gates: whether they are asked for.
 
         Returns:
-          The new state, and the gates by name, (N, height, width, n) in float32 or wider.
+          The new state, and the gates by name, (N, height, width, n) in float32 or wider; none where not asked for.
         """
         for name, array in zip(self.state_names, state, strict=True):
             if array.shape != x.shape:
                 raise ValueError(f"{type(self).__name__}: X has shape {x.shape} but {name} has shape {array.shape}")
         x = x.astype(self.dtype)
         state = tuple(array.astype(self.dtype) for array in state)
-        new_state, gates = self.step(x, state, self._weights())
-        return tuple(array.astype(self.dtype) for array in new_state), gates
+        weights = self._weights()
+
+        def step(arrays: tuple[Array, State]) -> tuple[State, Gates]:
+            new_state, found = self.step(*arrays, weights)
+            return tuple(array.astype(self.dtype) for array in new_state), found if gates else {}
+
+        if self.tuned and self.kernel == "separable":
+            wide = jnp.promote_types(self.dtype, jnp.float32)
+            return convolution.in_parts(step, (x, state), x[0].size * len(self.gate_names) * wide.itemsize)
+        return step((x, state))
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
         """The cell's equations."""
@@ -140,14 +134,20 @@ class Regulator(nn.Module):
             return kernel.reshape(3, 3, 2 * n, gates, n), bias.reshape(gates, n)
         raise ValueError(f"kernel is {self.kernel!r}: it must be 'separable' or 'dense'")
 
+    def conv3x3(self, x: Array, kernel: Array) -> Array:
+        """A convolution at stride 1 with padding 1."""
+        convolve = convolution.conv_general_dilated if self.tuned else convolution.plain_convolve
+        return convolve(x, kernel, (1, 1), ((1, 1), (1, 1)))
+
     def convolve(self, x: Array, h: Array, weights: tuple[Array, ...], first: int, last: int) -> list[Array]:
         """W[x, h] + b for the gates from `first` up to `last`, not included, in float32 or wider."""
         *kernels, bias = (w[..., first:last, :] for w in weights)
         kernels = [kernel.astype(self.dtype) for kernel in kernels]
         if self.kernel == "separable":
-            sums = _separable(x, h, *kernels)
+            depthwise = convolution.depthwise if self.tuned else convolution.plain_depthwise
+            sums = depthwise(_pairs(x, h, kernels[0]), kernels[1])
         else:
-            sums = _conv3x3(jnp.concatenate([x, h], -1), kernels[0].reshape(3, 3, 2 * self.features, -1))
+            sums = self.conv3x3(jnp.concatenate([x, h], -1), kernels[0].reshape(3, 3, 2 * self.features, -1))
             sums = sums.reshape(*x.shape[:-1], last - first, self.features)
         sums = sums + bias.astype(jnp.promote_types(self.dtype, jnp.float32))
         return [sums[..., gate, :] for gate in range(last - first)]
@@ -219,10 +219,10 @@ class ReplacingConvGRU(Regulator):
         (h,) = state
         wide = jnp.promote_types(self.dtype, jnp.float32)
         kernel_x, bias_x, kernel_y, bias_y = weights
-        sums = _conv3x3(jnp.concatenate([x, h], -1), kernel_x.astype(self.dtype)) + bias_x.astype(wide)
+        sums = self.conv3x3(jnp.concatenate([x, h], -1), kernel_x.astype(self.dtype)) + bias_x.astype(wide)
         a, b = jnp.split(nn.sigmoid(sums), 2, axis=-1)
         inputs = jnp.concatenate([x, h, (b * h).astype(self.dtype)], -1)
-        y = jnp.tanh(_conv3x3(inputs, kernel_y.astype(self.dtype)) + bias_y.astype(wide))
+        y = jnp.tanh(self.conv3x3(inputs, kernel_y.astype(self.dtype)) + bias_y.astype(wide))
         return (a * h + (1 - a) * y,), {"a": a, "b": b, "y": y}
 
 

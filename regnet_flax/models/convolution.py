@@ -1,0 +1,155 @@
+"""Convolutions in the forms that are fast on a CPU.
+
+XLA:CPU takes a filter gradient as a convolution of arrays whose batch is their last axis, and computes anew, in that
+order, all that leads to them; inside a loop it is worse still. As a matrix product of shifted copies it takes a third
+of the time. What a regulator's step computes beside its state is 36 times the size of its input, so it is done for
+parts of the batch whose arrays stay in the processor's cache, and again in the backward pass. The results are those of
+the plain forms, to rounding; only reverse-mode differentiation is defined. See benchmarks/README.md for what was
+measured.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Array = jax.Array
+Padding = tuple[tuple[int, int], ...]
+
+# Bytes of the largest array of a part: a second core's cache of 1 MiB is common.
+PART_BYTES = 2**20
+
+
+def conv_general_dilated(
+    lhs: Array, rhs: Array, window_strides: Sequence[int], padding: Sequence[tuple[int, int]], **options: Any
+) -> Array:
+    """`jax.lax.conv_general_dilated`, the filter gradient as a matrix product, for `nn.Conv`.
+
+    Args:
+      lhs: (N, height, width, inputs).
+      rhs: (height, width, inputs, outputs).
+      window_strides, padding: of height and width.
+      **options: as nn.Conv gives them: no dilation, no groups, NHWC.
+
+    Returns:
+      (N, height, width, outputs).
+    """
+    del options
+    return _convolve(lhs, rhs, tuple(window_strides), tuple(map(tuple, padding)))
+
+
+def plain_convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:
+    """NHWC and HWIO to NHWC."""
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
+    return plain_convolve(x, kernel, strides, padding)
+
+
+def _forward(x, kernel, strides, padding):
+    return plain_convolve(x, kernel, strides, padding), (x, kernel)
+
+
+def _backward(strides, padding, saved, d):
+    x, kernel = saved
+    dx = jax.linear_transpose(lambda x: plain_convolve(x, kernel, strides, padding), x)(d)[0]
+    dot = functools.partial(jnp.matmul, preferred_element_type=jnp.promote_types(d.dtype, jnp.float32))
+    rows, columns, inputs, outputs = kernel.shape
+    height, width = d.shape[1:3]
+    if strides == (1, 1) and rows > 1:
+        # One product has all taps if one operand is shifted along the width and the other along the height.
+        (top, bottom), sides = padding
+        x_height = x.shape[1]
+        x = jnp.pad(x, ((0, 0), (0, 0), sides, (0, 0)))
+        d = jnp.pad(d, ((0, 0), (rows - 1 - top, rows - 1 - bottom), (0, 0), (0, 0)))
+        x = _flat([x[:, :, j : j + width] for j in range(columns)])
+        d = _flat([d[:, rows - 1 - i : rows - 1 - i + x_height] for i in range(rows)])
+        products = dot(x.T, d).reshape(columns, inputs, rows, outputs)
+        return dx, products.transpose(2, 0, 1, 3).astype(kernel.dtype)
+    down, right = ((n - 1) * stride + 1 for n, stride in zip((height, width), strides, strict=True))
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    taps = [x[:, i : i + down : strides[0], j : j + right : strides[1]] for i in range(rows) for j in range(columns)]
+    return dx, dot(_flat(taps).T, _flat([d])).reshape(kernel.shape).astype(kernel.dtype)
+
+
+def _flat(arrays: list[Array]) -> Array:
+    return jnp.concatenate(arrays, -1).reshape(-1, len(arrays) * arrays[0].shape[-1])
+
+
+_convolve.defvjp(_forward, _backward)
+
+
+def plain_depthwise(x: Array, kernel: Array) -> Array:
+    """A depthwise 3×3 convolution as a sum of shifted products.
+
+    It is bound by memory, and XLA fuses these, while its grouped convolutions are slow on a CPU.
+
+    Args:
+      x: (N, height, width, …).
+      kernel: (3, 3, …), the same axes.
+
+    Returns:
+      Of x's shape, summed in float32 or wider.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    taps = [tap.astype(wide) * kernel[k // 3, k % 3].astype(wide) for k, tap in enumerate(_shifted(x))]
+    return sum(taps[1:], taps[0])
+
+
+def _shifted(x: Array) -> list[Array]:
+    height, width = x.shape[1:3]
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), *[(0, 0)] * (x.ndim - 3)))
+    return [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+
+
+@jax.custom_vjp
+def depthwise(x: Array, kernel: Array) -> Array:
+    """`plain_depthwise`, the filter gradient as one reduction of nine products."""
+    return plain_depthwise(x, kernel)
+
+
+def _depthwise_backward(saved, d):
+    x, kernel = saved
+    dx = plain_depthwise(d, kernel[::-1, ::-1]).astype(x.dtype)
+    # Reduced along a row in one loop for all taps, which XLA does not do for nine reductions; the rest is little.
+    products = tuple(tap.astype(d.dtype) * d for tap in _shifted(x))
+    zero = jnp.zeros((), d.dtype)
+    rows = lax.reduce(products, (zero,) * 9, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (2,))
+    return dx, jnp.stack([row.sum((0, 1)) for row in rows]).reshape(kernel.shape).astype(kernel.dtype)
+
+
+depthwise.defvjp(lambda x, kernel: (plain_depthwise(x, kernel), (x, kernel)), _depthwise_backward)
+
+
+def in_parts(function: Callable[..., Any], arrays: Any, bytes_per_example: int) -> Any:
+    """`function(arrays)` for one part of the batch after the other; nothing in between is kept for the backward pass.
+
+    Args:
+      function: examples do not depend on each other in it.
+      arrays: a tree of arrays (N, …).
+      bytes_per_example: of the largest array in `function`.
+
+    Returns:
+      What the function does for the whole batch.
+    """
+    batch = jax.tree.leaves(arrays)[0].shape[0]
+    part = _part_size(batch, max(2, PART_BYTES // bytes_per_example))
+    if part == batch:
+        return function(arrays)
+    arrays = jax.tree.map(lambda a: a.reshape(batch // part, part, *a.shape[1:]), arrays)
+    step = jax.checkpoint(lambda carry, part: (carry, function(part)), prevent_cse=False)
+    _, out = lax.scan(step, None, arrays)
+    return jax.tree.map(lambda a: a.reshape(batch, *a.shape[2:]), out)
+
+
+def _part_size(batch: int, wished: int) -> int:
+    """The divisor of `batch` nearest to `wished`, if it is within a factor of two; otherwise the whole batch."""
+    sizes = [n for n in range(-(-wished // 2), 2 * wished + 1) if batch % n == 0]
+    return min(sizes, key=lambda n: abs(n - wished), default=batch) if batch > wished else batch

@@ -1,0 +1,168 @@
+"""The forms that are fast on a CPU against the plain ones, in value and gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from regnet_flax import create_model
+from regnet_flax.models import convolution
+
+RTOL = 1e-10  # float64
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+
+
+def assert_same(tuned, plain, *arguments):
+    """Equal in value, and in every gradient along a random direction."""
+    expected, plain_vjp = jax.vjp(plain, *arguments)
+    found, tuned_vjp = jax.vjp(tuned, *arguments)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=RTOL, atol=RTOL), found, expected)
+    direction = jax.tree.map(lambda a: normal(9, *a.shape), expected)
+    for a, b in zip(jax.tree.leaves(tuned_vjp(direction)), jax.tree.leaves(plain_vjp(direction)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=RTOL, atol=RTOL * float(jnp.abs(b).max()))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size, pad", [(1, 0), (3, 1), (7, 3), (3, 0)])
+def test_convolution(size, pad, stride):
+    x, kernel = normal(0, 2, 7, 10, 3), normal(1, size, size, 3, 5)
+    where = ((stride, stride), ((pad, pad), (pad, pad)))
+    assert_same(
+        lambda x, k: convolution.conv_general_dilated(x, k, *where),
+        lambda x, k: convolution.plain_convolve(x, k, *where),
+        x,
+        kernel,
+    )
+
+
+def test_convolution_with_other_padding_at_each_side():
+    where = ((1, 1), ((0, 2), (2, 1)))
+    assert_same(
+        lambda x, k: convolution.conv_general_dilated(x, k, *where),
+        lambda x, k: convolution.plain_convolve(x, k, *where),
+        normal(0, 2, 6, 5, 3),
+        normal(1, 3, 3, 3, 4),
+    )
+
+
+@pytest.mark.parametrize("height, width", [(3, 6), (1, 1)])
+def test_depthwise(height, width):
+    assert_same(
+        convolution.depthwise, convolution.plain_depthwise, normal(0, 2, height, width, 4, 5), normal(1, 3, 3, 4, 5)
+    )
+
+
+def test_bfloat16_sums_in_float32():
+    x, kernel = normal(0, 4, 16, 16, 8).astype(jnp.bfloat16), normal(1, 3, 3, 8, 8).astype(jnp.bfloat16)
+    d = normal(2, 4, 16, 16, 8).astype(jnp.bfloat16)
+    where = ((1, 1), ((1, 1), (1, 1)))
+    found = jax.vjp(lambda k: convolution.conv_general_dilated(x, k, *where), kernel)[1](d)[0]
+    wide = [a.astype(jnp.float32) for a in (x, kernel, d)]
+    expected = jax.vjp(lambda k: convolution.plain_convolve(wide[0], k, *where), wide[1])[1](wide[2])[0]
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-8, atol=1e-2)
+
+
+@pytest.mark.parametrize("batch, wished, part", [(128, 4, 4), (6, 4, 3), (500, 4, 4), (7, 4, 7), (3, 4, 3), (10, 3, 2)])
+def test_parts_divide_the_batch(batch, wished, part, monkeypatch):
+    monkeypatch.setattr(convolution, "PART_BYTES", wished * 100)
+    sizes = []
+
+    def function(x):
+        sizes.append(x.shape[0])
+        return jnp.sin(x) * x.sum(-1, keepdims=True)
+
+    x = normal(0, batch, 3)
+    assert_same(lambda x: convolution.in_parts(function, x, 100), lambda x: jnp.sin(x) * x.sum(-1, keepdims=True), x)
+    assert set(sizes) == {part}
+
+
+def gradients(name, options, variables, images):
+    model = create_model(name, dtype=jnp.float64, **options)
+
+    def loss(params):
+        logits, updates = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
+        return (logits**2).sum(), (logits, updates)
+
+    return jax.jit(jax.grad(loss, has_aux=True))(variables["params"])
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("regnet14_convlstm", {}),
+        ("regnet14_convgru", {"unroll": 1}),
+        ("regnet14_convrnn", {"kernel": "dense", "remat": True}),
+    ],
+)
+def test_whole_models(name, options, monkeypatch):
+    monkeypatch.setattr(convolution, "PART_BYTES", 2 * 8 * 8 * 4 * 4 * 8)  # parts of two images
+    images, options = normal(3, 4, 8, 8, 3), {"width": 4} | options
+    init = jax.jit(functools.partial(create_model(name, dtype=jnp.float64, **options).init, train=False))
+    variables = init(jax.random.key(0), images)
+    found = gradients(name, options | {"tuned": True}, variables, images)
+    expected = gradients(name, options | {"tuned": False}, variables, images)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8 * float(jnp.abs(b).max() + 1e-3))
+
+
+def test_seeds_together(monkeypatch):
+    """Under vmap, as seeds that are trained together are."""
+    monkeypatch.setattr(convolution, "PART_BYTES", 2 * 8 * 8 * 4 * 4 * 8)
+    x, kernel = normal(0, 3, 4, 6, 6, 4), normal(1, 3, 3, 3, 4, 4)
+    where = ((1, 1), ((1, 1), (1, 1)))
+    assert_same(
+        jax.vmap(lambda x, k: convolution.conv_general_dilated(x, k, *where)),
+        jax.vmap(lambda x, k: convolution.plain_convolve(x, k, *where)),
+        x,
+        kernel,
+    )
+    assert_same(
+        jax.vmap(lambda x, k: convolution.in_parts(lambda x: convolution.depthwise(x, k), x, 200)),
+        jax.vmap(convolution.plain_depthwise),
+        normal(2, 3, 8, 4, 4, 2, 2),
+        normal(3, 3, 3, 3, 2, 2),
+    )
+
+
+def test_gates_are_sown_where_they_are_asked_for():
+    images = normal(0, 4, 8, 8, 3)
+    model = create_model("regnet14_convlstm", width=4, tuned=True)
+
+    def intermediates(key):
+        variables = model.init(key, images, train=False)
+        return model.apply(variables, images, train=False, mutable=["intermediates"])[1]
+
+    sown = jax.eval_shape(intermediates, jax.random.key(0))
+    gates = sown["intermediates"]["stage1"]["blocks"]["gates"][0]
+    assert set(gates) == {"i", "f", "o", "g"} and gates["i"].shape == (1, 4, 8, 8, 4)
+
+
+def test_a_regulator_takes_at_most_half_the_memory():
+    """Temporaries of the training step, by the compiled step's own analysis."""
+    images = jnp.zeros((64, 32, 32, 3), jnp.float32)
+
+    def temporaries(tuned):
+        model = create_model("regnet8_convlstm", tuned=tuned)
+        variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+
+        def loss(params, stats, images):
+            return model.apply({"params": params, "batch_stats": stats}, images, train=True, mutable=["batch_stats"])[
+                0
+            ].sum()
+
+        compiled = jax.jit(jax.grad(loss)).lower(variables["params"], variables["batch_stats"], images).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(True) < temporaries(False) / 2
