@@ -3,6 +3,7 @@
 JAX_COMPILATION_CACHE_DIR names a cache that outlives the run.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -62,6 +63,20 @@ def _release_compiled():
     """Hundreds of compiled functions would fill the memory otherwise."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def parity(request):
+    """`with parity(dtype) as device`: both frameworks compute in dtype, on a GPU too, and PyTorch on `device`."""
+    import torch
+
+    @contextlib.contextmanager
+    def exact(dtype):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        with jax.default_matmul_precision("highest"), jax.enable_x64(dtype == "float64"):
+            yield torch.device(request.config.getoption("--torch-device"))
+
+    return exact
 
 
 @pytest.fixture
