@@ -373,8 +373,17 @@ def reference(name, options, seed=0):
     return model
 
 
-def compare_network(name, options, dtype, device, size, seed=0):
-    """A network's logits in both modes, the gradients of the cross-entropy, and the updated running statistics."""
+def compare_network(name, options, dtype, device, size, seed=0, train=True):
+    """A network's logits in both modes, the gradients of the cross-entropy, and the updated running statistics.
+
+    Args:
+      name, options: see `create`.
+      dtype: "float32" or "float64".
+      device: of the reference.
+      size: height and width of the images.
+      seed: of weights and images.
+      train: False leaves it at the logits in evaluation.
+    """
     theirs = reference(name, options, seed).to(device, getattr(torch, dtype))
     before, counts = arrays(theirs.state_dict()), watch_counts(theirs)
     rng = np.random.default_rng(seed + 1)
@@ -392,14 +401,18 @@ def compare_network(name, options, dtype, device, size, seed=0):
     @compile_for(dtype)
     def ours(variables, images):
         in_eval = model.apply(variables, images, train=False)
-        return in_eval, jax.grad(loss, has_aux=True)(variables["params"], variables["batch_stats"], images)
+        gradient = jax.grad(loss, has_aux=True)
+        return in_eval, gradient(variables["params"], variables["batch_stats"], images) if train else None
 
-    in_eval, (grads, (in_train, batch_stats)) = ours(variables, images)
+    in_eval, in_training = ours(variables, images)
 
     inputs, targets = to_tensor(images, device), torch.tensor(labels, device=device)
     with torch.no_grad():
         expected = theirs.eval()(inputs).cpu().numpy()
     check(("networks", "logits, evaluation", dtype), in_eval, expected)
+    if in_training is None:
+        return
+    grads, (in_train, batch_stats) = in_training
     logits = theirs.train()(inputs)
     check(("networks", "logits, training", dtype), in_train, logits.detach().cpu().numpy())
     torch.nn.functional.cross_entropy(logits, targets).backward()
