@@ -1,12 +1,15 @@
 """The package against the PyTorch reference: the same weights and inputs in both, and the record of the errors.
 
-A comparison raises AssertionError where an error of norms, ‖ours − theirs‖ / ‖theirs‖ of one array, is above the bound of
-its row in BOUNDS; `pytest --parity-report FILE` writes the largest error that each row saw.
+A comparison raises AssertionError where an error of norms, ‖ours − theirs‖ / ‖theirs‖ of one array, is above the bound
+of its row in BOUNDS; `pytest --parity-report FILE` writes the largest error that each row saw.
 """
 
 import functools
+import json
 import math
 import os
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -51,8 +54,11 @@ BOUNDS = {
     ("ten SGD steps", "parameters after them", "float64"): 1e-8,
     ("cross-entropy, label smoothing too", "value and gradient", "float32"): 1e-5,
     ("cross-entropy, label smoothing too", "value and gradient", "float64"): 1e-10,
-    ("schedules, warm-up too", "rate at each step", "float32"): 1e-5,
+    ("schedules, warm-up too", "rates of a run", "float32"): 1e-6,
 }
+BEGIN = "<!-- parity: python -m pytest --slow --parity-report README.md tests/test_{block_parity,parity,optimizer}.py -->"
+END = "<!-- end of parity -->"
+WHOLE_RUN = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "parity_digits_cpu.json"
 ERRORS: dict[tuple[str, str, str], tuple[float, str]] = {}  # the largest of each row, and where
 
 
@@ -78,6 +84,24 @@ def check_all(row, found, expected):
     for name, array in expected.items():
         assert np.linalg.norm(array) > 0, f"{name} is zero"
         check(row, found[name], array, name)
+
+
+def write_report(file):
+    """Puts the errors into a file as a Markdown table: between the markers if it has them, or as the whole file."""
+    lines = ["| compared | | type | at most | largest seen | in |", "| --- " * 6 + "|"]
+    for row, bound in BOUNDS.items():
+        error, where = ERRORS.get(row, (math.nan, ""))
+        lines.append(f"| {' | '.join(row)} | {bound:g} | {error:.1e} | {f'`{where}`' if where else 'not run'} |")
+    if WHOLE_RUN.exists():
+        run = json.loads(WHOLE_RUN.read_text())
+        for dtype in ("float32", "float64"):
+            where = f"`benchmarks/parity_run.py`, step {run[dtype]['at_step']}"
+            error = run[dtype]["largest_difference"]
+            lines.append(f"| {run['steps']} steps on the digits | loss, absolute | {dtype} | – | {error:.1e} | {where} |")
+    place = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    table = "\n".join([BEGIN, *lines, END])
+    text = file.read_text() if file.exists() else ""
+    file.write_text(place.sub(lambda _: table, text) if place.search(text) else table + "\n")
 
 
 def to_nhwc(array):
@@ -217,8 +241,8 @@ def make_block(kind, regulator, options):
         reference's.
 
     Returns:
-      make(train, dtype) → our block; the reference's block; its shared cell or None; names of the block's variables; and
-      of the shared cell's.
+      make(train, dtype) → our block; the reference's block; its shared cell or None; names of the block's variables;
+      names of the shared cell's.
     """
     options = {"kernel": "separable", "shared": True, "se": False, "shortcut": "B", "strides": 1} | options
     n, strides, c_in = 4, options["strides"], options["inputs"]

@@ -44,6 +44,22 @@ LINE = {
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the tests marked slow")
     parser.addoption("--torch-device", default="cpu", help="where the PyTorch reference runs: cpu or cuda")
+    parser.addoption("--parity-report", metavar="FILE", help="write a table of the errors against PyTorch into FILE")
+
+
+def pytest_configure(config):
+    if (device := config.getoption("--torch-device")) != "cpu":
+        import torch
+
+        if not device.startswith("cuda") or not torch.cuda.is_available():
+            raise pytest.UsageError(f"--torch-device {device}: PyTorch has no such device here")
+
+
+def pytest_sessionfinish(session):
+    if file := session.config.getoption("--parity-report"):
+        import comparison
+
+        comparison.write_report(pathlib.Path(file))
 
 
 def pytest_collection_modifyitems(config, items):

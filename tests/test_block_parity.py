@@ -1,4 +1,4 @@
-"""Every cell and block against the PyTorch reference, in float32 and float64, on random weights, states and statistics."""
+"""Every cell and block against the PyTorch reference, in float32 and float64, on random weights, states, statistics."""
 
 import jax.numpy as jnp
 import pytest

@@ -1,7 +1,7 @@
 """Whole networks against the PyTorch reference, on random weights and running statistics.
 
-The fast tests compare every kind of network in evaluation, and one of each family in training; --slow trains all of them,
-in float64 too, at their own depth some.
+The fast tests compare every kind of network in evaluation, and one of each family in training; --slow trains all of
+them, in float64 too, and some at their own depth.
 """
 
 import functools
