@@ -56,7 +56,9 @@ BOUNDS = {
     ("cross-entropy, label smoothing too", "value and gradient", "float64"): 1e-10,
     ("schedules, warm-up too", "rates of a run", "float32"): 1e-6,
 }
-BEGIN = "<!-- parity: python -m pytest --slow --parity-report README.md tests/test_{block_parity,parity,optimizer}.py -->"
+BEGIN = (
+    "<!-- parity: python -m pytest --slow --parity-report README.md tests/test_{block_parity,parity,optimizer}.py -->"
+)
 END = "<!-- end of parity -->"
 WHOLE_RUN = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "parity_digits_cpu.json"
 ERRORS: dict[tuple[str, str, str], tuple[float, str]] = {}  # the largest of each row, and where
@@ -97,7 +99,9 @@ def write_report(file):
         for dtype in ("float32", "float64"):
             where = f"`benchmarks/parity_run.py`, step {run[dtype]['at_step']}"
             error = run[dtype]["largest_difference"]
-            lines.append(f"| {run['steps']} steps on the digits | loss, absolute | {dtype} | – | {error:.1e} | {where} |")
+            lines.append(
+                f"| {run['steps']} steps on the digits | loss, absolute | {dtype} | – | {error:.1e} | {where} |"
+            )
     place = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     table = "\n".join([BEGIN, *lines, END])
     text = file.read_text() if file.exists() else ""
