@@ -3,6 +3,7 @@
 JAX_COMPILATION_CACHE_DIR names a cache that outlives the run.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
@@ -43,6 +44,22 @@ LINE = {
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the tests marked slow")
     parser.addoption("--torch-device", default="cpu", help="where the PyTorch reference runs: cpu or cuda")
+    parser.addoption("--parity-report", metavar="FILE", help="write a table of the errors against PyTorch into FILE")
+
+
+def pytest_configure(config):
+    if (device := config.getoption("--torch-device")) != "cpu":
+        import torch
+
+        if not device.startswith("cuda") or not torch.cuda.is_available():
+            raise pytest.UsageError(f"--torch-device {device}: PyTorch has no such device here")
+
+
+def pytest_sessionfinish(session):
+    if file := session.config.getoption("--parity-report"):
+        import comparison
+
+        comparison.write_report(pathlib.Path(file))
 
 
 def pytest_collection_modifyitems(config, items):
@@ -62,6 +79,20 @@ def _release_compiled():
     """Hundreds of compiled functions would fill the memory otherwise."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def parity(request):
+    """`with parity(dtype) as device`: both frameworks compute in dtype, on a GPU too, and PyTorch on `device`."""
+    import torch
+
+    @contextlib.contextmanager
+    def exact(dtype):
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        with jax.default_matmul_precision("highest"), jax.enable_x64(dtype == "float64"):
+            yield torch.device(request.config.getoption("--torch-device"))
+
+    return exact
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Schedules against plain Python, SGD and cross-entropy against PyTorch."""
+"""Schedules against plain Python and PyTorch, SGD and cross-entropy against PyTorch."""
 
 import math
 
@@ -9,6 +9,7 @@ import optax
 import pytest
 import torch
 
+from comparison import check
 from regnet_flax.training.optimizer import make_optimizer, make_schedule
 from regnet_flax.training.steps import cross_entropy
 
@@ -69,6 +70,32 @@ def test_warmup_of_a_part_of_an_epoch():
     assert rates("constant", [0, 4, 5], warmup_epochs=0.5) == pytest.approx([0.08, 0.4, 0.4])
 
 
+@pytest.mark.parametrize("warmup_epochs", [0, 2])
+@pytest.mark.parametrize("kind", ["step", "cosine", "constant"])
+def test_rates_are_those_of_torchs_schedulers(kind, warmup_epochs):
+    from torch.optim import lr_scheduler
+
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=RATE)
+    warmup = warmup_epochs * STEPS_PER_EPOCH
+    rising = lr_scheduler.LinearLR(sgd, start_factor=1 / warmup, total_iters=warmup - 1) if warmup else None
+    if kind == "cosine":
+        theirs = lr_scheduler.CosineAnnealingLR(sgd, T_max=TOTAL - warmup)
+    else:
+        milestones = [2 * STEPS_PER_EPOCH, 5 * STEPS_PER_EPOCH] if kind == "step" else []
+        theirs = lr_scheduler.MultiStepLR(sgd, milestones, gamma=0.3)
+    if rising and kind == "cosine":  # the cosine starts where the warm-up ends; the others' time is the run's
+        theirs = lr_scheduler.SequentialLR(sgd, [rising, theirs], milestones=[warmup])
+    elif rising:
+        theirs = lr_scheduler.ChainedScheduler([rising, theirs])
+    expected = []
+    for _ in range(TOTAL):
+        expected.append(sgd.param_groups[0]["lr"])
+        sgd.step()
+        theirs.step()
+    found = rates(kind, range(TOTAL), boundaries=(0.25, 5), decay=0.3, warmup_epochs=warmup_epochs)
+    check(("schedules, warm-up too", "rates of a run", "float32"), found, expected)
+
+
 @pytest.mark.parametrize("kind", ["step", "cosine", "constant"])
 @pytest.mark.parametrize("warmup", [0, 0.4])
 def test_a_schedule_is_a_float32_scalar_inside_jit(kind, warmup):
@@ -125,16 +152,24 @@ def test_sgd_takes_the_steps_of_torch(settings):
     assert not clip or min(norms) < clip < max(norms), "the bound must be met and not met"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 1.0])
-def test_cross_entropy_is_that_of_torch(label_smoothing):
+def test_cross_entropy_is_that_of_torch(label_smoothing, dtype, parity):
     rng = np.random.default_rng(0)
-    logits, labels = (4 * rng.normal(size=(6, 5))).astype("f"), np.array([0, 1, 2, 3, 4, 4])
-    ours = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), label_smoothing)
-    theirs = torch.nn.functional.cross_entropy(
-        torch.tensor(logits), torch.tensor(labels), label_smoothing=label_smoothing, reduction="none"
-    )
-    assert ours.shape == (6,) and ours.dtype == jnp.float32
-    np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-6)
+    logits, labels = (4 * rng.normal(size=(6, 5))).astype(dtype), np.array([0, 1, 2, 3, 4, 4])
+    row = ("cross-entropy, label smoothing too", "value and gradient", dtype)
+    with parity(dtype) as device:
+        inputs = torch.tensor(logits, device=device, requires_grad=True)
+        theirs = torch.nn.functional.cross_entropy(
+            inputs, torch.tensor(labels, device=device), label_smoothing=label_smoothing, reduction="none"
+        )
+        theirs.mean().backward()
+
+        ours = cross_entropy(jnp.asarray(logits), jnp.asarray(labels), label_smoothing)
+        assert ours.shape == (6,) and ours.dtype == dtype
+        check(row, ours, theirs.detach().cpu().numpy(), "value")
+        gradient = jax.grad(lambda a: cross_entropy(a, jnp.asarray(labels), label_smoothing).mean())(logits)
+        check(row, gradient, inputs.grad.cpu().numpy(), "gradient")
 
 
 def test_cross_entropy_of_large_logits_is_finite():

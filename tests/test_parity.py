@@ -1,6 +1,7 @@
 """Whole networks against the PyTorch reference, on random weights and running statistics.
 
-Outputs in float32; gradients and updated statistics in float64, where rounding turns no ReLU and hides nothing.
+The fast tests compare every kind of network in evaluation, and one of each family in training; --slow trains all of
+them, in float64 too, and some at their own depth.
 """
 
 import functools
@@ -12,14 +13,32 @@ import pytest
 import torch
 
 import torch_reference
+from comparison import BATCH, CLASSES, arrays, check, check_all, compare_network, create, reference
 from regnet_flax import create_model
 from regnet_flax.models.registry import MODELS
 from regnet_flax.torch_port import from_torch, to_torch
 from regnet_flax.training.optimizer import make_optimizer, make_schedule
-from regnet_flax.training.steps import create_train_state, cross_entropy, train_step
+from regnet_flax.training.steps import create_train_state, train_step
 
-BATCH, CLASSES = 6, 10
-TOLERANCE = 1e-8  # of norms, relative
+SMALL = {"width": 4, "stage_sizes": (3, 2)}  # the first stage's scan has two steps, the second's one
+FAST = [  # trained without --slow
+    ("se_resnet20", SMALL),
+    ("regnet20_convrnn", SMALL),
+    ("regnet20_convgru", SMALL | {"kernel": "dense", "share_regulator": False}),
+    ("regnet20_convlstm", SMALL),
+    ("resnet50", SMALL | {"bottleneck_stride": "3x3"}),
+    ("regnet50_convlstm", SMALL),
+    ("regnet_proj_cifar", {"width": 4, "stage_sizes": (2, 2)}),
+    ("resnet_rnn20_convrnn", SMALL),
+    ("resnet_rnn20_convgru", SMALL),
+    ("regnety_400mf", {}),
+]
+OPTIONS = [
+    ("regnet14_convrnn", {"width": 4, "kernel": "dense"}),
+    ("regnet14_convlstm", {"width": 4, "kernel": "dense", "shortcut": "A"}),
+    ("regnet14_convlstm", {"width": 4, "share_regulator": False, "regulated_stages": (1, 3)}),
+    ("se_resnet14", {"width": 4, "shortcut": "A"}),
+]
 WHOLE = [  # at their own depth
     ("resnet20", {}),
     ("regnet20_convlstm", {}),
@@ -28,15 +47,6 @@ WHOLE = [  # at their own depth
     ("regnet_proj_imagenet", {"width": 4}),
     ("resnet_rnn20_convrnn", {"width": 8}),
     ("resnet_rnn20_convgru", {"width": 8}),
-    ("regnety_400mf", {}),
-]
-OPTIONS = [
-    ("regnet14_convrnn", {"kernel": "dense"}),
-    ("regnet14_convgru", {"kernel": "dense", "share_regulator": False}),
-    ("regnet14_convlstm", {"kernel": "dense", "shortcut": "A"}),
-    ("regnet14_convlstm", {"share_regulator": False, "regulated_stages": (1, 3)}),
-    ("se_resnet14", {"shortcut": "A"}),
-    ("resnet50", {"width": 4, "bottleneck_stride": "3x3", "stage_sizes": (2, 2)}),
 ]
 
 
@@ -46,127 +56,67 @@ def kind(name):
     return make.func, tuple(sorted((k, v) for k, v in make.keywords.items() if k not in ("stage_sizes", "width")))
 
 
-# One model of every kind in the registry, so that none can be added without a comparison; two stages of two blocks.
-_named = {kind(name) for name, _ in WHOLE}
-KINDS = [
-    (name, {"width": 4, "stage_sizes": (2, 2)})
-    for name in {kind(name): name for name in MODELS if kind(name) not in _named}.values()
-]
-CASES = WHOLE + OPTIONS + KINDS
+# One model of every kind in the registry, so that none can be added without a comparison.
+_named = {kind(name) for name, _ in FAST if name in MODELS}
+KINDS = [(name, SMALL) for name in {kind(name): name for name in MODELS if kind(name) not in _named}.values()]
+CASES = FAST + OPTIONS + KINDS + WHOLE
 
 
-def is_imagenet(name):
-    return getattr(create_model(name), "stem", "imagenet") == "imagenet"
+def label(case):
+    name, options = case
+    values = (str(v) if k not in ("share_regulator",) else "own" for k, v in options.items() if v != SMALL.get(k))
+    return "-".join([name, *values]).replace(" ", "")
 
 
-def create(name, options, **more):
-    """Our model; `stage_sizes` may be other than the name says."""
-    options = dict(options)
-    sizes = options.pop("stage_sizes", None)
-    model = create_model(name, num_classes=CLASSES, **options, **more)
-    return model.clone(stage_sizes=sizes) if sizes else model
+def image_size(name):
+    if name == "regnety_400mf":
+        return 64
+    stem = create_model(name).stem
+    return {"cifar": 8, "cifar_pool": 16, "imagenet": 32}[stem]
 
 
-def reference(name, options, seed=0):
-    """The PyTorch model, with batch normalisations that are not the identity."""
-    torch.manual_seed(seed)
-    options = {"counts" if key == "stage_sizes" else key: value for key, value in options.items()}
-    model = torch_reference.build(name, num_classes=CLASSES, **options)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.weight, 1.0, 0.2)
-            torch.nn.init.normal_(module.bias, 0.0, 0.2)
-            torch.nn.init.normal_(module.running_mean, 0.0, 0.2)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-        if isinstance(module, torch.nn.Linear):  # else a narrow squeeze may be dead to every image
-            torch.nn.init.uniform_(module.bias, 0.5, 1.0)
-    return model
+@pytest.mark.parametrize("case", OPTIONS + KINDS + WHOLE, ids=label)
+def test_network_in_evaluation(case, parity):
+    with parity("float32") as device:
+        compare_network(*case, "float32", device, image_size(case[0]), train=False)
 
 
-def arrays(state_dict):
-    return {name: t.detach().numpy().copy() for name, t in state_dict.items() if "num_batches" not in name}
+@pytest.mark.parametrize("case", FAST, ids=label)
+def test_network(case, parity):
+    with parity("float32") as device:
+        compare_network(*case, "float32", device, image_size(case[0]))
 
 
-def relative(a, b):
-    return float(np.linalg.norm(a.astype(np.float64) - b) / (np.linalg.norm(b) + 1e-12))
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OPTIONS + KINDS, ids=label)
+def test_network_in_training(case, parity):
+    with parity("float32") as device:
+        compare_network(*case, "float32", device, image_size(case[0]))
 
 
-def statistics_count(name, options, size, key):
-    """batch × height × width of what a batch normalisation of the reference sees."""
-    first, block, *rest = key.split(".")
-    if name.startswith("regnety"):
-        stage = int(block.removeprefix("block")) if first == "trunk_output" else 0
-        before = stage and rest[0].endswith("-0") and rest[2] == "a"  # before the stride
-        return BATCH * (size // 2 ** (stage + (not before))) ** 2
-    if name == "regnet_proj_cifar" and first != "bn1":
-        size //= 2
-    if is_imagenet(name):
-        size = size // 2 if first == "bn1" else size // 4
-    if first.startswith("layer"):
-        stage = int(first.removeprefix("layer"))
-        size //= 2 ** (stage - 1)
-        if options.get("bottleneck_stride") == "3x3" and stage > 1 and block == "0" and rest[0] == "bn1":
-            size *= 2  # before the stride
-    return BATCH * size * size
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_network_in_float64(case, parity):
+    with parity("float64") as device:
+        compare_network(*case, "float64", device, image_size(case[0]))
 
 
-def batch(name, dtype):
-    size = 32 if is_imagenet(name) else 16
-    rng = np.random.default_rng(1)
-    return rng.normal(size=(BATCH, 3, size, size)).astype(dtype), rng.integers(0, CLASSES, BATCH)
+def test_every_registered_model_has_a_reference():
+    """Of the same names and shapes at its full size; both sides' weights are shapes alone."""
+    for name in MODELS:
+        with torch.device("meta"):
+            state = torch_reference.build(name, num_classes=CLASSES).state_dict()
+        shapes = {key: np.broadcast_to(np.float32(0), tuple(t.shape)) for key, t in state.items()}
+        options = {} if name.startswith("regnety") else {"scan": False}
+        from_torch(shapes, create_model(name, num_classes=CLASSES, **options))
 
 
-def nhwc(images):
-    return jnp.asarray(images.transpose(0, 2, 3, 1))
+def test_every_registered_model_is_compared():
+    compared = {kind(name) for name, _ in CASES if name in MODELS}
+    assert not [name for name in MODELS if kind(name) not in compared]
 
 
-@pytest.mark.parametrize("name, options", WHOLE + OPTIONS)
-def test_logits_in_float32(name, options):
-    theirs = reference(name, options).eval()
-    ours = create(name, options)
-    variables = from_torch(arrays(theirs.state_dict()), ours)
-    images, _ = batch(name, np.float32)
-    with torch.no_grad():
-        expected = theirs(torch.from_numpy(images)).numpy()
-    logits = jax.jit(lambda v, x: ours.apply(v, x, train=False))(variables, nhwc(images))
-    assert relative(np.asarray(logits), expected) < 1e-4
-
-
-@pytest.mark.parametrize("name, options", CASES)
-def test_training_in_float64(name, options):
-    theirs = reference(name, options).double().train()
-    before = arrays(theirs.state_dict())
-    images, labels = batch(name, np.float64)
-    expected = theirs(torch.from_numpy(images))
-    torch.nn.functional.cross_entropy(expected, torch.from_numpy(labels)).backward()
-    gradients = {key: p.grad.numpy() for key, p in theirs.named_parameters()}
-
-    with jax.enable_x64(True):
-        ours = create(name, options, dtype=jnp.float64)
-        variables = from_torch(before, ours)
-
-        def loss_fn(params):
-            variables_ = variables | {"params": params}
-            logits, updates = ours.apply(variables_, nhwc(images), train=True, mutable=["batch_stats"])
-            return cross_entropy(logits, jnp.asarray(labels)).mean(), (logits, updates["batch_stats"])
-
-        grads, (logits, batch_stats) = jax.jit(jax.grad(loss_fn, has_aux=True))(variables["params"])
-    assert relative(np.asarray(logits), expected.detach().numpy()) < TOLERANCE
-    found = to_torch({"params": grads}, ours)
-    assert found.keys() == gradients.keys()
-    for key, gradient in gradients.items():
-        assert np.linalg.norm(gradient) > 0 and relative(found[key], gradient) < TOLERANCE, key
-
-    after = arrays(theirs.state_dict())
-    for key, value in to_torch({"batch_stats": batch_stats}, ours).items():
-        new = after[key]
-        if key.endswith("running_var"):  # PyTorch keeps the unbiased variance, Flax the biased one
-            count = statistics_count(name, options, images.shape[-1], key)
-            new = 0.9 * before[key] + (new - 0.9 * before[key]) * (count - 1) / count
-        assert relative(value, new) < TOLERANCE, key
-
-
-@pytest.mark.parametrize("name, options", [*CASES, ("resnet20", {"in_channels": 1})])
+@pytest.mark.parametrize("name, options", [*FAST, *KINDS, ("resnet20", {"in_channels": 1})])
 def test_names_both_ways(name, options):
     state = arrays(reference(name, options).state_dict())
     options = {key: value for key, value in options.items() if key != "in_channels"}
@@ -204,32 +154,44 @@ def test_the_photo_notebooks_head_is_read():
     assert jax.tree.all(jax.tree.map(np.array_equal, a, b))
 
 
-@pytest.mark.parametrize("name, options", [("resnet14", {}), ("regnet14_convlstm", {}), ("resnet_rnn20_convgru", {})])
-def test_ten_sgd_steps_in_float64(name, options):
+@pytest.mark.parametrize(
+    "name, dtype",
+    [
+        ("regnet20_convlstm", "float32"),
+        ("regnet20_convlstm", "float64"),
+        ("resnet_rnn20_convgru", "float64"),
+        pytest.param("resnet20", "float32", marks=pytest.mark.slow),
+        pytest.param("resnet20", "float64", marks=pytest.mark.slow),
+        pytest.param("resnet_rnn20_convgru", "float32", marks=pytest.mark.slow),
+    ],
+)
+def test_ten_sgd_steps(name, dtype, parity):
     """Momentum, weight decay and a step of the schedule: the losses on the way and the parameters at the end."""
-    options = options | {"width": 4}
-    theirs = reference(name, options).double().train()
-    with jax.enable_x64(True):
-        ours = create(name, options, dtype=jnp.float64)
+    with parity(dtype) as device:
+        theirs = reference(name, SMALL).to(device, getattr(torch, dtype)).train()
+        ours = create(name, SMALL, dtype=jnp.dtype(dtype), unroll=1)
         schedule = make_schedule("step", 0.1, epochs=1, steps_per_epoch=10, boundaries=(0.5,))
         tx = make_optimizer(schedule, momentum=0.9, weight_decay=1e-2)
         state = create_train_state(from_torch(arrays(theirs.state_dict()), ours), tx)
+        state = state.replace(sums=state.sums | {"loss": state.sums["loss"].astype(dtype)})
         step = jax.jit(functools.partial(train_step, apply_fn=ours.apply, tx=tx))
         sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-2)
         rng = np.random.default_rng(2)
         for index in range(10):
-            images, labels = rng.normal(size=(BATCH, 3, 8, 8)), rng.integers(0, CLASSES, BATCH)
+            images = rng.normal(size=(BATCH, 3, 8, 8)).astype(dtype)
+            labels = rng.integers(0, CLASSES, BATCH)
             before = float(state.sums["loss"])
-            sums = {key: value.astype(jnp.float64) for key, value in state.sums.items()}
-            state = step(state.replace(sums=sums), {"images": nhwc(images), "labels": jnp.asarray(labels)})
+            batch = {"images": jnp.asarray(images.transpose(0, 2, 3, 1)), "labels": jnp.asarray(labels)}
+            state = step(state, batch)
 
             sgd.param_groups[0]["lr"] = float(schedule(index))
             sgd.zero_grad()
-            loss = torch.nn.functional.cross_entropy(theirs(torch.from_numpy(images)), torch.from_numpy(labels))
+            logits = theirs(torch.from_numpy(images).to(device))
+            loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels).to(device))
             loss.backward()
             sgd.step()
-            assert float(state.sums["loss"]) - before == pytest.approx(loss.item(), rel=1e-7), index
-    assert sgd.param_groups[0]["lr"] == pytest.approx(0.01)
-    found = to_torch({"params": state.params}, ours)
-    for key, parameter in theirs.named_parameters():
-        assert relative(found[key], parameter.detach().numpy()) < 1e-6, key
+            row = ("ten SGD steps", "loss at each step", dtype)
+            check(row, float(state.sums["loss"]) - before, loss.item(), f"step {index + 1}")
+        assert sgd.param_groups[0]["lr"] == pytest.approx(0.01)
+        found = to_torch({"params": state.params}, ours)
+        check_all(("ten SGD steps", "parameters after them", dtype), found, arrays(dict(theirs.named_parameters())))

@@ -1,12 +1,22 @@
-"""Parameters, multiply-adds and shapes, against sums written out by hand."""
+"""Parameters, multiply-adds and shapes, against sums written out by hand and PyTorch's counts of the reference."""
 
 import io
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
 
 import pytest
+import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
-from regnet_flax import create_model
+import torch_reference
+from regnet_flax import create_model, list_models, main
 from regnet_flax.analysis.summary import summarize, table
+
+TABLE = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "models_table.py"
 
 
 def basic_stage(n, size, inputs, blocks):
@@ -67,3 +77,82 @@ def test_table_has_the_totals():
     out.print(table(summarize(create_model("resnet20"), (32, 32, 3)), "resnet20"))
     text = out.file.getvalue()
     assert "272,474" in text and "40,813,184" in text and "8×8×64" in text
+
+
+@pytest.mark.parametrize(
+    "name, options, size",
+    [
+        ("resnet20", {"shortcut": "A"}, 32),
+        ("resnet56", {}, 32),
+        ("regnet32_convrnn", {"kernel": "dense"}, 32),
+        ("regnet20_convgru", {}, 32),
+        ("regnet44_convlstm", {"share_regulator": False, "regulated_stages": (1, 3)}, 32),
+        ("se_regnet20_convlstm", {"width": 8}, 20),
+        ("se_resnet34", {}, 224),
+        ("resnet50", {"bottleneck_stride": "3x3"}, 224),
+        ("regnet50_convlstm", {}, 224),
+        ("regnet_proj_cifar", {}, 32),
+        ("regnet_proj_imagenet", {}, 224),
+        ("resnet_rnn20_convrnn", {}, 32),
+        ("resnet_rnn20_convgru", {}, 32),
+        ("regnety_400mf", {}, 224),
+    ],
+)
+def test_counts_are_those_of_torch(name, options, size):
+    """Of the reference, run on shapes alone: its parameters, multiply-adds (half of PyTorch's FLOPs) and stages."""
+    shapes = {}
+
+    def keep(module_name, _, inputs, output):
+        shapes[module_name] = tuple((output[0] if isinstance(output, tuple) else output).shape)
+
+    with torch.device("meta"):
+        theirs = torch_reference.build(name, num_classes=10, **options)
+        for module_name, module in theirs.named_modules():
+            if re.fullmatch(r"layer\d\.\d+|trunk_output\.block\d", module_name):
+                module.register_forward_hook(lambda *args, at=module_name: keep(at, *args))
+        with FlopCounterMode(display=False) as counter:
+            theirs(torch.empty(1, 3, size, size))
+    parts = summarize(create_model(name, num_classes=10, **options), (size, size, 3))
+    assert 2 * sum(part.multiply_adds for part in parts) == counter.get_total_flops()
+    assert sum(part.parameters for part in parts) == sum(p.numel() for p in theirs.parameters())
+    outputs = {part.name: part.output for part in parts}
+    for module_name, (_, channels, height, width) in shapes.items():  # a stage's last block is the last to write
+        stage = re.search(r"(?:layer|trunk_output\.block)(\d)", module_name)[1]
+        if name == "regnety_400mf":
+            stage += f"_block{(1, 3, 6, 6)[int(stage) - 1]}"
+        assert outputs[f"stage{stage}"] == (height, width, channels), module_name
+    assert shapes
+
+
+def test_summary_of_every_model(capsys):
+    """`--mode summary` at the recipe's input size: the parameters are the reference's, the stages halve the image."""
+    for name in list_models():
+        model = create_model(name)
+        imagenet = getattr(model, "stem", "imagenet") == "imagenet"
+        size, classes = (224, 1000) if imagenet else (32, 10)
+        arguments = [f"--config=configs/cifar10.py:{name}", f"--config.dataset.image_size={size}"]
+        assert main.main(["--mode=summary", *arguments, f"--config.dataset.num_classes={classes}"]) == 0
+        out = " ".join(capsys.readouterr().out.split())  # a long title is wrapped
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in torch_reference.build(name, num_classes=classes).parameters())
+        assert f"{name}, images of {size}×{size}×3, {classes} classes" in out and f"{parameters:,}" in out
+        if hasattr(model, "stage_sizes"):
+            first = size // {"cifar": 1, "cifar_pool": 2, "imagenet": 4}[model.stem]
+            for stage in range(len(model.stage_sizes)):
+                n = (64 if imagenet else 16) * 2**stage * (4 if model.block == "bottleneck" else 1)
+                assert f"{first >> stage}×{first >> stage}×{n}" in out
+
+
+def test_the_readmes_table_is_up_to_date():
+    subprocess.run([sys.executable, TABLE, "--check"], check=True, timeout=300)
+
+
+def test_a_table_that_is_not_is_seen(tmp_path, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text((TABLE.parent.parent / "README.md").read_text().replace("972,250 · 36.1", "972,250 · 36.2"))
+    monkeypatch.setattr(sys, "argv", [str(TABLE), "--check", "--file", str(readme)])
+    with pytest.raises(SystemExit, match="out of date"):
+        runpy.run_path(str(TABLE), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [str(TABLE), "--write", "--file", str(readme)])
+    runpy.run_path(str(TABLE), run_name="__main__")
+    assert readme.read_text() == (TABLE.parent.parent / "README.md").read_text()

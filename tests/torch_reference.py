@@ -417,13 +417,13 @@ def build(name: str, num_classes: int = 10, **options) -> nn.Module:
 
     Depths 18, 34, 50 and 101 are the ImageNet family (50 too, although it is 6·8 + 2), any other 6m + 2 is CIFAR's.
 
-    Options: in_channels, width, shortcut, regulated_stages, kernel, share_regulator, bottleneck_stride; one that the
-    model fixes is a TypeError, one without meaning for it (kernel in a plain ResNet) is ignored.
+    Options: in_channels, width, counts, shortcut, regulated_stages, kernel, share_regulator, bottleneck_stride; one
+    that the model fixes is a TypeError, one without meaning for it (kernel in a plain ResNet) is ignored.
     """
     if name == "regnety_400mf":
         return RegNetY400MF(num_classes, **options)
     if name in PROJECT_MODELS:
-        fixed = set(options) & (set(PROJECT_MODELS[name]) - {"width"})
+        fixed = set(options) & (set(PROJECT_MODELS[name]) - {"width", "counts"})
         if fixed:
             raise TypeError(f"{name} fixes {', '.join(sorted(fixed))}")
         return ResNet(num_classes, **PROJECT_MODELS[name] | options)

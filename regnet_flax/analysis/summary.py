@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from regnet_flax.models.blocks import Block
+from regnet_flax.models.regnet import RegNet
 from regnet_flax.models.regulators import Regulator
 
 
@@ -49,42 +52,61 @@ def _multiply_adds(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> i
     return 0
 
 
+@functools.lru_cache(maxsize=64)  # networks that differ in depth alone are traced once
+def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[tuple[str, str], Part]:
+    """The model's parts by (its module, that module's block or ""), without the parameters; shapes of those in ""."""
+    found: dict[tuple[str, str], Part] = {}
+    inside = ["", ""]  # a shared regulator runs detached from the model, so its own path does not tell where it is
+
+    def count(call, args, kwargs, context):
+        module = context.module
+        detached_init = isinstance(module, Regulator) and not module.path and module.is_initializing()
+        if context.method_name != "__call__" or detached_init:  # the latter makes a shared regulator's parameters
+            return call(*args, **kwargs)
+        of_the_model = isinstance(module.parent, type(model))
+        if of_the_model:
+            inside[:] = module.path[0], ""
+        elif isinstance(module, Block):
+            inside[1] = module.path[1]
+        output = call(*args, **kwargs)
+        if inside[0]:
+            found.setdefault(tuple(inside), Part(inside[0])).multiply_adds += _multiply_adds(module, args, output)
+        if of_the_model and hasattr(output, "shape"):
+            found.setdefault((module.path[0], ""), Part(module.path[0])).output = output.shape[1:]
+        return output
+
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    with nn.intercept_methods(count):
+        variables = jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images)
+    for name, tree in variables["params"].items():
+        blocks = {key: value for key, value in tree.items() if key.startswith("block")}
+        rest = {key: value for key, value in tree.items() if key not in blocks}
+        for block, part in (("", rest), *blocks.items()):
+            found.setdefault((name, block), Part(name)).parameters = count_parameters(part)
+    return found
+
+
 def summarize(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Part]:
     """The parts of a model, in the order in which they run.
 
-    Nothing is computed: shapes are traced, and the stages' blocks one by one, since XLA's own count takes the body of a
-    loop once.
+    Nothing is computed: shapes are traced. A stage's blocks after the first are alike, so one of them is traced and
+    counted as often as it occurs; XLA's own count takes the body of a loop once.
 
     Args:
       model: from create_model.
       image_shape: (height, width, channels).
     """
-    if hasattr(model, "scan"):
-        model = model.clone(scan=False)
+    lengths: dict[str, int] = {}
+    if isinstance(model, RegNet):
+        lengths = {f"stage{stage}": length for stage, length in enumerate(model.stage_sizes, start=1)}
+        model = model.clone(scan=False, stage_sizes=tuple(min(2, length) for length in model.stage_sizes))
     parts: dict[str, Part] = {}
-    inside = [""]  # a shared regulator runs detached from the model, so its own path does not tell where it is
-
-    def count(call, args, kwargs, context):
-        module = context.module
-        if context.method_name != "__call__" or module.is_initializing():  # apply asks for the shapes of parameters
-            return call(*args, **kwargs)
-        of_the_model = isinstance(module.parent, type(model))
-        if of_the_model:
-            inside[0] = module.path[0]
-        output = call(*args, **kwargs)
-        if inside[0]:
-            part = parts.setdefault(inside[0], Part(inside[0]))
-            part.multiply_adds += _multiply_adds(module, args, output)
-            if of_the_model:
-                part.output = output.shape[1:] if hasattr(output, "shape") else None
-        return output
-
-    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    variables = jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images)
-    with nn.intercept_methods(count):
-        jax.eval_shape(lambda variables, x: model.apply(variables, x, train=False), variables, images)
-    for name, tree in variables["params"].items():
-        parts.setdefault(name, Part(name)).parameters = count_parameters(tree)
+    for (name, block), part in _trace(model, image_shape).items():
+        times = lengths[name] - 1 if block == "block2" else 1
+        total = parts.setdefault(name, Part(name))
+        total.parameters += times * part.parameters
+        total.multiply_adds += times * part.multiply_adds
+        total.output = total.output or part.output
     return list(parts.values())
 
 

@@ -1,0 +1,89 @@
+"""Every cell and block against the PyTorch reference, in float32 and float64, on random weights, states, statistics."""
+
+import jax.numpy as jnp
+import pytest
+
+import torch_reference
+from comparison import compare_block, compare_cell, named_within
+from regnet_flax.models.regnet import CELLS, RegNet
+from torch_reference import PROJ, RNN
+
+# Stride and width change in the blocks without `inputs` of their own; the shared regulator is the default.
+FIRST, ALIKE = {"strides": 2, "inputs": 3}, {"inputs": 4}
+BLOCKS = [
+    ("basic", None, FIRST),
+    ("basic", None, ALIKE | {"se": True}),
+    ("basic", None, {"strides": 2, "inputs": 2, "shortcut": "A"}),
+    ("basic", "convrnn", ALIKE),
+    ("basic", "convrnn", FIRST | {"kernel": "dense"}),
+    ("basic", "convgru", FIRST),
+    ("basic", "convgru", ALIKE | {"kernel": "dense", "shared": False}),
+    ("basic", "convlstm", FIRST),
+    ("basic", "convlstm", ALIKE | {"shared": False}),
+    ("basic", "convlstm", ALIKE | {"kernel": "dense", "shortcut": "A"}),
+    ("basic", "convrnn", FIRST | {"se": True}),
+    ("basic", "convgru", ALIKE | {"se": True}),
+    ("basic", "convlstm", FIRST | {"se": True}),
+    ("bottleneck", None, FIRST),
+    ("bottleneck", None, FIRST | {"bottleneck_stride": "3x3"}),
+    ("bottleneck", None, {"inputs": 16, "se": True}),
+    ("bottleneck", "convrnn", FIRST),
+    ("bottleneck", "convrnn", {"inputs": 16, "kernel": "dense"}),
+    ("bottleneck", "convgru", {"inputs": 16}),
+    ("bottleneck", "convgru", FIRST | {"kernel": "dense", "shared": False}),
+    ("bottleneck", "convlstm", FIRST),
+    ("bottleneck", "convlstm", FIRST | {"kernel": "dense", "shared": False}),
+    ("bottleneck", "convrnn", {"inputs": 16, "se": True}),
+    ("bottleneck", "convgru", FIRST | {"se": True}),
+    ("bottleneck", "convlstm", {"inputs": 16, "se": True}),
+    ("basic", "convlstm", FIRST | {"style": PROJ, "kernel": "dense", "shared": False}),
+    ("basic", "convrnn", FIRST | {"style": RNN, "kernel": "dense", "shared": False}),
+    ("basic", "replacing_convgru", ALIKE | {"style": RNN, "kernel": "dense", "shared": False}),
+    ("regnety", None, {"strides": 2, "inputs": 12}),
+    ("regnety", None, {"inputs": 16}),
+]
+STYLES = {id(PROJ): "proj", id(RNN): "rnn"}
+
+
+def block_id(case):
+    kind, regulator, options = case
+    words = [kind, regulator or "plain"]
+    for key, value in options.items():
+        if key == "strides":
+            words.append("stride2")
+        elif key == "style":
+            words.append(STYLES[id(value)])
+        elif key == "shortcut":
+            words.append(f"shortcut{value}")
+        elif key == "bottleneck_stride":
+            words.append(f"at{value}")
+        elif key != "inputs":
+            words.append({"shared": "own", "se": "se"}.get(key, str(value)))
+    return "-".join(words)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("kernel", ["separable", "dense"])
+@pytest.mark.parametrize("name", CELLS)
+def test_cell(name, kernel, dtype, parity):
+    n = 3
+    if name == "replacing_convgru":
+        if kernel == "separable":
+            pytest.skip("it has none but dense kernels")
+        theirs, replaces = torch_reference.RNNProjectConvGRU(n), True
+    else:
+        theirs, replaces = torch_reference.REGULATORS[name](n, kernel), False
+    model = RegNet(stage_sizes=(1,), width=n, regulator=name, kernel=kernel, replace=replaces)
+    place, prefix = (["stage1", "block1", "regulator"], "layer1.0.rnn.")
+    if not replaces:
+        place, prefix = ["stage1", "regulator"], "regulator1."
+    names = named_within(model, place, prefix)
+    with parity(dtype) as device:
+        compare_cell(CELLS[name](n, kernel, dtype=jnp.dtype(dtype)), theirs, names, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("case", BLOCKS, ids=block_id)
+def test_block(case, dtype, parity):
+    with parity(dtype) as device:
+        compare_block(*case, dtype, device)

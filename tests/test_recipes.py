@@ -1,0 +1,132 @@
+"""The shipped configs: their values are those of the recipes, and each runs."""
+
+import importlib
+import json
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from regnet_flax import create_model, main
+from regnet_flax.config import flatten
+from regnet_flax.models.registry import IMAGENET_STAGES
+from regnet_flax.models.regnet import RegNet
+from regnet_flax.training.program import build_optimizer
+
+ROOT = pathlib.Path(main.__file__).resolve().parent.parent
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
+KEPT = ("dataset.augment", "dataset.mean", "dataset.std", "optimizer.", "train.epochs", "seed", "dtype")
+
+
+def get_config(recipe, *arguments):
+    return importlib.import_module(f"configs.{recipe}").get_config(*arguments)
+
+
+def smallest(name):
+    """A model of the same kind with fewer blocks."""
+    depth = re.search(r"(?<=net)\d+", name)
+    if depth is None or name.startswith("resnet_rnn"):
+        return name
+    small = 18 if int(depth[0]) in IMAGENET_STAGES else 8
+    return name[: depth.start()] + str(small) + name[depth.end() :]
+
+
+def photographs(directory):
+    """An image folder of random pictures, for recipes whose augmentation is for photographs of any size."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for index in range(16):
+            path = directory / split / f"class{index % 2}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8)).save(path)
+    return directory
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_runs_on_synthetic_images(recipe, tmp_path, monkeypatch):
+    """Two steps of the recipe, its model and images made small, and an evaluation."""
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    config = get_config(recipe)
+    model = smallest(config.model.name)
+    small = ["--config.train.batch_size=8", "--config.train.max_steps=2", "--config.eval.batch_size=256"]
+    small += ["--config.log.every_steps=1", "--config.dataset.in_memory=auto", "--config.dataset.num_classes=0"]
+    if isinstance(create_model(model), RegNet):
+        small += ["--config.model.overrides.width=4", "--config.model.overrides.unroll=1"]
+    if "random_resized_crop" in config.dataset.augment:
+        small += ["--config.dataset.name=folder", f"--config.dataset.data_dir={photographs(tmp_path / 'photographs')}"]
+    else:
+        small += ["--config.dataset.name=synthetic"]
+    imagenet = getattr(create_model(model), "stem", "imagenet") == "imagenet"
+    small += [f"--config.dataset.image_size={32 if imagenet else 8}"]
+    workdir = tmp_path / "run"
+    assert main.main(["--config", f"configs/{recipe}.py:{model}", "--workdir", str(workdir), *small]) == 0
+
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 2 and np.isfinite([line["train_loss"] for line in lines]).all()
+    assert json.loads((workdir / "results.json").read_text())["last"]["step"] == 2
+    kept = dict(flatten(json.loads((workdir / "config.json").read_text())))
+    for field, value in flatten(config):
+        if field.startswith(KEPT) and value != ():
+            assert kept[field] == value, field
+    per_epoch = (16 if "random_resized_crop" in config.dataset.augment else 1024) // 8
+    rate = build_optimizer(config, per_epoch)[0](1)
+    assert lines[-1]["learning_rate"] == pytest.approx(float(rate), rel=1e-6)
+
+
+CIFAR = {"batch": 128, "epochs": 200, "decay": 1e-4, "rates": {0: 0.1, 99: 0.1, 100: 0.01, 149: 0.01, 150: 1e-3}}
+CIFAR |= {"augment": ("crop", "flip"), "mean": (), "std": (), "image_size": 0}
+RNN = {"batch": 64, "epochs": 150, "decay": 1e-4, "rates": {0: 0.1, 79: 0.1, 80: 0.01, 149: 0.01}}
+RNN |= {"augment": (), "mean": (0.5,), "std": (0.5,), "image_size": 0}
+PROJ = {"epochs": 10, "decay": 5e-4, "rates": {0: 0.1, 9: 0.1}}
+PROJ |= {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+RNN_REGNETY = {"epochs": 10, "decay": 0.0, "rates": {0: 0.1, 7: 0.1, 8: 0.01, 9: 0.01}, "image_size": 224}
+
+
+@pytest.mark.parametrize(
+    "recipe, expected",
+    [
+        ("cifar10", CIFAR),
+        ("cifar100", CIFAR),
+        ("proj_cifar10", CIFAR | PROJ),
+        ("rnn_cifar10", RNN),
+        ("rnn_regnety_cifar10", RNN | RNN_REGNETY),
+    ],
+)
+def test_values_are_those_of_the_sources(recipe, expected):
+    config = get_config(recipe)
+    schedule, _ = build_optimizer(config, steps_per_epoch=10)
+    found = {
+        "batch": config.train.batch_size,
+        "epochs": config.train.epochs,
+        "decay": config.optimizer.weight_decay,
+        "rates": {epoch: pytest.approx(float(schedule(10 * epoch)), rel=1e-6) for epoch in expected["rates"]},
+        "augment": config.dataset.augment,
+        "mean": config.dataset.mean,
+        "std": config.dataset.std,
+        "image_size": config.dataset.image_size,
+    }
+    assert expected == found
+    settings = config.optimizer
+    assert settings.momentum == 0.9 and not settings.nesterov and not settings.label_smoothing
+    assert config.dataset.name == ("cifar100" if recipe == "cifar100" else "cifar10")
+
+
+@pytest.mark.parametrize(
+    "recipe, model, initial",
+    [
+        ("cifar10", "regnet20_convlstm", "paper"),
+        ("proj_cifar10", "regnet_proj_cifar", "torch"),
+        ("rnn_cifar10", "resnet_rnn20_convrnn", "torch"),
+        ("rnn_cifar10", "resnet20", "torch"),
+        ("rnn_regnety_cifar10", "regnety_400mf", None),
+    ],
+)
+def test_models_start_from_their_own_initial_values(recipe, model, initial):
+    from regnet_flax.config import model_options
+
+    config = get_config(recipe) if recipe != "rnn_cifar10" else get_config(recipe, model)
+    assert config.model.name == model
+    assert getattr(create_model(model, **model_options(config)), "initial", None) == initial
