@@ -34,7 +34,7 @@ def get_config() -> config_dict.ConfigDict:
     dataset.in_memory = "auto"  # "auto" or "always": the whole data set lies on the device as uint8
     dataset.strict = False  # an image that does not decode is an error, instead of being listed and left out
     dataset.image_size = 0  # images are resized to this height and width; 0: as they are
-    dataset.augment = ()  # of training images, in this order: "crop", "flip"
+    dataset.augment = ()  # of training images, in this order: "crop", "flip", "rotate", "color", "translate"
     dataset.mean = ()  # of each channel, for pixels in 0…1; (): from the training images
     dataset.std = ()  # likewise
 

@@ -163,6 +163,15 @@ class Run:
         if self._since is not None:
             self._since, self._timed_from = time.monotonic(), self.step
 
+    def predictions(self, size: int) -> np.ndarray:
+        """The class that the state as it is gives each of the `size` test images: int32 (size,)."""
+        predicted = np.empty(size, np.int32)
+        try:
+            self._program.evaluate(self.state, self._poll, predicted)
+        except _Stop:
+            self._interrupt()
+        return predicted
+
     def _poll(self, done: int) -> None:
         if self._stop.received is not None:
             raise _Stop
@@ -229,4 +238,4 @@ def report(results: dict[str, Any], path: pathlib.Path) -> None:
             f"{results['parameters']:,}",
             duration(results["wall_time_seconds"]),
         )
-    logger.info("results: %s, curves: %s", path / workdir.RESULTS, path / workdir.FIGURES / "curves.png")
+    logger.info("results: %s, pictures: %s", path / workdir.RESULTS, path / workdir.FIGURES)
