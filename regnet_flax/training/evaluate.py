@@ -14,7 +14,7 @@ def evaluate(
     size: int,
     batch_size: int,
     poll: Callable[[int], None] = lambda done: None,
-    predicted: np.ndarray | None = None,
+    outcomes: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Counts every one of `size` examples once.
 
@@ -23,7 +23,7 @@ def evaluate(
       size: examples in the split.
       batch_size: examples a batch; the last may be short.
       poll: called after each batch with the examples done so far.
-      predicted: int (size,), is filled with the class given to each example.
+      outcomes: int (size, 2), is filled with each example's label and predicted class.
 
     Returns:
       "loss" and "accuracy", means over the examples, "top5_accuracy" where there are more than five classes, and
@@ -36,10 +36,10 @@ def evaluate(
         jax.block_until_ready(sums[max(0, len(sums) - 3)])
         poll(min(size, start + batch_size))
     totals = {
-        name: np.sum([np.asarray(s[name]) for s in sums], dtype=np.float64) for name in sums[0] if name != "predicted"
+        name: np.sum([np.asarray(s[name]) for s in sums], dtype=np.float64) for name in sums[0] if name != "outcomes"
     }
-    if predicted is not None:
-        predicted[:] = np.concatenate([np.asarray(s["predicted"]) for s in sums])[:size]
+    if outcomes is not None:
+        outcomes[:] = np.concatenate([np.asarray(s["outcomes"]) for s in sums])[:size]
     count = totals["count"]
     metrics = {"loss": float(totals["loss"] / count), "accuracy": float(totals["correct"] / count)}
     if "correct_top5" in totals:
@@ -47,10 +47,18 @@ def evaluate(
     return metrics | {"count": int(count)}
 
 
-def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """How many examples of each class (row) were given each class (column): int64 (classes, classes)."""
-    pairs = labels.astype(np.int64) * classes + predicted
-    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+def confusion_matrix(outcomes: np.ndarray, classes: int) -> np.ndarray:
+    """How many examples of each class (row) were taken for each class (column).
+
+    Args:
+      outcomes: int (N, 2), label and predicted class; −1 where there was no example.
+      classes: how many.
+
+    Returns:
+      int64 (classes, classes).
+    """
+    labels, predicted = outcomes[outcomes[:, 0] >= 0].astype(np.int64).T
+    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
 def per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:

@@ -15,14 +15,14 @@ EXAMPLES = 16
 
 
 def write_figures(
-    directory: pathlib.Path, dataset: Dataset, predicted: np.ndarray, title: str, seed: int
+    directory: pathlib.Path, dataset: Dataset, outcomes: np.ndarray, title: str, seed: int
 ) -> list[dict[str, Any]]:
     """Writes predictions.png, of 16 test images chosen at random, and confusion.png, of all of them.
 
     Args:
       directory: made where it is not.
-      dataset: whose test split was predicted.
-      predicted: int (N,), the class given to each test image.
+      dataset: whose test split it is.
+      outcomes: int (N, 2), label and predicted class of each test image; −1 for one that there is not.
       title: above the pictures; the accuracy is added.
       seed: fixes which images are shown.
 
@@ -30,12 +30,12 @@ def write_figures(
       See evaluate.per_class.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    test, names = dataset.test, dataset.class_names
-    right, count = int((predicted == test.labels).sum()), len(test.labels)
+    names = dataset.class_names
+    confusion = confusion_matrix(outcomes, len(names))
+    right, count = int(np.trace(confusion)), int(confusion.sum())
     title = f"{title}\n{right:,} of {count:,} test images right ({right / count:.2%})"
-    chosen = np.random.default_rng(seed).choice(count, min(EXAMPLES, count), replace=False)
-    path = directory / "predictions.png"
-    plots.predictions(test.images[chosen], test.labels[chosen], predicted[chosen], names, path, title)
-    confusion = confusion_matrix(test.labels, predicted, len(names))
+    there = np.flatnonzero(outcomes[:, 0] >= 0)
+    chosen = np.random.default_rng(seed).choice(there, min(EXAMPLES, len(there)), replace=False)
+    plots.predictions(dataset.test.images[chosen], *outcomes[chosen].T, names, directory / "predictions.png", title)
     plots.confusion(confusion, names, directory / "confusion.png", title)
     return per_class(confusion, names)

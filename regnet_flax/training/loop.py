@@ -175,8 +175,8 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                 figures, title = path / workdir.FIGURES, f"{config.model.name} on {dataset.name}"
                 figures.mkdir(exist_ok=True)
                 if config.eval.every_epochs:
-                    predicted = run.predictions(len(dataset.test.labels))
-                    results["per_class"] = write_figures(figures, dataset, predicted, title, config.seed)
+                    outcomes = run.outcomes(len(dataset.test.labels))
+                    results["per_class"] = write_figures(figures, dataset, outcomes, title, config.seed)
                 plots.curves(
                     workdir.read_metrics(path),
                     figures / "curves.png",
@@ -277,8 +277,8 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
         step, state = 0, program.initial_state()
     else:
         step, state = _read_checkpoint(config, path, program.like)
-    predicted = np.empty(len(dataset.test.labels), np.int32)
-    metrics = {"step": step} | program.evaluate(state, predicted=predicted)
+    outcomes = np.empty((len(dataset.test.labels), 2), np.int32)
+    metrics = {"step": step} | program.evaluate(state, outcomes=outcomes)
     top5 = f", top-5 {metrics['top5_accuracy']:.2%}" if "top5_accuracy" in metrics else ""
     logger.info(
         "step %d: test loss %.4f, accuracy %.2f %%%s, over %d images",
@@ -290,7 +290,7 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     )
     figures = path / workdir.FIGURES / "eval"
     title = f"{config.model.name} on {dataset.name}, {config.model.init_from or f'step {step}'}"
-    by_class = write_figures(figures, dataset, predicted, title, config.seed)
+    by_class = write_figures(figures, dataset, outcomes, title, config.seed)
     workdir.write_json(path / workdir.EVAL, metrics | {"per_class": by_class})
     logger.info("by class: %s, pictures: %s", path / workdir.EVAL, figures)
     return metrics

@@ -189,7 +189,7 @@ class Program:
         self,
         state: steps.TrainState,
         poll: Callable[[int], None] = lambda done: None,
-        predicted: np.ndarray | None = None,
+        outcomes: np.ndarray | None = None,
     ) -> dict[str, float]:
         """Metrics of the test split; see evaluate.evaluate."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
@@ -198,5 +198,5 @@ class Program:
             self._test_size,
             self._eval_batch_size,
             poll,
-            predicted,
+            outcomes,
         )

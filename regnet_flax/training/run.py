@@ -163,14 +163,14 @@ class Run:
         if self._since is not None:
             self._since, self._timed_from = time.monotonic(), self.step
 
-    def predictions(self, size: int) -> np.ndarray:
-        """The class that the state as it is gives each of the `size` test images: int32 (size,)."""
-        predicted = np.empty(size, np.int32)
+    def outcomes(self, size: int) -> np.ndarray:
+        """Label and predicted class of each of the `size` test images, by the state as it is: int32 (size, 2)."""
+        outcomes = np.empty((size, 2), np.int32)
         try:
-            self._program.evaluate(self.state, self._poll, predicted)
+            self._program.evaluate(self.state, self._poll, outcomes)
         except _Stop:
             self._interrupt()
-        return predicted
+        return outcomes
 
     def _poll(self, done: int) -> None:
         if self._stop.received is not None:
