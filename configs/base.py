@@ -70,6 +70,11 @@ def get_config() -> config_dict.ConfigDict:
     checkpoint.keep = 2  # the newest
     checkpoint.keep_best = 1  # and those of the highest test accuracy
 
+    config.predict = predict = config_dict.ConfigDict()  # for --mode predict, by the checkpoint eval.checkpoint
+    predict.images = ""  # a file, a folder, or a glob of them
+    predict.top = 5  # classes shown for each image
+    predict.json = False  # JSON on standard output instead of a table; all else is then said on standard error
+
     config.export = export = config_dict.ConfigDict()  # for --mode export, of the checkpoint eval.checkpoint
     export.format = "safetensors"  # or "torch", by PyTorch's names both
     export.path = ""  # "": weights.safetensors or weights.pth in the workdir

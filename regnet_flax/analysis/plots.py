@@ -158,6 +158,53 @@ def predictions(
     plt.close(figure)
 
 
+def probabilities(
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    tops: Sequence[Sequence[tuple[str, float]]],
+    path: pathlib.Path,
+    title: str = "",
+) -> None:
+    """Images, each over bars of the classes that a model finds most probable.
+
+    Args:
+      images: uint8 (height, width, channels) each, of any size; those that are drawn.
+      captions: of each image, and perhaps of more.
+      tops: the most probable classes of each image, the first at the top, and their probabilities.
+      path: the picture to write.
+      title: above it.
+    """
+    plt = _pyplot()
+    columns = min(4, len(images))
+    rows, bars = math.ceil(len(images) / columns), len(tops[0])
+    heights = [2.4, 0.35 * bars + 0.25] * rows
+    figure, grid = plt.subplots(
+        2 * rows,
+        columns,
+        figsize=(2.9 * columns, sum(heights) + 0.3 * rows),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for index, (image, caption, top) in enumerate(zip(images, captions, tops, strict=False)):
+        row, column = divmod(index, columns)
+        picture, chart = grid[2 * row, column], grid[2 * row + 1, column]
+        _show(picture, image)
+        picture.set_anchor("S")
+        picture.set_title(caption if len(caption) <= 32 else f"{caption[:15]}…{caption[-16:]}", fontsize=9)
+        shares = [share for _, share in top]
+        chart.barh(range(bars), shares, color=["#7fb3dc", *["#d0d7de"] * (bars - 1)], height=0.85)
+        for place, (name, share) in enumerate(top):
+            chart.text(0.02, place, _wrapped(name, 26, lines=1), va="center", fontsize=9)
+            chart.text(1, place, f"{share:.1%}", va="center", ha="right", fontsize=9)
+        chart.set(xlim=(0, 1), ylim=(bars - 0.5, -0.5))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
 def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path, title: str = "") -> None:
     """Which classes are taken for which: each row's shares, with counts and names where there is room for them.
 
