@@ -35,7 +35,7 @@ def get_config() -> config_dict.ConfigDict:
     dataset.in_memory = "auto"  # "auto" or "always": the whole data set lies on the device as uint8
     dataset.strict = False  # an image that does not decode is an error, instead of being listed and left out
     dataset.image_size = 0  # images are resized to this height and width; 0: as they are
-    dataset.augment = ()  # of training images, in this order: "crop", "flip"
+    dataset.augment = ()  # of training images, in this order: "crop", "flip", "rotate", "color", "translate"
     dataset.mean = ()  # of each channel, for pixels in 0…1; (): from the training images
     dataset.std = ()  # likewise
 
@@ -70,6 +70,11 @@ def get_config() -> config_dict.ConfigDict:
     checkpoint.every_steps = 0  # 0: every epoch
     checkpoint.keep = 2  # the newest
     checkpoint.keep_best = 1  # and those of the highest test accuracy
+
+    config.predict = predict = config_dict.ConfigDict()  # for --mode predict, by the checkpoint eval.checkpoint
+    predict.images = ""  # a file, a folder, or a glob of them
+    predict.top = 5  # classes shown for each image
+    predict.json = False  # JSON on standard output instead of a table; all else is then said on standard error
 
     config.export = export = config_dict.ConfigDict()  # for --mode export, of the checkpoint eval.checkpoint
     export.format = "safetensors"  # or "torch", by PyTorch's names both

@@ -1,13 +1,19 @@
-"""The CIFAR recipe on a folder of your own images: DIR/train/<class>/* and DIR/test/<class>/*, of any size.
+"""A public project's recipe for photographs of one's own: DIR/train/<class>/* and DIR/test/<class>/*, of any size.
 
-python -m regnet_flax.main --config configs/folder.py --config.dataset.data_dir=DIR
+    python -m regnet_flax.main --config configs/folder.py --config.dataset.data_dir=DIR
+    python -m regnet_flax.main --config configs/folder.py:regnety_400mf --config.dataset.data_dir=DIR \
+        --config.dataset.image_size=224 --config.train.batch_size=32
+
+Resized, flipped, rotated by up to 15 degrees, changed in colour and moved by up to 10 %, at random; the test images are
+only resized.
 """
 
-from configs import cifar10
+from configs import rnn_cifar10
 
 
 def get_config(model: str = "regnet20_convlstm"):
-    config = cifar10.get_config(model)
+    config = rnn_cifar10.get_config(model)
     config.dataset.name = "folder"
     config.dataset.image_size = 32
+    config.dataset.augment = ("flip", "rotate", "color", "translate")
     return config

@@ -119,6 +119,9 @@ FIELDS: dict[str, Check] = {
     "checkpoint.every_steps": _whole(0),
     "checkpoint.keep": _whole(1),
     "checkpoint.keep_best": _whole(0),
+    "predict.images": _text,
+    "predict.top": _whole(1),
+    "predict.json": _flag,
     "export.format": _choice("safetensors", "torch"),
     "export.path": _text,
 }
@@ -136,6 +139,9 @@ MAY_CHANGE = (
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.keep_best",
+    "predict.images",
+    "predict.top",
+    "predict.json",
     "export.format",
     "export.path",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 import re
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "configs/digits.py"
 _IN_CONFIG = "Error whilst parsing config file"  # ml_collections, before a traceback
-MODES = ("train", "eval", "summary", "export")
+MODES = ("train", "eval", "predict", "summary", "export")
 
 
 class UsageError(ValueError):
@@ -173,6 +174,13 @@ def run(argv: Sequence[str]) -> None:
 
         model, variables, step = loop.load_trained(config, values.workdir)
         export.export_weights(config, model, variables, step, values.workdir)
+    elif values.mode == "predict":
+        from regnet_flax import predict
+
+        with contextlib.redirect_stdout(sys.stderr) if config.predict.json else contextlib.nullcontext():
+            model, variables, step = loop.load_trained(config, values.workdir)
+            result = predict.predict_images(config, model, variables, step, values.workdir)
+        predict.show(result, config.predict.json)
     else:
         loop.evaluate_only(config, values.workdir)
 

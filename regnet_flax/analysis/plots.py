@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 TRAIN, TEST, DROP = "#1f77b4", "#d62728", "#999999"
+RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
 def _pyplot() -> Any:
@@ -96,3 +101,161 @@ def losses(curves: dict[str, Sequence[float]], path: pathlib.Path, title: str = 
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _wrapped(name: str, width: int, lines: int = 2) -> str:
+    """A class name over a few lines of so many letters, cut off with … where it is longer."""
+    return "\n".join(textwrap.wrap(name.replace("_", " "), width, max_lines=lines, placeholder="…")) or name
+
+
+def _show(axes: Any, image: np.ndarray) -> None:
+    """An image of 1 or 3 channels, without axes; small ones keep their pixels, in squares."""
+    small = max(image.shape[:2]) < 100
+    axes.imshow(
+        image.squeeze(-1) if image.shape[-1] == 1 else image,
+        cmap="gray" if image.shape[-1] == 1 else None,
+        vmin=0,
+        vmax=255,
+        interpolation="nearest" if small else "antialiased",
+    )
+    axes.set_axis_off()
+
+
+def predictions(
+    images: Sequence[np.ndarray],
+    labels: Sequence[int],
+    predicted: Sequence[int],
+    class_names: Sequence[str],
+    path: pathlib.Path,
+    title: str = "",
+) -> None:
+    """Some test images under the class that a model gives them, green where it is right, and the true one where not.
+
+    Args:
+      images: uint8 (height, width, channels) each.
+      labels: the true classes.
+      predicted: the classes given.
+      class_names: of the labels.
+      path: the picture to write.
+      title: above it.
+    """
+    plt = _pyplot()
+    columns = min(4, len(images))
+    rows = math.ceil(len(images) / columns)
+    figure, grid = plt.subplots(
+        rows, columns, figsize=(2.2 * columns + 0.4, 2.55 * rows + 0.5), layout="constrained", squeeze=False
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for axes, image, label, guess in zip(grid.flat, images, labels, predicted, strict=False):
+        _show(axes, image)
+        text = _wrapped(class_names[guess], 20)
+        if guess != label:
+            text += "\n" + _wrapped("true: " + class_names[label], 20)
+        axes.set_title(text, color=RIGHT if guess == label else WRONG, fontsize=10)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120, bbox_inches="tight")  # the title may be wider than one image
+    plt.close(figure)
+
+
+def probabilities(
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    tops: Sequence[Sequence[tuple[str, float]]],
+    path: pathlib.Path,
+    title: str = "",
+) -> None:
+    """Images, each over bars of the classes that a model finds most probable.
+
+    Args:
+      images: uint8 (height, width, channels) each, of any size; those that are drawn.
+      captions: of each image, and perhaps of more.
+      tops: the most probable classes of each image, the first at the top, and their probabilities.
+      path: the picture to write.
+      title: above it.
+    """
+    plt = _pyplot()
+    columns = min(4, len(images))
+    rows, bars = math.ceil(len(images) / columns), len(tops[0])
+    heights = [2.4, 0.35 * bars + 0.25] * rows
+    figure, grid = plt.subplots(
+        2 * rows,
+        columns,
+        figsize=(2.9 * columns, sum(heights) + 0.3 * rows),
+        height_ratios=heights,
+        layout="constrained",
+        squeeze=False,
+    )
+    for axes in grid.flat:
+        axes.set_axis_off()
+    for index, (image, caption, top) in enumerate(zip(images, captions, tops, strict=False)):
+        row, column = divmod(index, columns)
+        picture, chart = grid[2 * row, column], grid[2 * row + 1, column]
+        _show(picture, image)
+        picture.set_anchor("S")
+        picture.set_title(caption if len(caption) <= 32 else f"{caption[:15]}…{caption[-16:]}", fontsize=9)
+        shares = [share for _, share in top]
+        chart.barh(range(bars), shares, color=["#7fb3dc", *["#d0d7de"] * (bars - 1)], height=0.85)
+        for place, (name, share) in enumerate(top):
+            chart.text(0.02, place, _wrapped(name, 26, lines=1), va="center", fontsize=9)
+            chart.text(1, place, f"{share:.1%}", va="center", ha="right", fontsize=9)
+        chart.set(xlim=(0, 1), ylim=(bars - 0.5, -0.5))
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path, title: str = "") -> None:
+    """Which classes are taken for which: each row's shares, with counts and names where there is room for them.
+
+    Where there is no room for counts, the pairs that are confused most often are listed beside.
+
+    Args:
+      matrix: int (classes, classes), a row for each true class, a column for each given one.
+      class_names: of its rows and columns.
+      path: the picture to write.
+      title: above it.
+    """
+    plt = _pyplot()
+    from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import PercentFormatter
+
+    classes = len(matrix)
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    named, counted = classes <= 100, classes <= 25
+    side = float(np.clip(0.42 * classes if counted else 0.13 * classes, 3, 9))
+    figure, axes = plt.subplots(figsize=(side + 3, side + 1.6), layout="constrained")
+    # The square root shows the few that are taken for another class.
+    shown = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="auto")
+    bar = figure.colorbar(shown, shrink=0.8, format=PercentFormatter(1.0), ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
+    bar.set_label("share of the true class")
+    if counted:
+        size = float(np.clip(side * 26 / classes, 5, 10))
+        for (row, column), count in np.ndenumerate(matrix):
+            if count:
+                color = "white" if shares[row, column] > 0.4 else "black"
+                axes.text(column, row, f"{count}", ha="center", va="center", color=color, fontsize=size)
+    if named:
+        size = float(np.clip(side * 60 / classes, 5, 10))
+        names = [_wrapped(name, 18, lines=2 if counted else 1) for name in class_names]
+        room = side / classes * 72 / size * 1.6  # letters that fit into a column
+        axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > room else 0, fontsize=size)
+        axes.set_yticks(range(classes), names, fontsize=size)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    if not counted:
+        figure.text(1.01, 0.5, _most_confused(matrix, class_names), va="center", linespacing=1.7)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+
+
+def _most_confused(matrix: np.ndarray, class_names: Sequence[str], pairs: int = 15) -> str:
+    wrong = matrix - np.diag(np.diag(matrix))
+    lines = ["most often taken for another"]
+    for index in np.argsort(-wrong, axis=None, kind="stable")[:pairs]:
+        row, column = divmod(int(index), len(matrix))
+        if wrong[row, column]:
+            true, given = (_wrapped(class_names[i], 24, lines=1) for i in (row, column))
+            lines.append(f"{true} → {given}: {wrong[row, column]} of {matrix[row].sum()}")
+    return "\n".join(lines)

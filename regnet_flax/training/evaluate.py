@@ -1,8 +1,9 @@
-"""Exact metrics over a whole split."""
+"""Exact metrics over a whole split, and by class."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ def evaluate(
     size: int,
     batch_size: int,
     poll: Callable[[int], None] = lambda done: None,
+    outcomes: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Counts every one of `size` examples once.
 
@@ -21,6 +23,7 @@ def evaluate(
       size: examples in the split.
       batch_size: examples a batch; the last may be short.
       poll: called after each batch with the examples done so far.
+      outcomes: int (size, 2), is filled with each example's label and predicted class.
 
     Returns:
       "loss" and "accuracy", means over the examples, "top5_accuracy" where there are more than five classes, and
@@ -32,9 +35,52 @@ def evaluate(
         # Two batches in flight keep a device busy; more would only delay what waits for the poll.
         jax.block_until_ready(sums[max(0, len(sums) - 3)])
         poll(min(size, start + batch_size))
-    totals = {name: np.sum([np.asarray(s[name]) for s in sums], dtype=np.float64) for name in sums[0]}
+    totals = {
+        name: np.sum([np.asarray(s[name]) for s in sums], dtype=np.float64) for name in sums[0] if name != "outcomes"
+    }
+    if outcomes is not None:
+        outcomes[:] = np.concatenate([np.asarray(s["outcomes"]) for s in sums])[:size]
     count = totals["count"]
     metrics = {"loss": float(totals["loss"] / count), "accuracy": float(totals["correct"] / count)}
     if "correct_top5" in totals:
         metrics["top5_accuracy"] = float(totals["correct_top5"] / count)
     return metrics | {"count": int(count)}
+
+
+def confusion_matrix(outcomes: np.ndarray, classes: int) -> np.ndarray:
+    """How many examples of each class (row) were taken for each class (column).
+
+    Args:
+      outcomes: int (N, 2), label and predicted class; −1 where there was no example.
+      classes: how many.
+
+    Returns:
+      int64 (classes, classes).
+    """
+    labels, predicted = outcomes[outcomes[:, 0] >= 0].astype(np.int64).T
+    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Precision and recall of each class.
+
+    Args:
+      confusion: see confusion_matrix.
+      class_names: of its rows and columns.
+
+    Returns:
+      For each class "class", its name; "images", those of it; "predicted", those that were taken for it; "precision",
+      the share of the latter that are of it; and "recall", the share of the former that were taken for it. A share of
+      no images is None.
+    """
+    found, images, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    return [
+        {
+            "class": name,
+            "images": int(images[i]),
+            "predicted": int(predicted[i]),
+            "precision": float(found[i] / predicted[i]) if predicted[i] else None,
+            "recall": float(found[i] / images[i]) if images[i] else None,
+        }
+        for i, name in enumerate(class_names)
+    ]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from regnet_flax import config as config_lib
 from regnet_flax import torch_port, weights
@@ -16,6 +17,7 @@ from regnet_flax.analysis import plots
 from regnet_flax.data import sources
 from regnet_flax.training import workdir
 from regnet_flax.training.checkpoint import CHECKPOINTS, Checkpoints
+from regnet_flax.training.figures import write_figures
 from regnet_flax.training.interrupt import StopSignals, WorkdirError, workdir_lock
 from regnet_flax.training.program import AXIS, Program, build_model, build_optimizer, build_state
 from regnet_flax.training.progress import duration
@@ -170,11 +172,15 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                 run.run()
                 checkpoints.wait()
                 results = collect_results(run, config, path)
-                (path / workdir.FIGURES).mkdir(exist_ok=True)
+                figures, title = path / workdir.FIGURES, f"{config.model.name} on {dataset.name}"
+                figures.mkdir(exist_ok=True)
+                if config.eval.every_epochs:
+                    outcomes = run.outcomes(len(dataset.test.labels))
+                    results["per_class"] = write_figures(figures, dataset, outcomes, title, config.seed)
                 plots.curves(
                     workdir.read_metrics(path),
-                    path / workdir.FIGURES / "curves.png",
-                    title=f"{config.model.name} on {dataset.name}",
+                    figures / "curves.png",
+                    title=title,
                     drops=program.drops,
                 )
                 # Last, since it is what marks the run as finished.
@@ -240,6 +246,8 @@ def load_trained(config: Any, path: str | pathlib.Path) -> tuple[Any, dict[str, 
 def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, float]:
     """Evaluates the checkpoint `eval.checkpoint` of a workdir, or the file `model.init_from`, on the test split.
 
+    Leaves eval.json and figures/eval/ in the workdir; those of training stay as they are.
+
     Args:
       config: the workdir's, its values to be overridden at will.
       path: the workdir.
@@ -269,7 +277,8 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
         step, state = 0, program.initial_state()
     else:
         step, state = _read_checkpoint(config, path, program.like)
-    metrics = {"step": step} | program.evaluate(state)
+    outcomes = np.empty((len(dataset.test.labels), 2), np.int32)
+    metrics = {"step": step} | program.evaluate(state, outcomes=outcomes)
     top5 = f", top-5 {metrics['top5_accuracy']:.2%}" if "top5_accuracy" in metrics else ""
     logger.info(
         "step %d: test loss %.4f, accuracy %.2f %%%s, over %d images",
@@ -279,4 +288,9 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
         top5,
         metrics["count"],
     )
+    figures = path / workdir.FIGURES / "eval"
+    title = f"{config.model.name} on {dataset.name}, {config.model.init_from or f'step {step}'}"
+    by_class = write_figures(figures, dataset, outcomes, title, config.seed)
+    workdir.write_json(path / workdir.EVAL, metrics | {"per_class": by_class})
+    logger.info("by class: %s, pictures: %s", path / workdir.EVAL, figures)
     return metrics

@@ -185,7 +185,12 @@ class Program:
         devices = len(self.devices)
         return -(-min(self._config.eval.batch_size, self._test_size) // devices) * devices
 
-    def evaluate(self, state: steps.TrainState, poll: Callable[[int], None] = lambda done: None) -> dict[str, float]:
+    def evaluate(
+        self,
+        state: steps.TrainState,
+        poll: Callable[[int], None] = lambda done: None,
+        outcomes: np.ndarray | None = None,
+    ) -> dict[str, float]:
         """Metrics of the test split; see evaluate.evaluate."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         return evaluate.evaluate(
@@ -193,4 +198,5 @@ class Program:
             self._test_size,
             self._eval_batch_size,
             poll,
+            outcomes,
         )

@@ -163,6 +163,15 @@ class Run:
         if self._since is not None:
             self._since, self._timed_from = time.monotonic(), self.step
 
+    def outcomes(self, size: int) -> np.ndarray:
+        """Label and predicted class of each of the `size` test images, by the state as it is: int32 (size, 2)."""
+        outcomes = np.empty((size, 2), np.int32)
+        try:
+            self._program.evaluate(self.state, self._poll, outcomes)
+        except _Stop:
+            self._interrupt()
+        return outcomes
+
     def _poll(self, done: int) -> None:
         if self._stop.received is not None:
             raise _Stop
@@ -229,4 +238,4 @@ def report(results: dict[str, Any], path: pathlib.Path) -> None:
             f"{results['parameters']:,}",
             duration(results["wall_time_seconds"]),
         )
-    logger.info("results: %s, curves: %s", path / workdir.RESULTS, path / workdir.FIGURES / "curves.png")
+    logger.info("results: %s, pictures: %s", path / workdir.RESULTS, path / workdir.FIGURES)

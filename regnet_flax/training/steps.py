@@ -151,16 +151,21 @@ def eval_step(
       axis_name: the mapped axis over which is summed; None outside pmap.
 
     Returns:
-      "loss", float32; "correct" and "count", int32; and "correct_top5" where there are more than five classes.
+      "loss", float32; "correct" and "count", int32; "correct_top5" where there are more than five classes; and no sum,
+      "outcomes", int32 (N, 2): label and predicted class of each example of all devices' parts, −1 for padding.
     """
     logits = apply_fn(variables, batch["images"], train=False)
     labels, mask = batch["labels"], batch["mask"]
+    predicted = logits.argmax(-1).astype(jnp.int32)
     sums = {
         "loss": jnp.where(mask, cross_entropy(logits, labels), 0).sum(),
-        "correct": (mask & (logits.argmax(-1) == labels)).sum(dtype=jnp.int32),
+        "correct": (mask & (predicted == labels)).sum(dtype=jnp.int32),
         "count": mask.sum(dtype=jnp.int32),
     }
     if logits.shape[-1] > 5:
         top5 = lax.top_k(logits, 5)[1]
         sums["correct_top5"] = (mask & (top5 == labels[:, None]).any(-1)).sum(dtype=jnp.int32)
-    return lax.psum(sums, axis_name) if axis_name else sums
+    outcomes = jnp.where(mask[:, None], jnp.stack([labels, predicted], -1), -1)
+    if axis_name:
+        sums, outcomes = lax.psum(sums, axis_name), lax.all_gather(outcomes, axis_name, tiled=True)
+    return sums | {"outcomes": outcomes}

@@ -1,0 +1,199 @@
+"""--mode predict: a trained model's classes for image files, as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import glob
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from regnet_flax.analysis import plots
+from regnet_flax.config import ConfigError
+from regnet_flax.data import augment
+from regnet_flax.data.image_folder import EXTENSIONS, DataError, one_line, read_image
+from regnet_flax.training import workdir
+
+SHOWN = 16  # images in the picture
+THUMBNAIL = 256  # pixels of their longer side
+
+logger = logging.getLogger("regnet_flax")
+
+
+def find_images(where: str) -> list[pathlib.Path]:
+    """The files that `predict.images` names, sorted.
+
+    Args:
+      where: a file; a folder, all image files in and below it; or a glob of these, in which ** goes below.
+
+    Raises:
+      ConfigError: there is none.
+    """
+    if not where:
+        raise ConfigError(
+            "predict.images is '': name a file, a folder or a glob, with --config.predict.images=PATH_OR_GLOB"
+        )
+    path = pathlib.Path(where).expanduser()
+    found = [path] if path.exists() else map(pathlib.Path, glob.glob(str(path), recursive=True))
+    files: set[pathlib.Path] = set()
+    for match in found:
+        if match.is_dir():
+            files.update(file for file in match.rglob("*") if _is_image(file))
+        else:
+            files.add(match)
+    if not files:
+        kind = f"has no image files ({' '.join(EXTENSIONS)})" if path.is_dir() else "matches no file"
+        raise ConfigError(f"predict.images is {where!r}, which {kind}: name a file, a folder or a glob")
+    return sorted(files)
+
+
+def _is_image(file: pathlib.Path) -> bool:
+    return file.name.lower().endswith(EXTENSIONS) and not file.name.startswith(".") and file.is_file()
+
+
+def to_input(image: Image.Image, shape: Sequence[int]) -> np.ndarray:
+    """What the model is given of an image: resized as image folders are for training and evaluation.
+
+    Args:
+      image: upright RGB, of any size.
+      shape: (height, width, channels); of one channel, the image is made grey.
+
+    Returns:
+      uint8 of this shape.
+    """
+    height, width, channels = shape
+    image = image.convert("L") if channels == 1 else image
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).reshape(height, width, channels)
+
+
+def _read(
+    files: Sequence[pathlib.Path], shape: Sequence[int]
+) -> tuple[list[pathlib.Path], np.ndarray, list[np.ndarray], list[dict[str, str]]]:
+    """The files that can be read, the model's inputs, thumbnails of the first, and the files that cannot, with why."""
+    readable, inputs, thumbnails, skipped = [], [], [], []
+    for file in files:
+        try:
+            image = read_image(file)
+        except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file.
+            skipped.append({"file": str(file), "reason": one_line(error)})
+            logger.warning("left out %s: %s", file, skipped[-1]["reason"])
+            continue
+        readable.append(file)
+        inputs.append(to_input(image, shape))
+        if len(thumbnails) < SHOWN:
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            thumbnails.append(np.asarray(image))
+    if not readable:
+        raise DataError(f"none of the {len(files)} files of predict.images can be read: check that they are images")
+    return readable, np.stack(inputs), thumbnails, skipped
+
+
+def probabilities(
+    model: nn.Module, variables: dict[str, Any], images: np.ndarray, mean: Any, std: Any, batch_size: int
+) -> np.ndarray:
+    """The probability of each class for each image.
+
+    Args:
+      model: from create_model.
+      variables: "params" and "batch_stats".
+      images: uint8 (N, height, width, channels).
+      mean: see augment.normalize.
+      std: likewise.
+      batch_size: images at a time.
+
+    Returns:
+      float32 (N, classes).
+    """
+    batch_size = min(batch_size, len(images))
+
+    @jax.jit
+    def predict(batch):
+        return jax.nn.softmax(model.apply(variables, augment.normalize(batch, mean, std), train=False))
+
+    results = []
+    for start in range(0, len(images), batch_size):
+        # The last batch is filled up, so that one shape is compiled.
+        indices = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
+        results.append(np.asarray(predict(jnp.asarray(images[indices]))))
+    return np.concatenate(results)[: len(images)]
+
+
+def predict_images(
+    config: Any, model: nn.Module, variables: dict[str, Any], step: int, path: str | os.PathLike
+) -> dict[str, Any]:
+    """Predicts the classes of the images that `predict.images` names, and writes figures/predict.png.
+
+    Args:
+      config: the workdir's.
+      model: from create_model.
+      variables: "params" and "batch_stats".
+      step: of the checkpoint that they are of.
+      path: the workdir, whose config.json has the class names and the images' shape.
+
+    Returns:
+      "model"; "workdir"; "step"; "predictions", for each image that could be read its "file" and "top", the
+      `predict.top` most probable classes, each with "class" and "probability"; "skipped", each with "file" and
+      "reason"; and "picture", the figure's path.
+
+    Raises:
+      ConfigError: `predict.images` names no file.
+      DataError: none of the files can be read.
+    """
+    record = workdir.read_json(pathlib.Path(path) / workdir.CONFIG)
+    names = record["class_names"]
+    files, images, thumbnails, skipped = _read(find_images(config.predict.images), record["image_shape"])
+    settings = config.dataset
+    shares = probabilities(model, variables, images, settings.mean, settings.std, config.eval.batch_size)
+    best = np.argsort(-shares, axis=1, kind="stable")[:, : config.predict.top]
+    tops = [
+        [{"class": names[c], "probability": float(row[c])} for c in order]
+        for row, order in zip(shares, best, strict=True)
+    ]
+    picture = pathlib.Path(path) / workdir.FIGURES / "predict.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    more = f", the first {len(thumbnails)} of {len(files)} images" if len(files) > len(thumbnails) else ""
+    plots.probabilities(
+        thumbnails,
+        [file.name for file in files],
+        [[(entry["class"], entry["probability"]) for entry in top] for top in tops],
+        picture,
+        title=f"{config.model.name} at step {step}{more}",
+    )
+    return {
+        "model": config.model.name,
+        "workdir": str(path),
+        "step": step,
+        "predictions": [{"file": str(file), "top": top} for file, top in zip(files, tops, strict=True)],
+        "skipped": skipped,
+        "picture": str(picture),
+    }
+
+
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """Prints what predict_images returned: a table, or JSON."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    predictions = result["predictions"]
+    files = [prediction["file"] for prediction in predictions]
+    folder = os.path.commonpath([os.path.dirname(file) for file in files])
+    where = f", images in {folder}" if folder else ""
+    table = Table(title=f"{result['model']} at step {result['step']}{where}", title_justify="left")
+    table.add_column("image", overflow="fold")
+    for rank in range(1, len(predictions[0]["top"]) + 1):
+        table.add_column(f"{rank}.", overflow="fold")
+    for file, prediction in zip(files, predictions, strict=True):
+        cells = [f"{entry['class']} {entry['probability']:.1%}" for entry in prediction["top"]]
+        table.add_row(os.path.relpath(file, folder or "."), *cells)
+    Console(markup=False, highlight=False, emoji=False).print(table)
+    logger.info("picture: %s", result["picture"])
