@@ -165,7 +165,7 @@ class Stream(Iterator[Any]):
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
             batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
         batches = grain.experimental.ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=ON_DEVICES)
-        self._iterator = iter(batches)
+        self._iterator: Any = iter(batches)
         # What is started here inherits the mask: a signal to all processes, such as Ctrl-C, is the run's to handle.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
@@ -189,6 +189,7 @@ class Stream(Iterator[Any]):
     def close(self) -> None:
         """Ends threads and processes."""
         self._iterator.close()
+        self._iterator = iter(())  # Grain's holds a batch in shared memory, which would outlive this process
 
 
 def _cores() -> int:
