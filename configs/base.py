@@ -29,13 +29,17 @@ def get_config() -> config_dict.ConfigDict:
     overrides.tuned = config_dict.placeholder(bool)  # forms of the gradients that are fast on a CPU; None: on a CPU
 
     config.dataset = dataset = config_dict.ConfigDict()
-    dataset.name = "digits"  # "digits", "cifar10", "cifar100", "folder" or "synthetic"
+    dataset.name = "digits"  # "digits", "cifar10", "cifar100", "imagenet2012", "folder" or "synthetic"
     dataset.data_dir = ""  # TFDS's data_dir ("": TFDS's own default), or the folder with train/ and test/
     dataset.num_classes = 0  # 0: from the data
-    dataset.in_memory = "auto"  # "auto" or "always": the whole data set lies on the device as uint8
+    dataset.in_memory = "auto"  # "always": it lies on the device as uint8; "never": it is streamed; "auto" streams
+    # imagenet2012, folders of more than 4 GiB once decoded, and what has "random_resized_crop" in `augment`
+    dataset.workers = 0  # processes that decode what is streamed; 0: threads of this one
+    dataset.prefetch = 2  # batches that each of these processes (or this one) holds ready
     dataset.strict = False  # an image that does not decode is an error, instead of being listed and left out
     dataset.image_size = 0  # images are resized to this height and width; 0: as they are
-    dataset.augment = ()  # of training images, in this order: "crop", "flip", "rotate", "color", "translate"
+    # Of training images, in this order: "crop", "flip", "rotate", "color", "translate"; streamed, "random_resized_crop"
+    dataset.augment = ()  # may come first
     dataset.mean = ()  # of each channel, for pixels in 0…1; (): from the training images
     dataset.std = ()  # likewise
 

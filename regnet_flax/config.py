@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from regnet_flax.data import streaming
 from regnet_flax.data.augment import AUGMENTATIONS
-from regnet_flax.data.sources import SOURCES, Dataset, channel_statistics
+from regnet_flax.data.sources import SOURCES, Dataset
 from regnet_flax.models.registry import OPTIONS, create_model
 from regnet_flax.training.optimizer import SCHEDULES, boundary_steps
 
@@ -88,13 +89,15 @@ FIELDS: dict[str, Check] = {
     "model.overrides.regulated_stages": _optional(_each(_whole(1))),
     "model.overrides.remat": _optional(_flag),
     "model.overrides.tuned": _optional(_flag),
-    "dataset.name": _choice(*SOURCES),
+    "dataset.name": _choice(*dict.fromkeys((*SOURCES, *streaming.STREAMED))),
     "dataset.data_dir": _text,
     "dataset.num_classes": _whole(0),
-    "dataset.in_memory": _choice("auto", "always"),
+    "dataset.in_memory": _choice("auto", "always", "never"),
+    "dataset.workers": _whole(0, 1024),
+    "dataset.prefetch": _whole(1, 1024),
     "dataset.strict": _flag,
     "dataset.image_size": _whole(0, 8192),
-    "dataset.augment": _each(_choice(*AUGMENTATIONS)),
+    "dataset.augment": _each(_choice(streaming.CROP, *AUGMENTATIONS)),
     "dataset.mean": _each(_number(-10, 10)),
     "dataset.std": _each(_number(0, 10, above=True)),
     "train.batch_size": _whole(1),
@@ -130,6 +133,8 @@ FIELDS: dict[str, Check] = {
 MAY_CHANGE = (
     "dataset.data_dir",
     "dataset.in_memory",
+    "dataset.workers",
+    "dataset.prefetch",
     "train.max_steps",
     "train.steps_per_call",
     "eval.batch_size",
@@ -220,21 +225,46 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
         yield "model.new_head is True: it needs model.init_from, a file of weights"
     if values.get("dataset.name") == "folder" and values.get("dataset.data_dir") == "":
         yield "dataset.data_dir is '': name the directory of train/ and test/, with --config.dataset.data_dir=DIR"
+    yield from _streaming_contradictions(values)
 
 
-def resolve(config: Any, dataset: Dataset) -> Any:
+def _streaming_contradictions(values: dict[str, Any]) -> Iterator[str]:
+    name, in_memory = values.get("dataset.name", "folder"), values.get("dataset.in_memory", "auto")
+    augment = values.get("dataset.augment", ())
+    if name not in streaming.STREAMED:
+        if in_memory == "never":
+            yield f"dataset.in_memory is 'never': only {' and '.join(streaming.STREAMED)} can be streamed, not {name}"
+        if streaming.CROP in augment:
+            yield (
+                f"dataset.augment has {streaming.CROP}, which is for photographs of any size "
+                f"({' and '.join(streaming.STREAMED)}): {name} takes 'crop'"
+            )
+        return
+    if in_memory == "always" and name == "imagenet2012":
+        yield "dataset.in_memory is 'always': imagenet2012 does not fit in memory, set it to auto"
+    if streaming.CROP in augment:
+        if in_memory == "always":
+            yield f"dataset.in_memory is 'always': {streaming.CROP} is done while decoding, set it to auto or never"
+        if streaming.CROP in augment[1:]:
+            yield f"dataset.augment is {augment}: {streaming.CROP} must be the first, and there once"
+    streamed = streaming.CROP in augment or in_memory == "never"
+    if streamed and name == "folder" and values.get("dataset.image_size") == 0:
+        yield "dataset.image_size is 0: streamed images are brought to one size, such as 224"
+
+
+def resolve(config: Any, dataset: Dataset | streaming.StreamedDataset) -> Any:
     """A copy of the config with what it left to the data set filled in.
 
     Raises:
       ConfigError: a value contradicts the data set.
     """
     config = copy.deepcopy(config)
-    height, width, channels = dataset.train.images.shape[1:]
+    height, width, channels = dataset.image_shape
     if height == width:
         config.dataset.image_size = height
     config.dataset.num_classes = len(dataset.class_names)
     if not config.dataset.mean:
-        mean, std = channel_statistics(dataset.train.images)
+        mean, std = dataset.statistics()
         # A channel that is the same everywhere has nothing to divide.
         config.dataset.mean, config.dataset.std = mean, tuple(value or 1.0 for value in std)
     if len(config.dataset.mean) not in (1, channels):

@@ -189,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n."""
     from regnet_flax.config import ConfigError
     from regnet_flax.data.sources import DataError
+    from regnet_flax.data.streaming import StreamError
     from regnet_flax.training.checkpoint import CheckpointError
     from regnet_flax.training.interrupt import Interrupted, WorkdirError
     from regnet_flax.training.run import NonFiniteError
@@ -203,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2
-    except (CheckpointError, NonFiniteError) as error:
+    except (CheckpointError, NonFiniteError, StreamError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:

@@ -61,7 +61,8 @@ def check_memory(where: str, count: int, shape: tuple[int, ...]) -> None:
     if needed > free / 2:
         raise DataError(
             f"{where}: {count:,} images of {'x'.join(map(str, shape))} take {needed / 2**30:.1f} GiB, more than half "
-            f"of the {free / 2**30:.1f} GiB of free memory; set a smaller --config.dataset.image_size"
+            f"of the {free / 2**30:.1f} GiB of free memory; set a smaller --config.dataset.image_size, or stream "
+            "a folder with --config.dataset.in_memory=never"
         )
 
 
@@ -88,16 +89,20 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         Exception: whatever Pillow raises for a file it cannot decode; ValueError for floating-point pixels.
     """
     with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode == "F":
-            raise ValueError("floating-point pixels have no fixed range")
-        if image.mode.startswith("I"):
-            # Pillow's own conversion clips at 255, which turns nearly all of a 16-bit image white.
-            image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 256).astype(np.uint8))
-        elif image.mode == "P":
-            # Straight to RGB, Pillow warns about palettes with transparency.
-            image = image.convert("RGBA")
-        return image.convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB; see read_image."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips at 255, which turns nearly all of a 16-bit image white.
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 256).astype(np.uint8))
+    elif image.mode == "P":
+        # Straight to RGB, Pillow warns about palettes with transparency.
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def read_image_folder(
@@ -117,23 +122,8 @@ def read_image_folder(
     Raises:
         DataError: the folders are not laid out as above, hold no usable images, or images differ in size.
     """
-    if not data_dir:
-        raise DataError("image folders need a directory: set --config.dataset.data_dir=DIR with DIR/train and DIR/test")
-    root = Path(data_dir).expanduser()
-    if not root.is_dir():
-        raise DataError(f"{root} is not a directory; set --config.dataset.data_dir to one with train/ and test/ in it")
-    try:
-        train, test = _list_split(root, TRAIN_NAMES), _list_split(root, TEST_NAMES)
-    except OSError as error:
-        raise DataError(f"{root} cannot be listed ({one_line(error)}); check its permissions") from error
+    root, train, test = list_image_folder(data_dir)
     class_names = tuple(train)
-    if len(train) < 2:
-        raise DataError(
-            f"{root}: only one class ({', '.join(train)}) to train on; put each class in a folder of its own"
-        )
-    if unknown := [name for name in test if name not in train]:
-        raise DataError(f"{root}: test classes without train images: {', '.join(unknown)}; add or remove these folders")
-
     paths = [path for split in (train, test) for files in split.values() for path in files]
     size = (image_size, image_size) if image_size else _first_size(root, paths)
     check_memory(str(root), len(paths), (size[1], size[0], 3))
@@ -143,6 +133,34 @@ def read_image_folder(
         splits.append(arrays)
         skipped += reasons
     return splits[0], splits[1], class_names, tuple(skipped)
+
+
+def list_image_folder(data_dir: str) -> tuple[Path, dict[str, list[str]], dict[str, list[str]]]:
+    """Lists an image folder without reading any image.
+
+    Returns:
+        The directory, and the sorted image paths of each class of the train and of the test split; the train split's
+        classes, sorted, have the labels 0, 1, …
+
+    Raises:
+        DataError: see read_image_folder.
+    """
+    if not data_dir:
+        raise DataError("image folders need a directory: set --config.dataset.data_dir=DIR with DIR/train and DIR/test")
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise DataError(f"{root} is not a directory; set --config.dataset.data_dir to one with train/ and test/ in it")
+    try:
+        train, test = _list_split(root, TRAIN_NAMES), _list_split(root, TEST_NAMES)
+    except OSError as error:
+        raise DataError(f"{root} cannot be listed ({one_line(error)}); check its permissions") from error
+    if len(train) < 2:
+        raise DataError(
+            f"{root}: only one class ({', '.join(train)}) to train on; put each class in a folder of its own"
+        )
+    if unknown := [name for name in test if name not in train]:
+        raise DataError(f"{root}: test classes without train images: {', '.join(unknown)}; add or remove these folders")
+    return root, train, test
 
 
 def _list_split(root: Path, names: tuple[str, ...]) -> dict[str, list[str]]:

@@ -50,10 +50,14 @@ def train_batch(
     epoch, k = jnp.divmod(step, order.shape[0] // batch_size)
     local = batch_size // shards
     indices = jax.lax.dynamic_slice(order, (k * batch_size + shard * local,), (local,))
+    return {name: array[indices] for name, array in data.items()}, example_keys(seed, epoch, indices)
+
+
+def example_keys(seed: Array | int, epoch: Array | int, indices: Array) -> Array:
+    """The augmentation keys of examples (N,): random keys (N,), each fixed by (seed, epoch, example)."""
     # One more folding, since epoch_order has used the epoch's own key up.
     epoch_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), epoch), 1)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(epoch_key, indices)
-    return {name: array[indices] for name, array in data.items()}, keys
+    return jax.vmap(jax.random.fold_in, (None, 0))(epoch_key, indices)
 
 
 def eval_batch(data: Batch, start: Array, *, batch_size: int, shard: Array | int = 0, shards: int = 1) -> Batch:

@@ -19,6 +19,7 @@ from regnet_flax.data.image_folder import DataError, Split, check_memory, one_li
 
 CONNECT_SECONDS = 10.0
 BATCH = 1000
+MANUAL = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 USE_FOLDERS = "train from image folders, which need only Pillow, with --config configs/folder.py"
 
 
@@ -39,6 +40,25 @@ class Dataset:
     test: Split
     class_names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Height, width and channels."""
+        return self.train.images.shape[1:]
+
+    @property
+    def train_size(self) -> int:
+        """Training examples."""
+        return len(self.train.labels)
+
+    @property
+    def test_size(self) -> int:
+        """Test examples."""
+        return len(self.test.labels)
+
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel of the training images; see channel_statistics."""
+        return channel_statistics(self.train.images)
 
     def fingerprint(self) -> str:
         """Returns 16 hex digits that change with the name, the class names, or any image or label of either split."""
@@ -250,6 +270,9 @@ def _download(builder: Any) -> None:
     if directory.exists():
         # TFDS takes the directory's existence for a prepared data set.
         raise DataError(f"{directory} has no dataset_info.json, so the copy is incomplete: copy it again, or delete it")
+    if name in MANUAL:
+        _prepare_manual(builder)
+        return
     ways = (
         f"prepare it where there is a network (tfds.builder({name!r}, file_format='array_record')"
         f".download_and_prepare()) and copy it to {directory}, name another place with --config.dataset.data_dir=DIR, "
@@ -265,6 +288,26 @@ def _download(builder: Any) -> None:
         builder.download_and_prepare(file_format="array_record")
     except Exception as error:
         raise DataError(f"{name} is not in {directory} and its download failed ({one_line(error)}): {ways}") from error
+
+
+def _prepare_manual(builder: Any) -> None:
+    """Prepares a data set whose archives only registered users are given."""
+    directory = builder.data_path
+    archives = directory.parents[1] / "downloads" / "manual"  # where TFDS looks for them
+    if missing := [name for name in MANUAL[builder.name] if not (archives / name).exists()]:
+        raise DataError(
+            f"{builder.name} is not in {directory}, and {urlsplit(builder.info.homepage).hostname} gives it to "
+            f"registered users only: copy one prepared by TFDS (file_format='array_record') there, put "
+            f"{' and '.join(missing)} into {archives} to have it prepared, or name another place with "
+            "--config.dataset.data_dir=DIR"
+        )
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        raise DataError(
+            f"{builder.name} could not be prepared in {directory} from the archives in {archives} ({one_line(error)}): "
+            "check that they are whole and that there is room"
+        ) from error
 
 
 def _unreachable(url: str) -> str:
@@ -297,4 +340,9 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
 }
 
 # What is known without reading any: (height, width, channels) and the number of classes.
-IMAGES = {"digits": ((8, 8, 1), 10), "cifar10": ((32, 32, 3), 10), "cifar100": ((32, 32, 3), 100)}
+IMAGES = {
+    "digits": ((8, 8, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "imagenet2012": ((224, 224, 3), 1000),
+}

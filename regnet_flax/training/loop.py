@@ -14,7 +14,7 @@ import numpy as np
 from regnet_flax import config as config_lib
 from regnet_flax import torch_port, weights
 from regnet_flax.analysis import plots
-from regnet_flax.data import sources
+from regnet_flax.data import sources, streaming
 from regnet_flax.training import workdir
 from regnet_flax.training.checkpoint import CHECKPOINTS, Checkpoints
 from regnet_flax.training.figures import write_figures
@@ -22,6 +22,7 @@ from regnet_flax.training.interrupt import StopSignals, WorkdirError, workdir_lo
 from regnet_flax.training.program import AXIS, Program, build_model, build_optimizer, build_state
 from regnet_flax.training.progress import duration
 from regnet_flax.training.run import Run, collect_results, report
+from regnet_flax.training.streamed import StreamedProgram
 
 logger = logging.getLogger("regnet_flax")
 
@@ -42,30 +43,38 @@ def pmap(function: Callable[..., Any], mapped: Sequence[int | None], devices: li
     )
 
 
-def load(config: Any) -> sources.Dataset:
-    """The config's data set; says which images could not be read."""
+def load(config: Any) -> sources.Dataset | streaming.StreamedDataset:
+    """The config's data set, in memory or to be streamed; says which images could not be read."""
     began = time.monotonic()
     settings = config.dataset
-    dataset = sources.load_dataset(
-        settings.name,
-        data_dir=settings.data_dir,
-        image_size=settings.image_size,
-        num_classes=settings.num_classes,
-        strict=settings.strict,
-        seed=config.seed,
-    )
+    options = {name: settings[name] for name in ("data_dir", "image_size", "num_classes", "strict")}
+    dataset = streaming.open_stream(settings.name, in_memory=settings.in_memory, augment=settings.augment, **options)
+    streamed = dataset is not None
+    if dataset is None:
+        dataset = sources.load_dataset(settings.name, seed=config.seed, **options)
+    if streamed and config.train.steps_per_call > 1:
+        raise config_lib.ConfigError(
+            f"train.steps_per_call is {config.train.steps_per_call}: {dataset.name} is streamed, a batch a call, so it "
+            "must be 1, or 0"
+        )
     logger.info(
-        "%s: %d training and %d test images of %d classes, %s, read in %s",
+        "%s: %d training and %d test images of %d classes, %s, %s in %s",
         dataset.name,
-        len(dataset.train.labels),
-        len(dataset.test.labels),
+        dataset.train_size,
+        dataset.test_size,
         len(dataset.class_names),
-        "×".join(map(str, dataset.train.images.shape[1:])),
+        "×".join(map(str, dataset.image_shape)),
+        "streamed, listed" if streamed else "read",
         duration(time.monotonic() - began),
     )
     for skipped in dataset.skipped:
         logger.warning("left out %s", skipped)
     return dataset
+
+
+def program_of(dataset: sources.Dataset | streaming.StreamedDataset) -> type[Program]:
+    """The kind of Program that trains on this data set."""
+    return StreamedProgram if isinstance(dataset, streaming.StreamedDataset) else Program
 
 
 def load_weights(config: Any) -> dict[str, Any] | None:
@@ -135,12 +144,20 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
     config_lib.check_config(config, len(devices))
     with StopSignals() as stop, workdir.RunLog() as log:
         dataset = load(config)
-        batch, images = config.train.batch_size, len(dataset.train.labels)
+        batch, images = config.train.batch_size, dataset.train_size
         if batch > images:
             raise config_lib.ConfigError(
                 f"train.batch_size is {batch}: {dataset.name} has {images} training images, so it must be at most that"
             )
         fingerprint = dataset.fingerprint()
+        streamed = isinstance(dataset, streaming.StreamedDataset)
+        if stored and stored.get("streamed", False) != streamed:
+            before, now = ("always", "held in memory"), ("never", "streamed")
+            before, now = (before, now) if streamed else (now, before)
+            raise config_lib.ConfigError(
+                f"{path} holds a run whose data set was {before[1]}, and now it would be {now[1]}, in another order: "
+                f"set dataset.in_memory={before[0]}, or name another --workdir"
+            )
         if stored and stored["dataset_fingerprint"] != fingerprint:
             raise config_lib.ConfigError(
                 f"{path} was trained on other images than {dataset.name} has now: restore them, or name another workdir"
@@ -153,7 +170,8 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
             (path / workdir.RESULTS).unlink(missing_ok=True)
             record = {
                 "class_names": list(dataset.class_names),
-                "image_shape": list(dataset.train.images.shape[1:]),
+                "image_shape": list(dataset.image_shape),
+                "streamed": streamed,
                 "dataset_fingerprint": fingerprint,
             }
             workdir.write_json(path / workdir.CONFIG, workdir.plain(config) | record)
@@ -167,7 +185,7 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                     devices[0].device_kind,
                     config.dtype,
                 )
-                program = Program(config, dataset, devices, pmap, start)
+                program = program_of(dataset)(config, dataset, devices, pmap, start)
                 run = Run(config, path, program, checkpoints, stop)
                 run.run()
                 checkpoints.wait()
@@ -272,7 +290,7 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
                 f"{', '.join(trained)}: evaluate it on images of these"
             )
     config = config_lib.resolve(config, dataset)
-    program = Program(config, dataset, devices, pmap, load_weights(config))
+    program = program_of(dataset)(config, dataset, devices, pmap, load_weights(config))
     if config.model.init_from:
         step, state = 0, program.initial_state()
     else:

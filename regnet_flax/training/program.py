@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from regnet_flax.config import model_options
 from regnet_flax.data import augment, in_memory
 from regnet_flax.data.sources import Dataset
+from regnet_flax.data.streaming import StreamedDataset
 from regnet_flax.models.registry import create_model
 from regnet_flax.training import evaluate, optimizer, steps
 
@@ -87,7 +88,7 @@ class Program:
     def __init__(
         self,
         config: Any,
-        dataset: Dataset,
+        dataset: Dataset | StreamedDataset,
         devices: list[Any],
         parallelize: Callable[..., Any],
         start: dict[str, Any] | None = None,
@@ -97,13 +98,13 @@ class Program:
         self._replicated = NamedSharding(mesh, PartitionSpec())
         # Put on all devices once: an argument left on one of them would be copied at every call.
         self._place = functools.partial(jax.device_put, device=self._replicated)
-        self._train_data = self._place(dataclasses.asdict(dataset.train))
-        self._test_data = self._place(dataclasses.asdict(dataset.test))
-        self._shards = jax.device_put(np.arange(len(devices)), NamedSharding(mesh, PartitionSpec(AXIS)))
+        self._divided = NamedSharding(mesh, PartitionSpec(AXIS))
+        self._place_data(dataset)
+        self._shards = jax.device_put(np.arange(len(devices)), self._divided)
         self._seed = self._place(np.int32(config.seed))
 
         train, settings = config.train, config.optimizer
-        self._size, self._test_size = len(dataset.train.labels), len(dataset.test.labels)
+        self._size, self._test_size = dataset.train_size, dataset.test_size
         self.steps_per_epoch = max(1, self._size // train.batch_size)  # evaluation needs no whole batch
         self.total_steps = train.epochs * self.steps_per_epoch
         if train.max_steps:
@@ -114,14 +115,21 @@ class Program:
         drops = optimizer.boundary_steps(settings.boundaries, train.epochs, self.steps_per_epoch)
         self.drops = [step / self.steps_per_epoch for step in drops] if settings.schedule == "step" else []
         self._model = build_model(config, AXIS if train.batch_norm == "sync" else None)
-        self._image_shape = dataset.train.images.shape[1:]
+        self._image_shape = dataset.image_shape
         self.like = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated),
             jax.eval_shape(self._initial_state),
         )
         self._order: tuple[int, jax.Array] = (-1, self._seed)
-        self._p_train = parallelize(self._train_steps, (None, 0, None, None, None, None), devices, donate=True)
-        self._p_eval = parallelize(self._eval_step, (None, 0, None, None), devices)
+        self._compile(functools.partial(parallelize, devices=devices))
+
+    def _place_data(self, dataset: Any) -> None:
+        self._train_data = self._place(dataclasses.asdict(dataset.train))
+        self._test_data = self._place(dataclasses.asdict(dataset.test))
+
+    def _compile(self, parallelize: Callable[..., Any]) -> None:
+        self._p_train = parallelize(self._train_steps, (None, 0, None, None, None, None), donate=True)
+        self._p_eval = parallelize(self._eval_step, (None, 0, None, None))
 
     def _initial_state(self) -> steps.TrainState:
         return build_state(self._model, self._tx, self._image_shape, self._config.seed)
@@ -149,18 +157,21 @@ class Program:
                 shard=shard,
                 shards=len(self.devices),
             )
-            images = augment.augment(self._config.dataset.augment, keys, batch["images"])
-            return steps.train_step(
-                state,
-                {"images": self._normalize(images), "labels": batch["labels"]},
-                apply_fn=self._model.apply,
-                tx=self._tx,
-                label_smoothing=self._config.optimizer.label_smoothing,
-                axis_name=AXIS,
-            )
+            return self._train_step(state, batch, keys, self._config.dataset.augment)
 
         state = one(0, state) if self.steps_per_call == 1 else jax.lax.fori_loop(0, count, one, state)
         return state, state.step
+
+    def _train_step(self, state, batch, keys, names):
+        images = augment.augment(names, keys, batch["images"])
+        return steps.train_step(
+            state,
+            {"images": self._normalize(images), "labels": batch["labels"]},
+            apply_fn=self._model.apply,
+            tx=self._tx,
+            label_smoothing=self._config.optimizer.label_smoothing,
+            axis_name=AXIS,
+        )
 
     def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]:
         """Takes `count` steps of one epoch from `step`; the state given is used up.
@@ -177,7 +188,10 @@ class Program:
         batch = in_memory.eval_batch(
             data, start, batch_size=self._eval_batch_size, shard=shard, shards=len(self.devices)
         )
-        batch["images"] = self._normalize(batch["images"])
+        return self._count(variables, batch)
+
+    def _count(self, variables, batch):
+        batch = batch | {"images": self._normalize(batch["images"])}
         return steps.eval_step(variables, batch, apply_fn=self._model.apply, axis_name=AXIS)
 
     @property
@@ -200,3 +214,6 @@ class Program:
             poll,
             outcomes,
         )
+
+    def close(self) -> None:
+        """Ends what reads the data, if anything does."""

@@ -83,6 +83,7 @@ class Run:
                 self._loop()
             finally:
                 self._metrics.close()
+                program.close()
 
     def _loop(self) -> None:
         program, running = self._program, deque()

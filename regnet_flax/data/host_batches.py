@@ -1,0 +1,136 @@
+"""Batches of streamed photographs, as pure functions of their number.
+
+They run in threads and in worker processes, any number of which give the same batches, bit by bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import IO, Any
+
+import numpy as np
+
+from regnet_flax.data import decode
+from regnet_flax.data.image_folder import DataError, one_line
+from regnet_flax.data.records import Records
+
+SUBSTITUTES = 100  # examples that are tried in the place of one that does not decode
+
+HostBatch = dict[str, Any]
+
+
+@functools.lru_cache(maxsize=2)
+def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
+    """The order in which an epoch goes through `size` examples: int32 (size,).
+
+    NumPy's, since workers have no device; RandomState's stream is frozen, so every version of NumPy gives the same.
+    """
+    return np.random.RandomState((seed, epoch)).permutation(size).astype(np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batches:
+    """Makes batches of one process's part; a worker process gets a copy.
+
+    Attributes:
+        records: of the split.
+        image_size: height and width of what the photographs become.
+        crop: see StreamedDataset.
+        strict: likewise.
+        batch_size: over all processes, a multiple of their number.
+        process_index: which of the `process_count` equal parts of each batch.
+    """
+
+    records: Records
+    image_size: int
+    crop: bool
+    strict: bool
+    batch_size: int
+    process_index: int = 0
+    process_count: int = 1
+
+    @property
+    def _local(self) -> int:
+        return self.batch_size // self.process_count
+
+    def _decode(self, file: str | IO[bytes], name: str, box: Callable[[int, int], decode.Box]) -> np.ndarray | str:
+        """The image, or "name: reason" where it does not decode."""
+        try:
+            return decode.read_crop(file, self.image_size, box)
+        except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file.
+            if self.strict:
+                raise DataError(
+                    f"{name} does not decode ({one_line(error)}); mend or remove it, or set "
+                    "--config.dataset.strict=False to leave such images out"
+                ) from error
+            return f"{name}: {one_line(error)}"
+
+    def _empty(self) -> HostBatch:
+        shape = (self._local, self.image_size, self.image_size, 3)
+        return {"images": np.zeros(shape, np.uint8), "labels": np.zeros(self._local, np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainBatches(_Batches):
+    """Maps a step of the run to "images", uint8 (n, size, size, 3), "labels", int32 (n,), "examples" and "skipped".
+
+    "examples", int32 (n,), are the indices that the augmentation keys are made of; "skipped" is a line for each
+    photograph that does not decode. In its place comes the next one in the data's order that does.
+
+    Attributes:
+        seed: of the run.
+    """
+
+    seed: int = 0
+
+    def __call__(self, step: int) -> HostBatch:
+        size = len(self.records)
+        epoch, k = divmod(step, size // self.batch_size)
+        first = k * self.batch_size + self.process_index * self._local
+        examples = epoch_order(self.seed, epoch, size)[first : first + self._local]
+        # Drawn for the whole batch, so that the number of processes changes nothing.
+        random = np.random.RandomState((self.seed, epoch, k)).random_sample((self.batch_size, decode.UNIFORMS))
+        random = random[self.process_index * self._local :]
+        batch, skipped = self._empty(), []
+        for row, (index, record) in enumerate(
+            zip(examples.tolist(), self.records.read(examples.tolist()), strict=True)
+        ):
+            box = functools.partial(decode.random_box, uniforms=random[row]) if self.crop else decode.whole_box
+            for attempt in range(min(SUBSTITUTES, size)):
+                if attempt:
+                    (record,) = self.records.read([(index + attempt) % size])
+                file, label, name = record
+                image = self._decode(file, name, box)
+                if not isinstance(image, str):
+                    batch["images"][row], batch["labels"][row] = image, label
+                    break
+                skipped.append(image)
+            else:
+                raise DataError(f"{skipped[-1]}; nor do {len(skipped) - 1} images before it decode: check the data set")
+        return batch | {"examples": examples, "skipped": "\n".join(skipped)}
+
+
+@dataclasses.dataclass(frozen=True)
+class TestBatches(_Batches):
+    """Maps k to "images", "labels" and "mask", bool (n,): the k-th batch in the data's order.
+
+    The mask is False beyond the last example and for a photograph that does not decode, which "skipped" names.
+    """
+
+    __test__ = False  # no test of pytest's
+
+    def __call__(self, k: int) -> HostBatch:
+        first = k * self.batch_size + self.process_index * self._local
+        examples = range(first, max(first, min(first + self._local, len(self.records))))
+        batch, skipped = self._empty(), []
+        batch["mask"] = np.zeros(self._local, bool)
+        box = functools.partial(decode.centre_box, size=self.image_size) if self.crop else decode.whole_box
+        for row, (file, label, name) in enumerate(self.records.read(examples) if examples else ()):
+            image = self._decode(file, name, box)
+            if isinstance(image, str):
+                skipped.append(image)
+            else:
+                batch["images"][row], batch["labels"][row], batch["mask"][row] = image, label, True
+        return batch | {"skipped": "\n".join(skipped)}

@@ -1,0 +1,398 @@
+"""Streamed data sets: which batches there are, whoever makes them, and what becomes of files that do not decode."""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from regnet_flax.data import decode, host_batches, streaming
+from regnet_flax.data.host_batches import epoch_order
+from regnet_flax.data.image_folder import DataError
+from regnet_flax.data.sources import channel_statistics
+from regnet_flax.data.streaming import CROP, Stream, StreamError, open_stream
+
+ROOT = Path(__file__).parents[1]
+SIZE = 16
+
+
+def jpeg(number, size=(40, 30)):
+    """A JPEG whose red tells its number, in tens."""
+    image = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image[..., 0] = 10 * number
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
+
+
+def number_of(image):
+    return round(image[..., 0].mean() / 10)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Numbers 0 to 12 for training, 13 to 19 for testing; those of class b are odd."""
+    for number in range(20):
+        path = tmp_path / ("train" if number < 13 else "val") / "ab"[number % 2] / f"{number:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(number))
+    return tmp_path
+
+
+# The numbers in the data's order: class a, then class b.
+TRAIN, TEST = [*range(0, 13, 2), *range(1, 13, 2)], [14, 16, 18, 13, 15, 17, 19]
+
+
+def opened(folder, **options):
+    options = {"image_size": SIZE, "augment": (CROP,), "in_memory": "never"} | options
+    return open_stream("folder", data_dir=str(folder), **options)
+
+
+def read(make, indices, workers=0, prefetch=2):
+    """The batches of a stream, copied."""
+    stream = Stream(make, indices, workers=workers, prefetch=prefetch)
+    try:
+        return [{name: np.array(array) for name, array in batch.items()} for batch in stream]
+    finally:
+        stream.close()
+
+
+def assert_same(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert batch.keys() == other.keys()
+        for name in batch:
+            assert batch[name].dtype == other[name].dtype
+            np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+
+
+# Which batches
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_any_number_of_workers_makes_the_same_batches_from_any_step(folder, workers):
+    (folder / "train/a/04.jpg").write_bytes(b"no photograph")
+    make = opened(folder).train_batches(seed=3, batch_size=4)
+    batches = [make(step) for step in range(7)]
+    expected = [{name: np.array(array) for name, array in batch.items()} for batch in batches[2:]]
+    assert any("04.jpg" in str(batch["skipped"]) for batch in expected)
+    assert_same(read(make, range(2, 7), workers), expected)
+
+
+def test_an_epoch_has_each_example_at_most_once_and_epochs_differ(folder):
+    make = opened(folder).train_batches(seed=0, batch_size=4)
+    epochs = [[make(step) for step in range(first, first + 3)] for first in (0, 3)]
+    orders = []
+    for epoch in epochs:
+        order = np.concatenate([batch["examples"] for batch in epoch])
+        assert len(set(order)) == 12 and order.dtype == np.int32
+        orders.append(order.tolist())
+        for batch in epoch:
+            assert [number_of(image) for image in batch["images"]] == [TRAIN[i] for i in batch["examples"]]
+            assert batch["labels"].tolist() == [TRAIN[i] % 2 for i in batch["examples"]]
+            assert batch["images"].dtype == np.uint8 and batch["labels"].dtype == np.int32
+    assert orders[0] != orders[1]
+    other = opened(folder).train_batches(seed=1, batch_size=4)(0)
+    assert other["examples"].tolist() != orders[0][:4]
+
+
+def test_the_same_example_is_cropped_otherwise_in_another_epoch_and_not_without_the_crop(folder):
+    def crops(augment):
+        make = opened(folder, augment=augment).train_batches(seed=0, batch_size=13)
+        batches = make(0), make(1)
+        return [{i: image for i, image in zip(b["examples"], b["images"], strict=True)} for b in batches]
+
+    first, second = crops((CROP,))
+    assert all((first[i] != second[i]).any() for i in first)
+    first, second = crops(("flip",))
+    for i in first:
+        np.testing.assert_array_equal(first[i], second[i])
+        whole = Image.open(folder / "train" / "ab"[TRAIN[i] % 2] / f"{TRAIN[i]:02}.jpg")
+        np.testing.assert_array_equal(first[i], np.asarray(whole.resize((SIZE, SIZE), Image.Resampling.BILINEAR)))
+
+
+def test_the_order_and_the_crops_are_those_of_every_version():
+    # A run that goes on under another version of NumPy or of this package has to see the same batches.
+    assert epoch_order(0, 0, 10).tolist() == [3, 7, 6, 4, 1, 0, 2, 8, 5, 9]
+    random = np.random.RandomState((0, 0, 0)).random_sample((2, decode.UNIFORMS))
+    assert decode.random_box(500, 375, random[1]) == (82, 100, 352, 338)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_processes_read_their_parts_of_the_same_batches(folder, split):
+    dataset = opened(folder)
+    make = dataset.test_batches if split == "test" else lambda *args: dataset.train_batches(5, *args)
+    for k in range(3):
+        whole = make(6)(k)
+        parts = [make(6, process, 3)(k) for process in range(3)]
+        for name in whole.keys() - {"skipped"}:
+            assert len(parts[0][name]) == 2
+            np.testing.assert_array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+
+
+@pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (3, 1), (7, 1), (4, 2), (10, 2)])
+def test_every_test_example_counts_once(folder, batch_size, processes):
+    dataset, numbers, labels = opened(folder), [], []
+    for k in range(-(-dataset.test_size // batch_size)):
+        for process in range(processes):
+            batch = dataset.test_batches(batch_size, process, processes)(k)
+            numbers += [number_of(image) for image, real in zip(batch["images"], batch["mask"], strict=True) if real]
+            labels += batch["labels"][batch["mask"]].tolist()
+    assert numbers == TEST and labels == [number % 2 for number in TEST]
+
+
+# What does not decode
+
+
+def test_a_damaged_photograph_is_left_out_and_named(folder):
+    path = folder / "train/a/04.jpg"  # example 2; example 3 is number 6
+    path.write_bytes(path.read_bytes()[:300])  # within the tables, before any pixel
+    (folder / "val/b/15.jpg").write_bytes(b"")
+    dataset = opened(folder)
+    batch = dataset.train_batches(seed=0, batch_size=13)(0)
+    rows = {example: number_of(image) for example, image in zip(batch["examples"], batch["images"], strict=True)}
+    assert rows[2] == 6 and [rows[i] for i in range(13) if i != 2] == [n for n in TRAIN if n != 4]
+    assert re.fullmatch(rf"{path}: OSError: Truncated File Read", batch["skipped"])
+
+    batch = dataset.test_batches(7)(0)
+    assert [number_of(image) for image in batch["images"][batch["mask"]]] == [14, 16, 18, 13, 17, 19]
+    assert "val/b/15.jpg: UnidentifiedImageError" in batch["skipped"] and "\n" not in batch["skipped"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_photograph_is_an_error_if_strict(folder, workers):
+    (folder / "train/b/05.jpg").write_bytes(b"no photograph")
+    make = opened(folder, strict=True).train_batches(seed=0, batch_size=13)
+    with pytest.raises(DataError, match=r"train/b/05.jpg does not decode \(.*strict=False") as caught:
+        read(make, range(3), workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_that_decodes(folder, monkeypatch):
+    for path in folder.glob("train/*/*"):
+        path.write_bytes(b"no photograph")
+    with pytest.raises(DataError, match="nor do 12 images before it decode"):
+        opened(folder).train_batches(seed=0, batch_size=4)(0)
+    with pytest.raises(DataError, match="none of 13 training images decodes"):
+        opened(folder).statistics()
+    monkeypatch.setattr(host_batches, "SUBSTITUTES", 5)
+    with pytest.raises(DataError, match="nor do 4 images"):
+        opened(folder).train_batches(seed=0, batch_size=4)(0)
+
+
+def test_decompression_bombs_do_not_decode(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30 - 1)
+    with pytest.raises(DataError, match="DecompressionBombWarning"):
+        read(opened(folder).train_batches(seed=0, batch_size=4), range(1))
+
+
+# The data set
+
+
+def test_a_folders_statistics_are_those_of_a_fixed_sample(folder, monkeypatch):
+    dataset = opened(folder)
+    box = lambda w, h: decode.centre_box(w, h, SIZE)  # noqa: E731
+    images = np.stack([decode.read_crop(io.BytesIO(jpeg(number)), SIZE, box) for number in TRAIN])
+    assert dataset.statistics() == channel_statistics(images)
+    monkeypatch.setattr(streaming, "SAMPLE", 4)
+    assert dataset.statistics() == channel_statistics(images[[0, 3, 6, 9]])
+    assert dataset.image_shape == (SIZE, SIZE, 3) and dataset.class_names == ("a", "b")
+
+
+def test_the_fingerprint_sees_names_and_sizes(folder):
+    before = opened(folder).fingerprint()
+    assert opened(folder, image_size=32).fingerprint() == before
+    path = folder / "val/a/14.jpg"
+    data = path.read_bytes()
+    path.write_bytes(data + b" ")
+    longer = opened(folder).fingerprint()
+    path.write_bytes(data)
+    assert opened(folder).fingerprint() == before
+    path.rename(path.with_name("x.jpg"))
+    assert len({before, longer, opened(folder).fingerprint()}) == 3
+
+
+def test_what_is_streamed(folder, monkeypatch):
+    assert open_stream("digits", data_dir="", image_size=0) is None
+    assert opened(folder, in_memory="auto", augment=()) is None
+    assert opened(folder, in_memory="always", augment=()) is None
+    assert opened(folder, in_memory="never", augment=()) is not None
+    assert opened(folder, in_memory="auto") is not None
+    monkeypatch.setattr(streaming, "FOLDER_BYTES", 20 * SIZE * SIZE * 3)
+    assert opened(folder, in_memory="auto", augment=()) is None
+    monkeypatch.setattr(streaming, "FOLDER_BYTES", 20 * SIZE * SIZE * 3 - 1)
+    assert opened(folder, in_memory="auto", augment=()) is not None
+    with pytest.raises(DataError, match="set --config.dataset.image_size"):
+        opened(folder, image_size=0)
+    with pytest.raises(DataError, match="num_classes=3, but folder has 2 classes"):
+        opened(folder, num_classes=3)
+
+
+def test_grain_not_installed(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "grain", None)
+    with pytest.raises(DataError, match="pip install grain, or hold a folder in memory"):
+        read(opened(folder).train_batches(seed=0, batch_size=4), range(1))
+
+
+# Worker processes
+
+
+def children(parent):
+    """The worker processes of a process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # one that ends just now
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) == parent and b"spawn_main" in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
+
+
+def alive(pids):
+    stats = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
+    return [pid for pid, stat in stats.items() if stat.exists() and " Z " not in stat.read_text()]
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+def test_a_worker_heeds_no_signal_meant_for_the_run_and_its_death_is_one_line(folder):
+    before = set(children(os.getpid()))
+    stream = Stream(opened(folder).train_batches(0, 4), range(10**6), workers=1, prefetch=1)
+    try:
+        next(stream)
+        (worker,) = set(children(os.getpid())) - before
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker, number)
+        for _ in range(10):
+            next(stream)
+        assert stream.next == 11 and alive([worker])
+        os.kill(worker, signal.SIGKILL)
+        with pytest.raises(StreamError, match=r"reading the data stopped \(.*exit code -9") as caught:
+            for _ in range(10):
+                next(stream)
+        assert "\n" not in str(caught.value)
+    finally:
+        stream.close()
+    assert not alive([worker])
+
+
+ENDLESS = """
+import sys
+sys.path.insert(0, "tests")
+from test_streaming import opened
+from regnet_flax.data.streaming import Stream
+
+if __name__ == "__main__":
+    stream = Stream(opened(sys.argv[1]).train_batches(0, 4), range(10**6), workers=2, prefetch=1)
+    next(stream)
+    print("ready", flush=True)
+    input()
+"""
+
+
+def test_workers_end_with_a_parent_that_was_killed(folder, tmp_path):
+    script = tmp_path / "endless.py"
+    script.write_text(ENDLESS)
+    command = [sys.executable, str(script), str(folder)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes) as parent:
+        assert parent.stdout.readline() == "ready\n"
+        workers = children(parent.pid)
+        assert len(workers) == 2 and len(alive(workers)) == 2
+        parent.kill()
+    wait_until(lambda: not alive(workers))
+
+
+# ImageNet as TFDS has it
+
+
+def add(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def write_archives(directory):
+    """The two archives of ImageNet: 24 training images of two classes, 7 for validation, the rest left out."""
+    directory.mkdir(parents=True)
+    with tarfile.open(directory / "ILSVRC2012_img_train.tar", "w") as outer:
+        for wnid, numbers in (("n01440764", range(0, 24, 2)), ("n01443537", range(1, 24, 2))):
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for number in numbers:
+                    add(tar, f"{wnid}_{number}.JPEG", jpeg(number))
+            add(outer, f"{wnid}.tar", inner.getvalue())
+    with tarfile.open(directory / "ILSVRC2012_img_val.tar", "w") as tar:
+        for number in range(7):
+            add(tar, f"ILSVRC2012_val_{number + 1:08}.JPEG", jpeg(number))
+
+
+PREPARE = """
+import sys
+from regnet_flax.data.streaming import open_stream
+open_stream("imagenet2012", data_dir=sys.argv[1], image_size=16)
+"""
+
+
+@pytest.fixture(scope="session")
+def imagenet(tmp_path_factory):
+    """A data_dir with a tiny imagenet2012 in ArrayRecord form, that TFDS itself wrote."""
+    pytest.importorskip("tensorflow_datasets")
+    data_dir = tmp_path_factory.mktemp("tfds")
+    write_archives(data_dir / "downloads/manual")
+    # In a process of its own, because TFDS loads TensorFlow to write.
+    command = [sys.executable, "-c", PREPARE, str(data_dir)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return data_dir
+
+
+def test_imagenet_is_read_as_tfds_wrote_it(imagenet):
+    dataset = open_stream("imagenet2012", data_dir=str(imagenet), image_size=0, augment=(CROP,))
+    assert (dataset.train_size, dataset.test_size, len(dataset.class_names)) == (24, 7, 1000)
+    assert dataset.class_names[:2] == ("n01440764", "n01443537")
+    assert dataset.image_shape == (224, 224, 3)
+    assert dataset.statistics() == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    make = open_stream("imagenet2012", data_dir=str(imagenet), image_size=SIZE).train_batches(seed=0, batch_size=24)
+    batch = make(0)
+    numbers = [number_of(image) for image in batch["images"]]
+    assert sorted(numbers) == list(range(24)) and batch["labels"].tolist() == [n % 2 for n in numbers]
+    assert batch["skipped"] == ""
+    other = open_stream("imagenet2012", data_dir=str(imagenet), image_size=SIZE)
+    assert other.fingerprint() == dataset.fingerprint()
+    assert_same(read(make, range(3), workers=1), [{k: np.array(v) for k, v in make(i).items()} for i in range(3)])
+
+
+def test_imagenet_that_is_missing(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    with pytest.raises(DataError, match="registered users only") as caught:
+        open_stream("imagenet2012", data_dir=str(tmp_path), image_size=0)
+    message = str(caught.value)
+    assert "\n" not in message and "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar" in message
+    assert str(tmp_path / "downloads/manual") in message
+
+
+def test_a_damaged_copy_of_imagenet(imagenet, tmp_path):
+    import shutil
+
+    shutil.copytree(imagenet / "imagenet2012", tmp_path / "imagenet2012")
+    (file,) = tmp_path.glob("imagenet2012/*/*train.array_record*")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(DataError, match="imagenet2012 in .* cannot be read .*; copy or prepare it again") as caught:
+        dataset = open_stream("imagenet2012", data_dir=str(tmp_path), image_size=SIZE)
+        read(dataset.train_batches(seed=0, batch_size=24), range(1))
+    assert "\n" not in str(caught.value)
