@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from regnet_flax import config as config_lib
 from regnet_flax import torch_port, weights
 from regnet_flax.analysis import plots
 from regnet_flax.data import sources
-from regnet_flax.training import workdir
+from regnet_flax.training import processes, workdir
 from regnet_flax.training.checkpoint import CHECKPOINTS, Checkpoints
 from regnet_flax.training.interrupt import StopSignals, WorkdirError, workdir_lock
 from regnet_flax.training.program import AXIS, Program, build_model, build_optimizer, build_state
@@ -29,7 +31,12 @@ def pmap(function: Callable[..., Any], mapped: Sequence[int | None], devices: li
 
     The state has no device axis, so checkpoints hold for any number of devices. That the result is the same everywhere
     is not checked: a forgotten mean over devices would pass in silence.
+
+    With several processes pmap would take each process's own copy of every array and copy them all, the state too, to
+    global ones and back at each call; there it is what pmap itself is made of, whose arrays stay global.
     """
+    if jax.process_count() > 1:
+        return shard_map(function, mapped, devices, donate)
     return jax.pmap(
         function,
         axis_name=AXIS,
@@ -38,6 +45,22 @@ def pmap(function: Callable[..., Any], mapped: Sequence[int | None], devices: li
         devices=devices,
         donate_argnums=(0,) if donate else (),
     )
+
+
+def shard_map(function: Callable[..., Any], mapped: Sequence[int | None], devices: list[Any], donate: bool = False):
+    """As `pmap`, for arrays that are global: over all processes' devices."""
+
+    def local(*args):
+        parts = [
+            arg if axis is None else jax.tree.map(lambda a, axis=axis: a.squeeze(axis), arg)
+            for arg, axis in zip(args, mapped, strict=True)
+        ]
+        return function(*parts)
+
+    specs = tuple(PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS) for axis in mapped)
+    mesh = Mesh(np.array(devices), (AXIS,))
+    mapped_local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return jax.jit(mapped_local, donate_argnums=(0,) if donate else ())
 
 
 def load(config: Any) -> sources.Dataset:
@@ -106,7 +129,7 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
     Args:
       config: a nested config with the fields of configs/base.py.
       path: the workdir. A run that it holds is gone on with; a finished one is only reported.
-      devices: to train on; all local ones by default.
+      devices: to train on; all by default, those of other processes too.
 
     Returns:
       What results.json holds.
@@ -118,13 +141,17 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
       CheckpointError: the workdir has checkpoints, and none can be read.
       NonFiniteError: the loss or a gradient is not finite.
       Interrupted: stopped by a signal, after saving.
+      ProcessError: another process failed, or has another config, workdir or data set.
     """
-    path, devices = pathlib.Path(path), devices or jax.local_devices()
-    config_lib.check_config(config)
-    # Before the first checkpoint there is nothing that another config would spoil.
-    stored = workdir.read_json(path / workdir.CONFIG) if has_checkpoints(path) else None
-    _refuse_changes(stored, config, path, resolved=False)
-    results = workdir.read_json(path / workdir.RESULTS)
+    path, devices = pathlib.Path(path), devices or jax.devices()
+    with processes.together():
+        config_lib.check_config(config)
+        # Before the first checkpoint there is nothing that another config would spoil.
+        stored = workdir.read_json(path / workdir.CONFIG) if has_checkpoints(path) else None
+        _refuse_changes(stored, config, path, resolved=False)
+        results = workdir.read_json(path / workdir.RESULTS)
+    processes.check_same("config", workdir.plain(config))
+    processes.check_same("workdir", [str(path.resolve()), stored, results])
     if stored and results and stored["train"]["max_steps"] == config.train.max_steps:
         logger.info("%s holds a finished run", path)
         report(results, path)
@@ -132,30 +159,34 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
 
     config_lib.check_config(config, len(devices))
     with StopSignals() as stop, workdir.RunLog() as log:
-        dataset = load(config)
+        with processes.together():
+            dataset = load(config)
+            fingerprint = dataset.fingerprint()
+        processes.check_same("data set", fingerprint)
         batch, images = config.train.batch_size, len(dataset.train.labels)
         if batch > images:
             raise config_lib.ConfigError(
                 f"train.batch_size is {batch}: {dataset.name} has {images} training images, so it must be at most that"
             )
-        fingerprint = dataset.fingerprint()
         if stored and stored["dataset_fingerprint"] != fingerprint:
             raise config_lib.ConfigError(
                 f"{path} was trained on other images than {dataset.name} has now: restore them, or name another workdir"
             )
         config = config_lib.resolve(config, dataset)
         _refuse_changes(stored, config, path, resolved=True)
-        start = load_weights(config)
+        with processes.together():
+            start = load_weights(config)
         with workdir_lock(path):
-            # Of a run that is to go on: it would pass for finished if it were stopped now.
-            (path / workdir.RESULTS).unlink(missing_ok=True)
             record = {
                 "class_names": list(dataset.class_names),
                 "image_shape": list(dataset.train.images.shape[1:]),
                 "dataset_fingerprint": fingerprint,
             }
-            workdir.write_json(path / workdir.CONFIG, workdir.plain(config) | record)
-            log.write_to(path)
+            if processes.is_primary():
+                # Of a run that is to go on: it would pass for finished if it were stopped now.
+                (path / workdir.RESULTS).unlink(missing_ok=True)
+                workdir.write_json(path / workdir.CONFIG, workdir.plain(config) | record)
+                log.write_to(path)
             checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
             try:
                 logger.info(
@@ -169,17 +200,19 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                 run = Run(config, path, program, checkpoints, stop)
                 run.run()
                 checkpoints.wait()
-                results = collect_results(run, config, path)
-                (path / workdir.FIGURES).mkdir(exist_ok=True)
-                plots.curves(
-                    workdir.read_metrics(path),
-                    path / workdir.FIGURES / "curves.png",
-                    title=f"{config.model.name} on {dataset.name}",
-                    drops=program.drops,
-                )
-                # Last, since it is what marks the run as finished.
-                workdir.write_json(path / workdir.RESULTS, results)
-                report(results, path)
+                if processes.is_primary():
+                    results = collect_results(run, config, path)
+                    (path / workdir.FIGURES).mkdir(exist_ok=True)
+                    plots.curves(
+                        workdir.read_metrics(path),
+                        path / workdir.FIGURES / "curves.png",
+                        title=f"{config.model.name} on {dataset.name}",
+                        drops=program.drops,
+                    )
+                    # Last, since it is what marks the run as finished.
+                    workdir.write_json(path / workdir.RESULTS, results)
+                    report(results, path)
+                results = processes.from_primary(results)
             finally:
                 checkpoints.close()
     return results
@@ -243,7 +276,7 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     Args:
       config: the workdir's, its values to be overridden at will.
       path: the workdir.
-      devices: to evaluate on; all local ones by default.
+      devices: to evaluate on; all by default, those of other processes too.
 
     Returns:
       "step", "loss", "accuracy", "top5_accuracy" where there are more than five classes, and "count".
@@ -251,11 +284,13 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     Raises:
       ConfigError, DataError, CheckpointError: see train_and_evaluate.
     """
-    path, devices = pathlib.Path(path), devices or jax.local_devices()
-    config_lib.check_config(config)
-    if not config.model.init_from:
-        _check_has_checkpoints(path)
-    dataset = load(config)
+    path, devices = pathlib.Path(path), devices or jax.devices()
+    with processes.together():
+        config_lib.check_config(config)
+        if not config.model.init_from:
+            _check_has_checkpoints(path)
+        dataset = load(config)
+    processes.check_same("data set", dataset.fingerprint())
     if not config.model.init_from:
         trained = tuple(workdir.read_json(path / workdir.CONFIG)["class_names"])
         if trained != dataset.class_names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from regnet_flax.config import model_options
@@ -64,6 +64,19 @@ def build_state(
     return steps.create_train_state(dict(variables), tx)
 
 
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """A tree of arrays, the same on every process, as arrays of this sharding."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    # device_put would first compare what all processes give, the whole data set too.
+    def put_global(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put_global, tree)
+
+
 class Program:
     """The compiled functions of a run, and the data on its devices.
 
@@ -95,12 +108,10 @@ class Program:
         self._config, self.devices, self._start = config, devices, start
         mesh = Mesh(np.array(devices), (AXIS,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        # Put on all devices once: an argument left on one of them would be copied at every call.
-        self._place = functools.partial(jax.device_put, device=self._replicated)
-        self._train_data = self._place(dataclasses.asdict(dataset.train))
-        self._test_data = self._place(dataclasses.asdict(dataset.test))
-        self._shards = jax.device_put(np.arange(len(devices)), NamedSharding(mesh, PartitionSpec(AXIS)))
-        self._seed = self._place(np.int32(config.seed))
+        self._train_data = self.place(dataclasses.asdict(dataset.train))
+        self._test_data = self.place(dataclasses.asdict(dataset.test))
+        self._shards = put(np.arange(len(devices)), NamedSharding(mesh, PartitionSpec(AXIS)))
+        self._seed = self.place(np.int32(config.seed))
 
         train, settings = config.train, config.optimizer
         self._size, self._test_size = len(dataset.train.labels), len(dataset.test.labels)
@@ -133,7 +144,12 @@ class Program:
             state = state.replace(
                 params=state.params | self._start["params"], batch_stats=state.batch_stats | self._start["batch_stats"]
             )
-        return self._place(state)
+        # Machines of different make may differ in the last bit, and would stay apart.
+        return self.place(state if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(state))
+
+    def place(self, tree: Any) -> Any:
+        """A tree of arrays on every device, where an argument left on one of them would be copied at every call."""
+        return put(tree, self._replicated)
 
     def _normalize(self, images: jax.Array) -> jax.Array:
         return augment.normalize(images, self._config.dataset.mean, self._config.dataset.std)
@@ -170,7 +186,7 @@ class Program:
         """
         epoch = step // self.steps_per_epoch
         if self._order[0] != epoch:
-            self._order = epoch, self._place(in_memory.epoch_order(self._config.seed, epoch, self._size))
+            self._order = epoch, self.place(in_memory.epoch_order(self._config.seed, epoch, self._size))
         return self._p_train(state, self._shards, self._train_data, self._order[1], self._seed, count)
 
     def _eval_step(self, variables, shard, data, start):

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from regnet_flax.analysis import summary
-from regnet_flax.training import steps, workdir
+from regnet_flax.training import processes, steps, workdir
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.interrupt import Interrupted, StopSignals
 from regnet_flax.training.program import Program
@@ -78,11 +78,13 @@ class Run:
             program.total_steps, train.epochs, program.steps_per_epoch, train.batch_size, self.step
         ) as self._display:
             # A checkpoint that a signal made before its step was logged: the line is still to come.
-            self._metrics = workdir.MetricsLog(self._path, self.step if self._logged else self.step - 1)
+            step = self.step if self._logged else self.step - 1
+            self._metrics = workdir.MetricsLog(self._path, step) if processes.is_primary() else None
             try:
                 self._loop()
             finally:
-                self._metrics.close()
+                if self._metrics is not None:
+                    self._metrics.close()
 
     def _loop(self) -> None:
         program, running = self._program, deque()
@@ -101,7 +103,7 @@ class Run:
                 if self._since is None:
                     self._since, self._timed_from = time.monotonic(), finished
             self._logged = not self._logs_here()
-            if self._stop.received is not None:
+            if self._stop.poll():
                 self._interrupt()
             if not self._logged:
                 self._end_of_interval()
@@ -154,17 +156,18 @@ class Run:
                 self._interrupt()
             metrics = {f"eval_{name}": value for name, value in metrics.items() if name != "count"}
             line |= metrics
-        self._metrics.write(line)
+        if self._metrics is not None:
+            self._metrics.write(line)
         self._display.log(line)
         self._logged = True
-        self.state = self.state.replace(sums=jax.device_put(steps.zero_sums(), self.state.step.sharding))
+        self.state = self.state.replace(sums=self._program.place(steps.zero_sums()))
         if self._saves_here():
             self._save(metrics)
         if self._since is not None:
             self._since, self._timed_from = time.monotonic(), self.step
 
     def _poll(self, done: int) -> None:
-        if self._stop.received is not None:
+        if self._stop.poll():
             raise _Stop
 
     def _fetch_sums(self) -> dict[str, Any]:
