@@ -150,7 +150,8 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
         stored = workdir.read_json(path / workdir.CONFIG) if has_checkpoints(path) else None
         _refuse_changes(stored, config, path, resolved=False)
         results = workdir.read_json(path / workdir.RESULTS)
-    processes.check_same("config", workdir.plain(config))
+    here = dict(config_lib.flatten(config)) | {"dataset.data_dir": ""}  # which each machine may have elsewhere
+    processes.check_same("config", here)
     processes.check_same("workdir", [str(path.resolve()), stored, results])
     if stored and results and stored["train"]["max_steps"] == config.train.max_steps:
         logger.info("%s holds a finished run", path)

@@ -1,6 +1,6 @@
 """Several processes, one a machine or one an accelerator, that train as one: how they start, agree and end.
 
-Process 0, the primary, writes what a run leaves; checkpoints are written by all, and so the workdir is one that all see.
+Process 0, the primary, writes what a run leaves; checkpoints are written by all, so that all have to see the workdir.
 With one process everything here does nothing.
 """
 
