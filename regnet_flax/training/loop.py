@@ -252,7 +252,7 @@ def load_trained(config: Any, path: str | pathlib.Path) -> tuple[Any, dict[str, 
       path: the workdir.
 
     Returns:
-      The model, its "params" and "batch_stats", and the step.
+      The model, its "params" and "batch_stats" (the averages where it keeps them), and the step.
 
     Raises:
       ConfigError, WorkdirError, CheckpointError: see train_and_evaluate.
@@ -265,10 +265,10 @@ def load_trained(config: Any, path: str | pathlib.Path) -> tuple[Any, dict[str, 
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        jax.eval_shape(lambda: build_state(model, tx, image_shape, config.seed)),
+        jax.eval_shape(lambda: build_state(model, tx, image_shape, config.seed, config.optimizer.ema_decay > 0)),
     )
     step, state = _read_checkpoint(config, path, like)
-    return model, {"params": state.params, "batch_stats": state.batch_stats}, step
+    return model, state.variables, step
 
 
 def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, float]:

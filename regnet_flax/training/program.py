@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from regnet_flax.config import model_options
-from regnet_flax.data import augment, in_memory
+from regnet_flax.data import augment, in_memory, mix
 from regnet_flax.data.sources import Dataset
 from regnet_flax.models.registry import create_model
 from regnet_flax.training import evaluate, optimizer, steps
@@ -57,11 +57,11 @@ def build_optimizer(config: Any, steps_per_epoch: int) -> tuple[optimizer.Schedu
 
 
 def build_state(
-    model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+    model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int, ema: bool = False
 ) -> steps.TrainState:
     """The state before the first step, for images of shape (height, width, channels)."""
     variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
-    return steps.create_train_state(dict(variables), tx)
+    return steps.create_train_state(dict(variables), tx, ema=ema)
 
 
 def put(tree: Any, sharding: NamedSharding) -> Any:
@@ -135,7 +135,8 @@ class Program:
         self._p_eval = parallelize(self._eval_step, (None, 0, None, None), devices)
 
     def _initial_state(self) -> steps.TrainState:
-        return build_state(self._model, self._tx, self._image_shape, self._config.seed)
+        ema = self._config.optimizer.ema_decay > 0
+        return build_state(self._model, self._tx, self._image_shape, self._config.seed, ema)
 
     def initial_state(self) -> steps.TrainState:
         """The state before the first step."""
@@ -144,6 +145,9 @@ class Program:
             state = state.replace(
                 params=state.params | self._start["params"], batch_stats=state.batch_stats | self._start["batch_stats"]
             )
+            if state.ema:
+                latest = {"params": state.params, "batch_stats": state.batch_stats}
+                state = state.replace(ema=jax.tree.map(jnp.copy, latest))
         # Machines of different make may differ in the last bit, and would stay apart.
         return self.place(state if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(state))
 
@@ -164,19 +168,32 @@ class Program:
                 batch_size=self._config.train.batch_size,
                 shard=shard,
                 shards=len(self.devices),
+                parts=self._config.optimizer.accumulate_steps,
             )
-            images = augment.augment(self._config.dataset.augment, keys, batch["images"])
-            return steps.train_step(
-                state,
-                {"images": self._normalize(images), "labels": batch["labels"]},
-                apply_fn=self._model.apply,
-                tx=self._tx,
-                label_smoothing=self._config.optimizer.label_smoothing,
-                axis_name=AXIS,
-            )
+            return self._train_step(state, batch, keys, self._config.dataset.augment, seed)
 
         state = one(0, state) if self.steps_per_call == 1 else jax.lax.fori_loop(0, count, one, state)
         return state, state.step
+
+    def _train_step(self, state, batch, keys, names, seed):
+        train, settings = self._config.train, self._config.optimizer
+        images = self._normalize(augment.augment(names, keys, batch["images"]))
+        labels = batch["labels"]
+        if train.mixup or train.cutmix:
+            alphas = {"mixup_alpha": train.mixup, "cutmix_alpha": train.cutmix}
+            classes = self._config.dataset.num_classes
+            images, labels = mix.mix(seed, state.step, images, labels, classes=classes, **alphas)
+        return steps.train_step(
+            state,
+            {"images": images, "labels": labels},
+            apply_fn=self._model.apply,
+            tx=self._tx,
+            label_smoothing=settings.label_smoothing,
+            ema_decay=settings.ema_decay,
+            accumulate_steps=settings.accumulate_steps,
+            unroll=self.devices[0].platform == "cpu",
+            axis_name=AXIS,
+        )
 
     def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]:
         """Takes `count` steps of one epoch from `step`; the state given is used up.
@@ -203,9 +220,8 @@ class Program:
 
     def evaluate(self, state: steps.TrainState, poll: Callable[[int], None] = lambda done: None) -> dict[str, float]:
         """Metrics of the test split; see evaluate.evaluate."""
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
         return evaluate.evaluate(
-            lambda start: self._p_eval(variables, self._shards, self._test_data, start),
+            lambda start: self._p_eval(state.variables, self._shards, self._test_data, start),
             self._test_size,
             self._eval_batch_size,
             poll,
