@@ -79,6 +79,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     flags.DEFINE_string("workdir", "", "where the run is kept: runs/<config>-<model>-<seed> by default", values)
     flags.DEFINE_enum("mode", "train", MODES, "what to do", values)
     flags.DEFINE_string("distributed", "", "auto, or HOST:PORT,PROCESSES,INDEX, to train with other processes", values)
+    flags.DEFINE_bool("profile", False, "write a trace of a few training steps into the workdir", values)
     try:
         left = values(arguments)
     except Exception as error:  # the config is a program, and may end in anything
@@ -149,6 +150,7 @@ USAGE = f"""usage: python -m regnet_flax.main [--config FILE] [--mode MODE] [--w
   --workdir DIR          where the run is kept; runs/<config>-<model>-<seed> by default
   --distributed auto     train or eval as one of several processes that Slurm, Kubernetes, Open MPI or a TPU started
   --distributed HOST:PORT,PROCESSES,INDEX    the same, told which: process 0's machine and a free port on it
+  --profile              write a trace of a few training steps into WORKDIR/profile, for TensorBoard or Perfetto
   --config.FIELD=VALUE   sets a field of the config, such as --config.train.batch_size=64; configs/base.py has them all
 
 Models: regnet20_convlstm, regnet56_convgru, se_resnet20, …; see regnet_flax.list_models().
@@ -177,7 +179,7 @@ def run(argv: Sequence[str]) -> None:
     from regnet_flax.training import loop
 
     if values.mode == "train":
-        loop.train_and_evaluate(config, values.workdir)
+        loop.train_and_evaluate(config, values.workdir, profile=values.profile)
     elif values.mode == "export":
         from regnet_flax import export
 

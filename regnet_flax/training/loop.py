@@ -123,13 +123,16 @@ def load_weights(config: Any) -> dict[str, Any] | None:
     return variables
 
 
-def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, Any]:
+def train_and_evaluate(
+    config: Any, path: str | pathlib.Path, devices: list[Any] | None = None, *, profile: bool = False
+) -> dict[str, Any]:
     """Trains, or goes on with, the run of a workdir.
 
     Args:
       config: a nested config with the fields of configs/base.py.
       path: the workdir. A run that it holds is gone on with; a finished one is only reported.
       devices: to train on; all by default, those of other processes too.
+      profile: whether a trace of a few steps goes into `<workdir>/profile`.
 
     Returns:
       What results.json holds.
@@ -198,7 +201,7 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                     config.dtype,
                 )
                 program = Program(config, dataset, devices, pmap, start)
-                run = Run(config, path, program, checkpoints, stop)
+                run = Run(config, path, program, checkpoints, stop, profile)
                 run.run()
                 checkpoints.wait()
                 if processes.is_primary():

@@ -16,6 +16,7 @@ from regnet_flax.training import processes, steps, workdir
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.interrupt import Interrupted, StopSignals
 from regnet_flax.training.program import Program
+from regnet_flax.training.profile import Trace
 from regnet_flax.training.progress import RunDisplay, duration
 
 logger = logging.getLogger("regnet_flax")
@@ -38,9 +39,18 @@ class Run:
       environment: hardware and versions.
     """
 
-    def __init__(self, config: Any, path: pathlib.Path, program: Program, checkpoints: Checkpoints, stop: StopSignals):
+    def __init__(
+        self,
+        config: Any,
+        path: pathlib.Path,
+        program: Program,
+        checkpoints: Checkpoints,
+        stop: StopSignals,
+        profile: bool = False,
+    ):
         self._config, self._path, self._program = config, path, program
         self._checkpoints, self._stop = checkpoints, stop
+        self._trace = Trace(path / workdir.PROFILE if profile and processes.is_primary() else None)
         self.environment = workdir.environment(program.devices)
         self._began = time.monotonic()
         restored = checkpoints.restore(program.like)
@@ -83,6 +93,7 @@ class Run:
             try:
                 self._loop()
             finally:
+                self._trace.stop()
                 if self._metrics is not None:
                     self._metrics.close()
 
@@ -95,6 +106,7 @@ class Run:
             self.state, done = program.train(self.state, self.step, count)
             self.step += count
             running.append((self.step, done))
+            self._trace.after_call(done)
             # Two calls in flight keep a device busy; more would only delay what a signal asks for.
             if len(running) > 2 or self._since is None:
                 finished, array = running.popleft()
