@@ -49,9 +49,12 @@ def test_a_box_has_its_share_of_the_area_unless_the_edge_cuts_it_off():
     assert len(set((top + bottom)[whole])) > 10, "boxes lie everywhere"
 
 
+compiled = jax.jit(mix.mix, static_argnames=("classes", "mixup_alpha", "cutmix_alpha"))
+
+
 def mixed(step=0, seed=0, mixup=0.0, cutmix=0.0, images=IMAGES, labels=LABELS):
     alphas = {"mixup_alpha": mixup, "cutmix_alpha": cutmix}
-    return jax.jit(lambda *a: mix.mix(*a, classes=CLASSES, **alphas))(seed, step, jnp.asarray(images), labels)
+    return compiled(seed, step, jnp.asarray(images), jnp.asarray(labels), classes=CLASSES, **alphas)
 
 
 def shares(**alphas):

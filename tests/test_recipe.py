@@ -204,11 +204,11 @@ def test_in_bfloat16_statistics_are_sums_of_float32():
     model = create_model("resnet8", num_classes=4, width=4, dtype=jnp.bfloat16)
     images = jnp.ones((4, 32, 32, 3))
     variables = model.init(jax.random.key(0), images, train=False)
-    kernel = jnp.zeros_like(variables["params"]["stem_conv"]["kernel"]).at[1, 1, 0].set(1.0)
-    variables["params"]["stem_conv"]["kernel"] = kernel  # the first channel, which is 1 everywhere
+    kernel = jnp.zeros_like(variables["params"]["conv1"]["kernel"]).at[1, 1, 0].set(1.0)
+    variables["params"]["conv1"]["kernel"] = kernel  # the first channel, which is 1 everywhere
     _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
-    np.testing.assert_allclose(updates["batch_stats"]["stem_bn"]["mean"], 0.1, rtol=1e-5)
-    np.testing.assert_allclose(updates["batch_stats"]["stem_bn"]["var"], 0.9, rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["bn1"]["mean"], 0.1, rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["bn1"]["var"], 0.9, rtol=1e-5)
 
 
 # Traces

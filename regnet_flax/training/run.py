@@ -15,8 +15,8 @@ from regnet_flax.analysis import summary
 from regnet_flax.training import processes, steps, workdir
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.interrupt import Interrupted, StopSignals
-from regnet_flax.training.program import Program
 from regnet_flax.training.profile import Trace
+from regnet_flax.training.program import Program
 from regnet_flax.training.progress import RunDisplay, duration
 
 logger = logging.getLogger("regnet_flax")

@@ -38,7 +38,7 @@ class TrainState(struct.PyTreeNode):
     params: Any
     batch_stats: Any
     opt_state: Any
-    ema: dict[str, Any]
+    ema: Any
     sums: dict[str, Array]
     nonfinite_step: Array
 
