@@ -49,6 +49,8 @@ def get_config() -> config_dict.ConfigDict:
     train.max_steps = 0  # stop after so many steps; 0: no bound. The schedule does not depend on it
     train.steps_per_call = 0  # steps in one compiled call; 0: 1 on a CPU, 50 elsewhere
     train.batch_norm = "sync"  # statistics over the batch of all devices; "local": over each device's part
+    train.mixup = 0.0  # images mixed in pairs by a share drawn from Beta(mixup, mixup), such as 0.2; 0: none
+    train.cutmix = 0.0  # boxes exchanged in pairs, of an area drawn likewise, such as 1.0; where both, one at random
 
     config.optimizer = optimizer = config_dict.ConfigDict()  # SGD
     optimizer.learning_rate = 0.1
@@ -61,6 +63,8 @@ def get_config() -> config_dict.ConfigDict:
     optimizer.warmup_epochs = 0.0  # the rate rises linearly over so many epochs first
     optimizer.label_smoothing = 0.0
     optimizer.clip_norm = 0.0  # the gradient's largest norm; 0: no bound
+    optimizer.accumulate_steps = 1  # parts that a batch goes through in, to save memory, each normalised by itself
+    optimizer.ema_decay = 0.0  # of averages of weights and batch statistics, to be evaluated and exported; 0: none
 
     config.eval = evaluation = config_dict.ConfigDict()
     evaluation.batch_size = 500  # over all devices, rounded up to a multiple of them

@@ -105,6 +105,8 @@ FIELDS: dict[str, Check] = {
     "train.max_steps": _whole(0),
     "train.steps_per_call": _whole(0),
     "train.batch_norm": _choice("sync", "local"),
+    "train.mixup": _number(0, 1000),
+    "train.cutmix": _number(0, 1000),
     "optimizer.learning_rate": _number(0, 1e6, above=True),
     "optimizer.momentum": _number(0, 1),
     "optimizer.nesterov": _flag,
@@ -115,6 +117,8 @@ FIELDS: dict[str, Check] = {
     "optimizer.warmup_epochs": _number(0),
     "optimizer.label_smoothing": _number(0, 1),
     "optimizer.clip_norm": _number(0),
+    "optimizer.accumulate_steps": _whole(1),
+    "optimizer.ema_decay": _number(0, 0.99999),
     "eval.batch_size": _whole(1),
     "eval.every_epochs": _whole(0),
     "eval.checkpoint": _checkpoint,
@@ -201,9 +205,15 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
             create_model(values["model.name"], num_classes=10, **options)
         except (ValueError, TypeError) as error:
             yield f"model: {error}"
-    if (batch := values.get("train.batch_size", 0)) % devices:
-        nearest = max(devices, batch - batch % devices)
-        yield f"train.batch_size is {batch}: it must be a multiple of the {devices} devices, such as {nearest}"
+    accumulate_steps = values.get("optimizer.accumulate_steps", 1)
+    pairs = 2 if values.get("train.mixup") or values.get("train.cutmix") else 1
+    parts = devices * accumulate_steps * pairs
+    if (batch := values.get("train.batch_size", 0)) % parts:
+        nearest = max(parts, batch - batch % parts)
+        factors = [f"the {devices} devices"]
+        factors += [f"optimizer.accumulate_steps={accumulate_steps}"] if accumulate_steps > 1 else []
+        factors += ["the 2 images of a pair to mix"] if pairs > 1 else []
+        yield f"train.batch_size is {batch}: it must be a multiple of {' times '.join(factors)}, such as {nearest}"
     mean, std = values.get("dataset.mean"), values.get("dataset.std")
     if mean is not None and std is not None and len(mean) != len(std):
         yield (

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +79,8 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     config_flags.DEFINE_config_file("config", help_string="config file", flag_values=values, sys_argv=arguments)
     flags.DEFINE_string("workdir", "", "where the run is kept: runs/<config>-<model>-<seed> by default", values)
     flags.DEFINE_enum("mode", "train", MODES, "what to do", values)
+    flags.DEFINE_string("distributed", "", "auto, or HOST:PORT,PROCESSES,INDEX, to train with other processes", values)
+    flags.DEFINE_bool("profile", False, "write a trace of a few training steps into the workdir", values)
     try:
         left = values(arguments)
     except Exception as error:  # the config is a program, and may end in anything
@@ -145,6 +149,9 @@ USAGE = f"""usage: python -m regnet_flax.main [--config FILE] [--mode MODE] [--w
   --config FILE          a config file, or FILE:MODEL for another model; {DEFAULT_CONFIG} by default
   --mode MODE            {", ".join(MODES)}; train by default. Running train again goes on where it was stopped
   --workdir DIR          where the run is kept; runs/<config>-<model>-<seed> by default
+  --distributed auto     train or eval as one of several processes that Slurm, Kubernetes, Open MPI or a TPU started
+  --distributed HOST:PORT,PROCESSES,INDEX    the same, told which: process 0's machine and a free port on it
+  --profile              write a trace of a few training steps into WORKDIR/profile, for TensorBoard or Perfetto
   --config.FIELD=VALUE   sets a field of the config, such as --config.train.batch_size=64; configs/base.py has them all
 
 Models: regnet20_convlstm, regnet56_convgru, se_resnet20, …; see regnet_flax.list_models().
@@ -158,9 +165,14 @@ def run(argv: Sequence[str]) -> None:
         return
     config, values = parse(argv)
 
+    from regnet_flax.training import processes
     from regnet_flax.training.progress import log_to_console
 
-    log_to_console()
+    if values.distributed:
+        if values.mode not in ("train", "eval"):
+            raise UsageError(f"--distributed is for --mode train and eval: leave it out with {values.mode}")
+        processes.initialize(values.distributed)
+    log_to_console(logging.INFO if not values.distributed or processes.is_primary() else logging.WARNING)
     if values.mode == "summary":
         _summary(config)
         return
@@ -168,7 +180,7 @@ def run(argv: Sequence[str]) -> None:
     from regnet_flax.training import loop
 
     if values.mode == "train":
-        loop.train_and_evaluate(config, values.workdir)
+        loop.train_and_evaluate(config, values.workdir, profile=values.profile)
     elif values.mode == "export":
         from regnet_flax import export
 
@@ -187,11 +199,27 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n."""
+    from regnet_flax.training import processes
+
+    try:
+        code = _exit_code(argv)
+    except Exception:
+        if not processes.joined():
+            raise
+        traceback.print_exc()
+        code = 1
+    if code in (1, 2) and processes.joined():
+        processes.end(code)
+    return code
+
+
+def _exit_code(argv: Sequence[str] | None) -> int:
     from regnet_flax.config import ConfigError
     from regnet_flax.data.sources import DataError
     from regnet_flax.data.streaming import StreamError
     from regnet_flax.training.checkpoint import CheckpointError
     from regnet_flax.training.interrupt import Interrupted, WorkdirError
+    from regnet_flax.training.processes import ProcessError
     from regnet_flax.training.run import NonFiniteError
     from regnet_flax.weights import WeightsError
 
@@ -200,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    except (UsageError, ConfigError, DataError, WeightsError, WorkdirError) as error:
+    except (UsageError, ConfigError, DataError, ProcessError, WeightsError, WorkdirError) as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         return 2

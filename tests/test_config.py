@@ -117,6 +117,8 @@ WRONG = {
     "train.max_steps": [-1, 0.5, "all"],
     "train.steps_per_call": [-1, 1.5],
     "train.batch_norm": ["synchronised", False],
+    "train.mixup": [-0.2, math.nan, "0.2", True],
+    "train.cutmix": [-1, math.inf, None],
     "optimizer.learning_rate": [0, -0.1, math.nan, math.inf, -math.inf, "0.1", True, 1e7, 10**400],
     "optimizer.momentum": [-0.1, 1.1, math.nan, None],
     "optimizer.nesterov": [0, "True"],
@@ -127,6 +129,8 @@ WRONG = {
     "optimizer.warmup_epochs": [-1, math.nan, math.inf, "1", 10**400],
     "optimizer.label_smoothing": [-0.1, 1.1, math.nan],
     "optimizer.clip_norm": [-1, math.nan, math.inf, 10**400],
+    "optimizer.accumulate_steps": [0, 1.5, "2", True],
+    "optimizer.ema_decay": [-0.1, 1, 1.0, math.nan, None],
     "eval.batch_size": [0, 1.0],
     "eval.every_epochs": [-1, 0.5],
     "eval.checkpoint": ["newest", "", "-1", "1.0", "²", -1, 1.0, True, None],
@@ -223,6 +227,14 @@ def test_a_batch_that_the_devices_do_not_divide(batch, nearest):
     assert line.endswith(f"such as {nearest}")
     # Evaluation takes any batch, whatever the devices.
     check_config(changed({"train.batch_size": nearest, "eval.batch_size": batch}), devices=8)
+
+
+def test_a_batch_that_its_parts_and_pairs_do_not_divide():
+    values = {"optimizer.accumulate_steps": 3, "train.cutmix": 1.0}
+    (line,) = problems(values | {"train.batch_size": 40}, devices=2)
+    assert "the 2 devices times optimizer.accumulate_steps=3 times the 2 images of a pair" in line
+    assert line.endswith("such as 36")
+    check_config(changed(values | {"train.batch_size": 36}), devices=2)
 
 
 def test_all_that_is_wrong_is_said_at_once():

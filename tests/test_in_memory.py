@@ -60,6 +60,21 @@ def test_batch_k_of_an_epoch_is_the_kth_slice_of_its_order(number):
         np.testing.assert_array_equal(batch["images"], np.asarray(DATA["images"])[expected])
 
 
+@pytest.mark.parametrize("parts", [2, 3])
+def test_the_parts_of_a_batch_are_the_same_for_any_number_of_shards(parts):
+    order = in_memory.epoch_order(0, 0, SIZE)
+    for shards in (1, 2):
+        taken = [
+            in_memory.train_batch(
+                DATA, order, 0, jnp.int32(1), batch_size=6 * shards, shard=s, shards=shards, parts=parts
+            )
+            for s in range(shards)
+        ]
+        found = np.stack([np.asarray(batch["labels"]).reshape(parts, -1) for batch, _ in taken], 1).reshape(parts, -1)
+        expected = np.asarray(order)[6 * shards : 12 * shards].reshape(parts, -1)
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_other_examples_are_left_out_in_another_epoch():
     left_out = []
     for number in (0, 1):

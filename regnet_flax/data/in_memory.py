@@ -30,6 +30,7 @@ def train_batch(
     batch_size: int,
     shard: Array | int = 0,
     shards: int = 1,
+    parts: int = 1,
 ) -> tuple[Batch, Array]:
     """One device's part of the batch of a step.
 
@@ -42,14 +43,16 @@ def train_batch(
       step: steps taken so far, of the whole run.
       batch_size: over all shards; a multiple of `shards`.
       shard: which of the `shards` equal parts.
+      parts: of the batch, of each of which every shard has its share, one part's examples after another's; so that
+        these parts are the same for any number of shards.
 
     Returns:
       "images" and "labels" of batch_size / shards examples, and their augmentation keys, each fixed by (seed, epoch,
       example).
     """
     epoch, k = jnp.divmod(step, order.shape[0] // batch_size)
-    local = batch_size // shards
-    indices = jax.lax.dynamic_slice(order, (k * batch_size + shard * local,), (local,))
+    indices = jax.lax.dynamic_slice(order, (k * batch_size,), (batch_size,))
+    indices = indices.reshape(parts, shards, -1)[:, shard].reshape(-1)
     return {name: array[indices] for name, array in data.items()}, example_keys(seed, epoch, indices)
 
 

@@ -56,6 +56,10 @@ class Dataset:
         """Test examples."""
         return len(self.test.labels)
 
+    def test_images(self, indices: np.ndarray) -> np.ndarray:
+        """Some of the test images, uint8 (N, height, width, channels)."""
+        return self.test.images[indices]
+
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel of the training images; see channel_statistics."""
         return channel_statistics(self.train.images)

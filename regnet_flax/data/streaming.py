@@ -107,6 +107,10 @@ class StreamedDataset:
             raise DataError(f"{self.name}: none of {count} training images decodes; check that they are images")
         return channel_statistics(np.concatenate([batch["images"] for batch in batches]))
 
+    def test_images(self, indices: np.ndarray) -> np.ndarray:
+        """Some of the test images as they are evaluated, uint8 (N, height, width, 3)."""
+        return np.concatenate([self.test_batches(1)(int(index))["images"] for index in indices])
+
     def train_batches(self, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> TrainBatches:
         """What makes the training batches of a process; see TrainBatches."""
         common = self.image_size, self.crop, self.strict, batch_size, process_index, process_count

@@ -20,6 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_manager
 
+from regnet_flax.training import processes
 from regnet_flax.training.interrupt import WorkdirError
 from regnet_flax.training.workdir import write_json
 
@@ -68,7 +69,9 @@ class Checkpoints:
     def __init__(self, workdir: pathlib.Path, keep: int = 1, keep_best: int = 1):
         policies = ocp.checkpoint_managers
         self.directory = workdir.absolute() / CHECKPOINTS
-        self._drop_damaged_metrics()
+        if processes.is_primary():
+            self._drop_damaged_metrics()
+        processes.wait_for_all("metrics")
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -124,7 +127,7 @@ class Checkpoints:
           CheckpointError: nothing was saved, or an earlier save failed in the background.
         """
         if self.steps()[-1:] == [step]:
-            if metrics is not None and self._manager.metrics(step) is None:
+            if metrics is not None and processes.from_primary(self._manager.metrics(step) is None):
                 self._add_metrics(step, metrics)
             return
         args = ocp.args.Composite(
@@ -140,9 +143,10 @@ class Checkpoints:
         # Orbax cannot add to a saved step: a signal had interrupted this step's evaluation, and saved without it.
         self.wait()
         folder = self.directory / str(step) / METRICS
-        with self._writing():
-            folder.mkdir(exist_ok=True)
-            write_json(folder / METRICS, metrics)
+        with self._writing(), processes.together():
+            if processes.is_primary():
+                folder.mkdir(exist_ok=True)
+                write_json(folder / METRICS, metrics)
         self._manager.reload()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
@@ -160,8 +164,10 @@ class Checkpoints:
           CheckpointError: there are checkpoints, and none of them is whole.
         """
         self.wait()
-        for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(unfinished)
+        if processes.is_primary():
+            for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(unfinished)
+        processes.wait_for_all("unfinished")
         steps, reasons = self.steps(), {}
         for step in reversed(steps):
             try:
@@ -218,13 +224,14 @@ class Checkpoints:
         reason, hook = "", sys.unraisablehook
         sys.unraisablehook = lambda unraisable: None
         try:
-            restored: Any = self._manager.restore(step, args=args)
-            record = dict(restored.record)
-            expected, found = record.pop("checksums"), _checksums(jax.device_get(restored.state))
-            if expected == found:
-                return restored.state, record
-            wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-            reason = f"the checksum of {wrong[0]} does not match"
+            with processes.together():
+                restored: Any = self._manager.restore(step, args=args)
+                record = dict(restored.record)
+                expected, found = record.pop("checksums"), _checksums(jax.device_get(restored.state))
+                wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+                if wrong:
+                    raise _DamagedError(f"the checksum of {wrong[0]} does not match")
+            return restored.state, record
         except Exception as error:  # Orbax and TensorStore raise nearly anything on a damaged file.
             reason = _reason(error)
         finally:
@@ -236,11 +243,13 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         # While a damaged step stands, Orbax refuses saves at or below it.
         target = self.directory / DAMAGED / str(step)
-        target.parent.mkdir(exist_ok=True)
-        if target.exists():
-            shutil.rmtree(target)
-        (self.directory / str(step)).rename(target)
-        logger.warning("moved damaged checkpoint %d to %s", step, target)
+        if processes.is_primary():
+            target.parent.mkdir(exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            (self.directory / str(step)).rename(target)
+            logger.warning("moved damaged checkpoint %d to %s", step, target)
+        processes.wait_for_all(f"damaged {step}")
         self._manager.reload()
 
     def wait(self) -> None:

@@ -9,13 +9,14 @@ import numpy as np
 
 from regnet_flax.analysis import plots
 from regnet_flax.data.sources import Dataset
+from regnet_flax.data.streaming import StreamedDataset
 from regnet_flax.training.evaluate import confusion_matrix, per_class
 
 EXAMPLES = 16
 
 
 def write_figures(
-    directory: pathlib.Path, dataset: Dataset, outcomes: np.ndarray, title: str, seed: int
+    directory: pathlib.Path, dataset: Dataset | StreamedDataset, outcomes: np.ndarray, title: str, seed: int
 ) -> list[dict[str, Any]]:
     """Writes predictions.png, of 16 test images chosen at random, and confusion.png, of all of them.
 
@@ -36,6 +37,7 @@ def write_figures(
     title = f"{title}\n{right:,} of {count:,} test images right ({right / count:.2%})"
     there = np.flatnonzero(outcomes[:, 0] >= 0)
     chosen = np.random.default_rng(seed).choice(there, min(EXAMPLES, len(there)), replace=False)
-    plots.predictions(dataset.test.images[chosen], *outcomes[chosen].T, names, directory / "predictions.png", title)
+    labels, predicted = outcomes[chosen].T
+    plots.predictions(list(dataset.test_images(chosen)), labels, predicted, names, directory / "predictions.png", title)
     plots.confusion(confusion, names, directory / "confusion.png", title)
     return per_class(confusion, names)

@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, PartitionSpec
 
 from regnet_flax import config as config_lib
 from regnet_flax import torch_port, weights
 from regnet_flax.analysis import plots
 from regnet_flax.data import sources, streaming
-from regnet_flax.training import workdir
+from regnet_flax.training import processes, workdir
 from regnet_flax.training.checkpoint import CHECKPOINTS, Checkpoints
 from regnet_flax.training.figures import write_figures
 from regnet_flax.training.interrupt import StopSignals, WorkdirError, workdir_lock
@@ -32,7 +33,12 @@ def pmap(function: Callable[..., Any], mapped: Sequence[int | None], devices: li
 
     The state has no device axis, so checkpoints hold for any number of devices. That the result is the same everywhere
     is not checked: a forgotten mean over devices would pass in silence.
+
+    With several processes pmap would take each process's own copy of every array and copy them all, the state too, to
+    global ones and back at each call; there it is what pmap itself is made of, whose arrays stay global.
     """
+    if jax.process_count() > 1:
+        return shard_map(function, mapped, devices, donate)
     return jax.pmap(
         function,
         axis_name=AXIS,
@@ -41,6 +47,22 @@ def pmap(function: Callable[..., Any], mapped: Sequence[int | None], devices: li
         devices=devices,
         donate_argnums=(0,) if donate else (),
     )
+
+
+def shard_map(function: Callable[..., Any], mapped: Sequence[int | None], devices: list[Any], donate: bool = False):
+    """As `pmap`, for arrays that are global: over all processes' devices."""
+
+    def local(*args):
+        parts = [
+            arg if axis is None else jax.tree.map(lambda a, axis=axis: a.squeeze(axis), arg)
+            for arg, axis in zip(args, mapped, strict=True)
+        ]
+        return function(*parts)
+
+    specs = tuple(PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS) for axis in mapped)
+    mesh = Mesh(np.array(devices), (AXIS,))
+    mapped_local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return jax.jit(mapped_local, donate_argnums=(0,) if donate else ())
 
 
 def load(config: Any) -> sources.Dataset | streaming.StreamedDataset:
@@ -111,13 +133,16 @@ def load_weights(config: Any) -> dict[str, Any] | None:
     return variables
 
 
-def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, Any]:
+def train_and_evaluate(
+    config: Any, path: str | pathlib.Path, devices: list[Any] | None = None, *, profile: bool = False
+) -> dict[str, Any]:
     """Trains, or goes on with, the run of a workdir.
 
     Args:
       config: a nested config with the fields of configs/base.py.
       path: the workdir. A run that it holds is gone on with; a finished one is only reported.
-      devices: to train on; all local ones by default.
+      devices: to train on; all by default, those of other processes too.
+      profile: whether a trace of a few steps goes into `<workdir>/profile`.
 
     Returns:
       What results.json holds.
@@ -129,13 +154,18 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
       CheckpointError: the workdir has checkpoints, and none can be read.
       NonFiniteError: the loss or a gradient is not finite.
       Interrupted: stopped by a signal, after saving.
+      ProcessError: another process failed, or has another config, workdir or data set.
     """
-    path, devices = pathlib.Path(path), devices or jax.local_devices()
-    config_lib.check_config(config)
-    # Before the first checkpoint there is nothing that another config would spoil.
-    stored = workdir.read_json(path / workdir.CONFIG) if has_checkpoints(path) else None
-    _refuse_changes(stored, config, path, resolved=False)
-    results = workdir.read_json(path / workdir.RESULTS)
+    path, devices = pathlib.Path(path), devices or jax.devices()
+    with processes.together():
+        config_lib.check_config(config)
+        # Before the first checkpoint there is nothing that another config would spoil.
+        stored = workdir.read_json(path / workdir.CONFIG) if has_checkpoints(path) else None
+        _refuse_changes(stored, config, path, resolved=False)
+        results = workdir.read_json(path / workdir.RESULTS)
+    here = dict(config_lib.flatten(config)) | {"dataset.data_dir": ""}  # which each machine may have elsewhere
+    processes.check_same("config", here)
+    processes.check_same("workdir", [str(path.resolve()), stored, results])
     if stored and results and stored["train"]["max_steps"] == config.train.max_steps:
         logger.info("%s holds a finished run", path)
         report(results, path)
@@ -143,13 +173,15 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
 
     config_lib.check_config(config, len(devices))
     with StopSignals() as stop, workdir.RunLog() as log:
-        dataset = load(config)
+        with processes.together():
+            dataset = load(config)
+            fingerprint = dataset.fingerprint()
+        processes.check_same("data set", fingerprint)
         batch, images = config.train.batch_size, dataset.train_size
         if batch > images:
             raise config_lib.ConfigError(
                 f"train.batch_size is {batch}: {dataset.name} has {images} training images, so it must be at most that"
             )
-        fingerprint = dataset.fingerprint()
         streamed = isinstance(dataset, streaming.StreamedDataset)
         if stored and stored.get("streamed", False) != streamed:
             before, now = ("always", "held in memory"), ("never", "streamed")
@@ -164,18 +196,20 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
             )
         config = config_lib.resolve(config, dataset)
         _refuse_changes(stored, config, path, resolved=True)
-        start = load_weights(config)
+        with processes.together():
+            start = load_weights(config)
         with workdir_lock(path):
-            # Of a run that is to go on: it would pass for finished if it were stopped now.
-            (path / workdir.RESULTS).unlink(missing_ok=True)
             record = {
                 "class_names": list(dataset.class_names),
                 "image_shape": list(dataset.image_shape),
                 "streamed": streamed,
                 "dataset_fingerprint": fingerprint,
             }
-            workdir.write_json(path / workdir.CONFIG, workdir.plain(config) | record)
-            log.write_to(path)
+            if processes.is_primary():
+                # Of a run that is to go on: it would pass for finished if it were stopped now.
+                (path / workdir.RESULTS).unlink(missing_ok=True)
+                workdir.write_json(path / workdir.CONFIG, workdir.plain(config) | record)
+                log.write_to(path)
             checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
             try:
                 logger.info(
@@ -186,24 +220,26 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                     config.dtype,
                 )
                 program = program_of(dataset)(config, dataset, devices, pmap, start)
-                run = Run(config, path, program, checkpoints, stop)
+                run = Run(config, path, program, checkpoints, stop, profile)
                 run.run()
                 checkpoints.wait()
-                results = collect_results(run, config, path)
-                figures, title = path / workdir.FIGURES, f"{config.model.name} on {dataset.name}"
-                figures.mkdir(exist_ok=True)
-                if config.eval.every_epochs:
-                    outcomes = run.outcomes(len(dataset.test.labels))
-                    results["per_class"] = write_figures(figures, dataset, outcomes, title, config.seed)
-                plots.curves(
-                    workdir.read_metrics(path),
-                    figures / "curves.png",
-                    title=title,
-                    drops=program.drops,
-                )
-                # Last, since it is what marks the run as finished.
-                workdir.write_json(path / workdir.RESULTS, results)
-                report(results, path)
+                outcomes = run.outcomes(dataset.test_size) if config.eval.every_epochs else None
+                if processes.is_primary():
+                    results = collect_results(run, config, path)
+                    figures, title = path / workdir.FIGURES, f"{config.model.name} on {dataset.name}"
+                    figures.mkdir(exist_ok=True)
+                    if outcomes is not None:
+                        results["per_class"] = write_figures(figures, dataset, outcomes, title, config.seed)
+                    plots.curves(
+                        workdir.read_metrics(path),
+                        figures / "curves.png",
+                        title=title,
+                        drops=program.drops,
+                    )
+                    # Last, since it is what marks the run as finished.
+                    workdir.write_json(path / workdir.RESULTS, results)
+                    report(results, path)
+                results = processes.from_primary(results)
             finally:
                 checkpoints.close()
     return results
@@ -242,7 +278,7 @@ def load_trained(config: Any, path: str | pathlib.Path) -> tuple[Any, dict[str, 
       path: the workdir.
 
     Returns:
-      The model, its "params" and "batch_stats", and the step.
+      The model, its "params" and "batch_stats" (the averages where it keeps them), and the step.
 
     Raises:
       ConfigError, WorkdirError, CheckpointError: see train_and_evaluate.
@@ -255,10 +291,10 @@ def load_trained(config: Any, path: str | pathlib.Path) -> tuple[Any, dict[str, 
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        jax.eval_shape(lambda: build_state(model, tx, image_shape, config.seed)),
+        jax.eval_shape(lambda: build_state(model, tx, image_shape, config.seed, config.optimizer.ema_decay > 0)),
     )
     step, state = _read_checkpoint(config, path, like)
-    return model, {"params": state.params, "batch_stats": state.batch_stats}, step
+    return model, state.variables, step
 
 
 def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, float]:
@@ -269,7 +305,7 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     Args:
       config: the workdir's, its values to be overridden at will.
       path: the workdir.
-      devices: to evaluate on; all local ones by default.
+      devices: to evaluate on; all by default, those of other processes too.
 
     Returns:
       "step", "loss", "accuracy", "top5_accuracy" where there are more than five classes, and "count".
@@ -277,11 +313,13 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     Raises:
       ConfigError, DataError, CheckpointError: see train_and_evaluate.
     """
-    path, devices = pathlib.Path(path), devices or jax.local_devices()
-    config_lib.check_config(config)
-    if not config.model.init_from:
-        _check_has_checkpoints(path)
-    dataset = load(config)
+    path, devices = pathlib.Path(path), devices or jax.devices()
+    with processes.together():
+        config_lib.check_config(config)
+        if not config.model.init_from:
+            _check_has_checkpoints(path)
+        dataset = load(config)
+    processes.check_same("data set", dataset.fingerprint())
     if not config.model.init_from:
         trained = tuple(workdir.read_json(path / workdir.CONFIG)["class_names"])
         if trained != dataset.class_names:
@@ -295,7 +333,7 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
         step, state = 0, program.initial_state()
     else:
         step, state = _read_checkpoint(config, path, program.like)
-    outcomes = np.empty((len(dataset.test.labels), 2), np.int32)
+    outcomes = np.empty((dataset.test_size, 2), np.int32)
     metrics = {"step": step} | program.evaluate(state, outcomes=outcomes)
     top5 = f", top-5 {metrics['top5_accuracy']:.2%}" if "top5_accuracy" in metrics else ""
     logger.info(
@@ -306,9 +344,10 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
         top5,
         metrics["count"],
     )
-    figures = path / workdir.FIGURES / "eval"
-    title = f"{config.model.name} on {dataset.name}, {config.model.init_from or f'step {step}'}"
-    by_class = write_figures(figures, dataset, outcomes, title, config.seed)
-    workdir.write_json(path / workdir.EVAL, metrics | {"per_class": by_class})
-    logger.info("by class: %s, pictures: %s", path / workdir.EVAL, figures)
+    if processes.is_primary():
+        figures = path / workdir.FIGURES / "eval"
+        title = f"{config.model.name} on {dataset.name}, {config.model.init_from or f'step {step}'}"
+        by_class = write_figures(figures, dataset, outcomes, title, config.seed)
+        workdir.write_json(path / workdir.EVAL, metrics | {"per_class": by_class})
+        logger.info("by class: %s, pictures: %s", path / workdir.EVAL, figures)
     return metrics

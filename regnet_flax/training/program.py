@@ -12,10 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from regnet_flax.config import model_options
-from regnet_flax.data import augment, in_memory
+from regnet_flax.data import augment, in_memory, mix
 from regnet_flax.data.sources import Dataset
 from regnet_flax.data.streaming import StreamedDataset
 from regnet_flax.models.registry import create_model
@@ -58,11 +59,24 @@ def build_optimizer(config: Any, steps_per_epoch: int) -> tuple[optimizer.Schedu
 
 
 def build_state(
-    model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+    model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int, ema: bool = False
 ) -> steps.TrainState:
     """The state before the first step, for images of shape (height, width, channels)."""
     variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
-    return steps.create_train_state(dict(variables), tx)
+    return steps.create_train_state(dict(variables), tx, ema=ema)
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """A tree of arrays, the same on every process, as arrays of this sharding."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    # device_put would first compare what all processes give, the whole data set too.
+    def put_global(array: Any) -> jax.Array:
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    return jax.tree.map(put_global, tree)
 
 
 class Program:
@@ -96,12 +110,10 @@ class Program:
         self._config, self.devices, self._start = config, devices, start
         mesh = Mesh(np.array(devices), (AXIS,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
-        # Put on all devices once: an argument left on one of them would be copied at every call.
-        self._place = functools.partial(jax.device_put, device=self._replicated)
         self._divided = NamedSharding(mesh, PartitionSpec(AXIS))
         self._place_data(dataset)
-        self._shards = jax.device_put(np.arange(len(devices)), self._divided)
-        self._seed = self._place(np.int32(config.seed))
+        self._shards = put(np.arange(len(devices)), self._divided)
+        self._seed = self.place(np.int32(config.seed))
 
         train, settings = config.train, config.optimizer
         self._size, self._test_size = dataset.train_size, dataset.test_size
@@ -124,15 +136,16 @@ class Program:
         self._compile(functools.partial(parallelize, devices=devices))
 
     def _place_data(self, dataset: Any) -> None:
-        self._train_data = self._place(dataclasses.asdict(dataset.train))
-        self._test_data = self._place(dataclasses.asdict(dataset.test))
+        self._train_data = self.place(dataclasses.asdict(dataset.train))
+        self._test_data = self.place(dataclasses.asdict(dataset.test))
 
     def _compile(self, parallelize: Callable[..., Any]) -> None:
         self._p_train = parallelize(self._train_steps, (None, 0, None, None, None, None), donate=True)
         self._p_eval = parallelize(self._eval_step, (None, 0, None, None))
 
     def _initial_state(self) -> steps.TrainState:
-        return build_state(self._model, self._tx, self._image_shape, self._config.seed)
+        ema = self._config.optimizer.ema_decay > 0
+        return build_state(self._model, self._tx, self._image_shape, self._config.seed, ema)
 
     def initial_state(self) -> steps.TrainState:
         """The state before the first step."""
@@ -141,7 +154,15 @@ class Program:
             state = state.replace(
                 params=state.params | self._start["params"], batch_stats=state.batch_stats | self._start["batch_stats"]
             )
-        return self._place(state)
+            if state.ema:
+                latest = {"params": state.params, "batch_stats": state.batch_stats}
+                state = state.replace(ema=jax.tree.map(jnp.copy, latest))
+        # Machines of different make may differ in the last bit, and would stay apart.
+        return self.place(state if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(state))
+
+    def place(self, tree: Any) -> Any:
+        """A tree of arrays on every device, where an argument left on one of them would be copied at every call."""
+        return put(tree, self._replicated)
 
     def _normalize(self, images: jax.Array) -> jax.Array:
         return augment.normalize(images, self._config.dataset.mean, self._config.dataset.std)
@@ -156,20 +177,30 @@ class Program:
                 batch_size=self._config.train.batch_size,
                 shard=shard,
                 shards=len(self.devices),
+                parts=self._config.optimizer.accumulate_steps,
             )
-            return self._train_step(state, batch, keys, self._config.dataset.augment)
+            return self._train_step(state, batch, keys, self._config.dataset.augment, seed)
 
         state = one(0, state) if self.steps_per_call == 1 else jax.lax.fori_loop(0, count, one, state)
         return state, state.step
 
-    def _train_step(self, state, batch, keys, names):
-        images = augment.augment(names, keys, batch["images"])
+    def _train_step(self, state, batch, keys, names, seed):
+        train, settings = self._config.train, self._config.optimizer
+        images = self._normalize(augment.augment(names, keys, batch["images"]))
+        labels = batch["labels"]
+        if train.mixup or train.cutmix:
+            alphas = {"mixup_alpha": train.mixup, "cutmix_alpha": train.cutmix}
+            classes = self._config.dataset.num_classes
+            images, labels = mix.mix(seed, state.step, images, labels, classes=classes, **alphas)
         return steps.train_step(
             state,
-            {"images": self._normalize(images), "labels": batch["labels"]},
+            {"images": images, "labels": labels},
             apply_fn=self._model.apply,
             tx=self._tx,
-            label_smoothing=self._config.optimizer.label_smoothing,
+            label_smoothing=settings.label_smoothing,
+            ema_decay=settings.ema_decay,
+            accumulate_steps=settings.accumulate_steps,
+            unroll=self.devices[0].platform == "cpu",
             axis_name=AXIS,
         )
 
@@ -181,7 +212,7 @@ class Program:
         """
         epoch = step // self.steps_per_epoch
         if self._order[0] != epoch:
-            self._order = epoch, self._place(in_memory.epoch_order(self._config.seed, epoch, self._size))
+            self._order = epoch, self.place(in_memory.epoch_order(self._config.seed, epoch, self._size))
         return self._p_train(state, self._shards, self._train_data, self._order[1], self._seed, count)
 
     def _eval_step(self, variables, shard, data, start):
@@ -206,9 +237,8 @@ class Program:
         outcomes: np.ndarray | None = None,
     ) -> dict[str, float]:
         """Metrics of the test split; see evaluate.evaluate."""
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
         return evaluate.evaluate(
-            lambda start: self._p_eval(variables, self._shards, self._test_data, start),
+            lambda start: self._p_eval(state.variables, self._shards, self._test_data, start),
             self._test_size,
             self._eval_batch_size,
             poll,

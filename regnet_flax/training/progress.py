@@ -10,6 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from regnet_flax.training import processes
+
 logger = logging.getLogger("regnet_flax")
 
 
@@ -75,7 +77,7 @@ class RunDisplay:
             console=Console(file=sys.stdout),
             transient=True,
         )
-        self._live = self._progress.console.is_terminal
+        self._live = self._progress.console.is_terminal and processes.is_primary()
         self._task = self._progress.add_task(
             "", total=total_steps, completed=step, epoch=self._epoch(), rate="", left="", doing="compiling"
         )
@@ -136,14 +138,14 @@ def console_handlers() -> list[logging.Handler]:
     return [handler for handler in logger.handlers if isinstance(handler, _Stdout)]
 
 
-def log_to_console() -> None:
-    """Shows what the program says on standard output, warnings marked."""
+def log_to_console(level: int = logging.INFO) -> None:
+    """Shows what the program says on standard output, from this level on, warnings marked."""
     from absl import logging as absl_logging
 
     # Orbax says there what its exceptions say too, in pages of traceback.
     absl_logging.set_verbosity(absl_logging.FATAL)
     if not console_handlers():
-        logger.addHandler(_Stdout())
+        logger.addHandler(_Stdout(level))
     logger.setLevel(logging.INFO)
     logger.propagate = False
 

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from regnet_flax.analysis import summary
-from regnet_flax.training import steps, workdir
+from regnet_flax.training import processes, steps, workdir
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.interrupt import Interrupted, StopSignals
+from regnet_flax.training.profile import Trace
 from regnet_flax.training.program import Program
 from regnet_flax.training.progress import RunDisplay, duration
 
@@ -38,9 +39,18 @@ class Run:
       environment: hardware and versions.
     """
 
-    def __init__(self, config: Any, path: pathlib.Path, program: Program, checkpoints: Checkpoints, stop: StopSignals):
+    def __init__(
+        self,
+        config: Any,
+        path: pathlib.Path,
+        program: Program,
+        checkpoints: Checkpoints,
+        stop: StopSignals,
+        profile: bool = False,
+    ):
         self._config, self._path, self._program = config, path, program
         self._checkpoints, self._stop = checkpoints, stop
+        self._trace = Trace(path / workdir.PROFILE if profile and processes.is_primary() else None)
         self.environment = workdir.environment(program.devices)
         self._began = time.monotonic()
         restored = checkpoints.restore(program.like)
@@ -78,11 +88,14 @@ class Run:
             program.total_steps, train.epochs, program.steps_per_epoch, train.batch_size, self.step
         ) as self._display:
             # A checkpoint that a signal made before its step was logged: the line is still to come.
-            self._metrics = workdir.MetricsLog(self._path, self.step if self._logged else self.step - 1)
+            step = self.step if self._logged else self.step - 1
+            self._metrics = workdir.MetricsLog(self._path, step) if processes.is_primary() else None
             try:
                 self._loop()
             finally:
-                self._metrics.close()
+                self._trace.stop()
+                if self._metrics is not None:
+                    self._metrics.close()
                 program.close()
 
     def _loop(self) -> None:
@@ -94,6 +107,7 @@ class Run:
             self.state, done = program.train(self.state, self.step, count)
             self.step += count
             running.append((self.step, done))
+            self._trace.after_call(done)
             # Two calls in flight keep a device busy; more would only delay what a signal asks for.
             if len(running) > 2 or self._since is None:
                 finished, array = running.popleft()
@@ -102,7 +116,7 @@ class Run:
                 if self._since is None:
                     self._since, self._timed_from = time.monotonic(), finished
             self._logged = not self._logs_here()
-            if self._stop.received is not None:
+            if self._stop.poll():
                 self._interrupt()
             if not self._logged:
                 self._end_of_interval()
@@ -155,10 +169,11 @@ class Run:
                 self._interrupt()
             metrics = {f"eval_{name}": value for name, value in metrics.items() if name != "count"}
             line |= metrics
-        self._metrics.write(line)
+        if self._metrics is not None:
+            self._metrics.write(line)
         self._display.log(line)
         self._logged = True
-        self.state = self.state.replace(sums=jax.device_put(steps.zero_sums(), self.state.step.sharding))
+        self.state = self.state.replace(sums=self._program.place(steps.zero_sums()))
         if self._saves_here():
             self._save(metrics)
         if self._since is not None:
@@ -174,7 +189,7 @@ class Run:
         return outcomes
 
     def _poll(self, done: int) -> None:
-        if self._stop.received is not None:
+        if self._stop.poll():
             raise _Stop
 
     def _fetch_sums(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class StreamedProgram(Program):
 
     def _train_on(self, state, batch, seed):
         keys = in_memory.example_keys(seed, state.step // self.steps_per_epoch, batch["examples"])
-        state = self._train_step(state, batch, keys, self._names)
+        state = self._train_step(state, batch, keys, self._names, seed)
         return state, state.step
 
     def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]:
@@ -54,13 +54,19 @@ class StreamedProgram(Program):
     def _eval_on(self, variables, batch):
         return self._count(variables, batch)
 
-    def evaluate(self, state: steps.TrainState, poll: Callable[[int], None] = lambda done: None) -> dict[str, float]:
+    def evaluate(
+        self,
+        state: steps.TrainState,
+        poll: Callable[[int], None] = lambda done: None,
+        outcomes: np.ndarray | None = None,
+    ) -> dict[str, float]:
         """Metrics of the test split, but for photographs that do not decode; see evaluate.evaluate."""
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
         size = self._eval_batch_size
         make = self._dataset.test_batches(size, jax.process_index(), jax.process_count())
         with contextlib.closing(self._read(make, range(-(-self._test_size // size)))) as batches:
-            return evaluate.evaluate(lambda _: self._p_eval(variables, next(batches)), self._test_size, size, poll)
+            return evaluate.evaluate(
+                lambda _: self._p_eval(state.variables, next(batches)), self._test_size, size, poll, outcomes
+            )
 
     def _read(self, make_batch: Callable[[int], Any], indices: range) -> streaming.Stream:
         settings = self._config.dataset

@@ -19,6 +19,7 @@ from regnet_flax.training.interrupt import WorkdirError
 
 CONFIG, METRICS, RESULTS, LOG, FIGURES = "config.json", "metrics.jsonl", "results.json", "train.log", "figures"
 EVAL = "eval.json"  # of --mode eval
+PROFILE = "profile"
 # Metrics that TensorBoard groups under these headings.
 _GROUPS = {"train_loss": "train/loss", "train_accuracy": "train/accuracy", "learning_rate": "train/learning_rate"}
 _GROUPS |= {"eval_loss": "eval/loss", "eval_accuracy": "eval/accuracy", "eval_top5_accuracy": "eval/top5_accuracy"}

@@ -1,0 +1,126 @@
+"""Several processes, one a machine or one an accelerator, that train as one: how they start, agree and end.
+
+Process 0, the primary, writes what a run leaves; checkpoints are written by all, so that all have to see the workdir.
+With one process everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+class ProcessError(RuntimeError):
+    """The processes do not fit together, or another one failed; the message is one line."""
+
+
+def initialize(where: str) -> None:
+    """Joins this process with the others; to be called before anything is computed.
+
+    Args:
+      where: "auto", where Slurm, Kubernetes, Open MPI or a TPU tells which processes there are; or
+        "HOST:PORT,PROCESSES,INDEX": process 0's machine, a free port on it, how many there are, and which this is.
+
+    Raises:
+      ProcessError: `where` is neither, or there is no such cluster around.
+    """
+    if where == "auto":
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise ProcessError(
+                "--distributed=auto finds no cluster (Slurm, Kubernetes, Open MPI or TPU) around: "
+                "name the processes with --distributed=HOST:PORT,PROCESSES,INDEX"
+            ) from error
+        return
+    parts = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", where)
+    if parts is None or int(parts[3]) >= int(parts[2]):
+        raise ProcessError(
+            f"--distributed={where} is not understood: it must be auto or HOST:PORT,PROCESSES,INDEX, INDEX from 0, "
+            "such as node1:1234,2,0"
+        )
+    jax.distributed.initialize(parts[1], int(parts[2]), int(parts[3]), cluster_detection_method="deactivate")
+
+
+def joined() -> bool:
+    """Whether `initialize` was called; says so before there are devices."""
+    return jax.distributed.is_initialized()
+
+
+def is_primary() -> bool:
+    """Whether this is process 0."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(name: str) -> None:
+    """Returns when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What fails in one process fails in all, so that none waits for one that has ended.
+
+    Raises:
+      ProcessError: in the others; the failing process raises its own error.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    failed = None
+    try:
+        yield
+    except Exception as error:
+        failed = error
+    failures = multihost_utils.process_allgather(np.array(failed is not None))
+    if failed is not None:
+        raise failed
+    if failures.any():
+        raise ProcessError(f"process {int(failures.argmax())} failed: its own output says why")
+
+
+def all_agree(yes: bool) -> bool:
+    """Whether every process says yes."""
+    return yes if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(yes)).all())
+
+
+def from_primary(value: Any) -> Any:
+    """Process 0's value, which JSON can hold, on every process."""
+    if jax.process_count() == 1:
+        return value
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_primary() else np.zeros(0, np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    text = multihost_utils.broadcast_one_to_all(text if is_primary() else np.zeros(size, np.uint8))
+    return json.loads(np.asarray(text).tobytes())
+
+
+def check_same(what: str, value: Any) -> None:
+    """Raises ProcessError unless `value`, which JSON can hold, is the same on every process."""
+    if jax.process_count() == 1:
+        return
+    expected = from_primary(value)
+    with together():
+        if expected != json.loads(json.dumps(value)):
+            raise ProcessError(
+                f"process {jax.process_index()} has another {what} than process 0: give all of them the same"
+            )
+
+
+def end(code: int) -> None:
+    """Ends a process that failed, without waiting for the others as JAX does at exit."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if is_primary():
+        time.sleep(2)  # The others end with it, and some may still have to say why they fail.
+    os._exit(code)

@@ -1,0 +1,225 @@
+"""Averaged weights, gradient accumulation, mixing, bfloat16 and traces, in a run and in a step."""
+
+import functools
+import gzip
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_loop import checksums, tiny_config
+from test_parallel import dataset, relative
+
+from configs import digits
+from regnet_flax import create_model
+from regnet_flax.config import resolve
+from regnet_flax.training import loop, steps
+from regnet_flax.training.optimizer import make_optimizer
+from regnet_flax.training.program import Program
+
+RNG = np.random.default_rng(0)
+BATCH = {"images": jnp.asarray(RNG.normal(size=(8, 8, 8, 3)), jnp.float32), "labels": jnp.arange(8) % 4}
+TX = make_optimizer(lambda count: jnp.float32(0.1), weight_decay=1e-4)
+
+
+def make_program(devices=1, model="resnet8", **fields):
+    config = digits.get_config(model)
+    config.model.overrides.width = 4
+    config.train.batch_size = 16
+    config.update_from_flattened_dict(fields)
+    data = dataset()
+    return Program(resolve(config, data), data, jax.devices()[:devices], loop.pmap)
+
+
+def states(program, count):
+    """The state after each step, on the host."""
+    state, found = program.initial_state(), []
+    for step in range(count):
+        state, _ = program.train(state, step, 1)
+        found.append(jax.device_get(state))
+    return found
+
+
+def assert_close(a, b, error):
+    assert max(jax.tree.leaves(jax.tree.map(relative, a, b))) < error
+
+
+# Averaged weights
+
+
+def test_averages_are_of_the_weights_and_statistics_and_are_what_is_evaluated():
+    start = jax.device_get(make_program(**{"optimizer.ema_decay": 0.9}).initial_state())
+    program = make_program(**{"optimizer.ema_decay": 0.9})
+    expected = {"params": start.params, "batch_stats": start.batch_stats}
+    for state in states(program, 3):
+        latest = {"params": state.params, "batch_stats": state.batch_stats}
+        expected = jax.tree.map(lambda a, b: 0.9 * a.astype(np.float64) + 0.1 * b, expected, latest)
+    assert_close(state.variables, expected, 1e-6)
+    plain = states(make_program(), 3)[-1]
+    assert plain.ema == {}
+    assert_close(state.params, plain.params, 1e-6)  # averaging changes nothing in training
+    averaged = program.evaluate(state)
+    assert averaged == program.evaluate(state.replace(params=jax.tree.map(np.zeros_like, state.params)))
+    put = state.replace(ema={}, params=state.ema["params"], batch_stats=state.ema["batch_stats"])
+    assert averaged == make_program().evaluate(put) != make_program().evaluate(plain)
+
+
+def test_a_run_with_all_options_goes_on_to_the_same_end_and_gives_the_averages_away(tmp_path):
+    options = {"optimizer.ema_decay": 0.9, "optimizer.accumulate_steps": 2, "train.mixup": 0.2, "train.cutmix": 1.0}
+    options |= {"model.name": "resnet8", "train.epochs": 1, "dataset.augment": ("flip",)}
+    train = functools.partial(loop.train_and_evaluate, devices=jax.devices()[:1])
+    train(tiny_config(**options), tmp_path / "whole")
+    train(tiny_config(**options, **{"train.max_steps": 4, "eval.every_epochs": 0}), tmp_path / "parts")
+    results = train(tiny_config(**options), tmp_path / "parts")
+    assert checksums(tmp_path / "parts", 11) == checksums(tmp_path / "whole", 11)
+    assert any("ema" in name for name in checksums(tmp_path / "whole", 11))
+
+    config = tiny_config(**options, **{"eval.checkpoint": "last"})
+    found = loop.evaluate_only(config, tmp_path / "parts", devices=jax.devices()[:1])
+    assert found["accuracy"] == results["last"]["eval_accuracy"]
+    config.dataset.num_classes = 10
+    _, variables, _ = loop.load_trained(config, tmp_path / "parts")
+    latest = loop._read_checkpoint(resolve(config, loop.load(config)), tmp_path / "parts", _like(config))[1]
+    jax.tree.map(np.testing.assert_array_equal, variables, latest.ema)
+    assert max(jax.tree.leaves(jax.tree.map(relative, variables["params"], latest.params))) > 1e-3
+
+
+def _like(config):
+    return Program(resolve(config, loop.load(config)), loop.load(config), jax.devices()[:1], loop.pmap).like
+
+
+def test_a_model_of_given_weights_begins_with_them_as_averages():
+    model = make_program()
+    start = jax.tree.map(lambda a: a + 1, jax.device_get(model.initial_state()))
+    start = {"params": start.params, "batch_stats": start.batch_stats}
+    config = model._config
+    config.optimizer.ema_decay = 0.5
+    program = Program(config, dataset(), jax.devices()[:1], loop.pmap, start)
+    jax.tree.map(np.testing.assert_array_equal, program.initial_state().ema, start)
+    program.train(program.initial_state(), 0, 1)  # no buffer is given up twice
+
+
+# Gradient accumulation
+
+
+def linear(variables, images, train, mutable=()):
+    """A model without statistics, whose gradient over a batch is the mean of those over its parts."""
+    logits = images.reshape(len(images), -1) @ variables["params"]["kernel"]
+    return (logits, {}) if train else logits
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(parts, unroll):
+    params = {"kernel": jnp.asarray(RNG.normal(size=(192, 4)), jnp.float32)}
+    state = steps.create_train_state({"params": params}, TX)
+    step = functools.partial(steps.train_step, apply_fn=linear, tx=TX, label_smoothing=0.1)
+    whole = jax.jit(step)(state, BATCH)
+    found = jax.jit(functools.partial(step, accumulate_steps=parts, unroll=unroll))(state, BATCH)
+    assert_close(found.params, whole.params, 1e-6)
+    assert_close(found.opt_state, whole.opt_state, 1e-5)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found.sums, whole.sums)
+    assert relative(found.params["kernel"], params["kernel"]) > 1e-3
+
+
+def test_each_part_has_statistics_of_its_own_one_after_another():
+    """Against batches of half the size, their gradients averaged by hand."""
+    model = create_model("resnet8", num_classes=4, width=4)
+    state = steps.create_train_state(model.init(jax.random.key(0), BATCH["images"][:1], train=False), TX)
+    found = jax.jit(functools.partial(steps.train_step, apply_fn=model.apply, tx=TX, accumulate_steps=2))(state, BATCH)
+
+    def loss(params, batch_stats, half):
+        variables = {"params": params, "batch_stats": batch_stats}
+        logits, updates = model.apply(variables, BATCH["images"][half], train=True, mutable=["batch_stats"])
+        return steps.cross_entropy(logits, BATCH["labels"][half]).mean(), updates["batch_stats"]
+
+    batch_stats, gradients = state.batch_stats, []
+    for half in (slice(0, 4), slice(4, 8)):
+        gradient, batch_stats = jax.grad(loss, has_aux=True)(state.params, batch_stats, half)
+        gradients.append(gradient)
+    updates, _ = TX.update(jax.tree.map(lambda a, b: (a + b) / 2, *gradients), state.opt_state, state.params)
+    assert_close(found.params, optax.apply_updates(state.params, updates), 1e-4)
+    assert_close(found.batch_stats, batch_stats, 1e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_parts_and_pairs_are_the_same_on_any_number_of_devices(devices):
+    options = {"optimizer.accumulate_steps": 2, "train.mixup": 0.2, "train.cutmix": 1.0, "dtype": "float64"}
+    options |= {"optimizer.ema_decay": 0.9}
+    with jax.enable_x64(True):
+        found = [states(make_program(n, **options), 2)[-1] for n in (devices, 1)]
+    # float32 images and parameters, few steps.
+    assert_close(found[0].params, found[1].params, 1e-4)
+    assert_close(found[0].ema, found[1].ema, 1e-4)
+
+
+# Mixing
+
+
+def test_probabilities_as_labels_are_those_of_torch():
+    import torch
+
+    logits = (4 * RNG.normal(size=(6, 5))).astype("f")
+    targets = RNG.dirichlet(np.ones(5), 6).astype("f")
+    for smoothing in (0.0, 0.1):
+        theirs = torch.nn.functional.cross_entropy(
+            torch.tensor(logits), torch.tensor(targets), label_smoothing=smoothing, reduction="none"
+        )
+        ours = steps.cross_entropy(jnp.asarray(logits), jnp.asarray(targets), smoothing)
+        np.testing.assert_allclose(ours, theirs.numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_one_hot_probabilities_take_the_step_of_labels():
+    model = create_model("resnet8", num_classes=4, width=4)
+    state = steps.create_train_state(model.init(jax.random.key(0), BATCH["images"][:1], train=False), TX)
+    step = jax.jit(functools.partial(steps.train_step, apply_fn=model.apply, tx=TX, label_smoothing=0.1))
+    soft = BATCH | {"labels": jax.nn.one_hot(BATCH["labels"], 4)}
+    assert_close(step(state, soft).params, step(state, BATCH).params, 1e-6)
+    np.testing.assert_allclose(step(state, soft).sums["accuracy"], step(state, BATCH).sums["accuracy"])
+
+
+@pytest.mark.parametrize("field", ["train.mixup", "train.cutmix"])
+def test_mixing_changes_the_steps(field):
+    plain, mixed = (states(make_program(**fields), 1)[-1] for fields in ({}, {field: 1.0}))
+    assert max(jax.tree.leaves(jax.tree.map(relative, mixed.params, plain.params))) > 1e-4
+
+
+# bfloat16
+
+
+def test_in_bfloat16_parameters_statistics_and_sums_stay_float32():
+    options = {"dtype": "bfloat16", "optimizer.ema_decay": 0.9, "optimizer.accumulate_steps": 2}
+    for state in states(make_program(model="regnet8_convlstm", **options), 2):
+        floats = [a for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.floating)]
+        assert len(floats) > 50 and {a.dtype for a in floats} == {np.dtype("float32")}
+    # The arithmetic is not: the same steps in float32 end elsewhere.
+    other = states(make_program(model="regnet8_convlstm", **(options | {"dtype": "float32"})), 2)[-1]
+    assert max(jax.tree.leaves(jax.tree.map(relative, state.params, other.params))) > 1e-4
+
+
+def test_in_bfloat16_statistics_are_sums_of_float32():
+    """A mean of 4,096 values summed in bfloat16 would stop growing at 256."""
+    model = create_model("resnet8", num_classes=4, width=4, dtype=jnp.bfloat16)
+    images = jnp.ones((4, 32, 32, 3))
+    variables = model.init(jax.random.key(0), images, train=False)
+    kernel = jnp.zeros_like(variables["params"]["conv1"]["kernel"]).at[1, 1, 0].set(1.0)
+    variables["params"]["conv1"]["kernel"] = kernel  # the first channel, which is 1 everywhere
+    _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    np.testing.assert_allclose(updates["batch_stats"]["bn1"]["mean"], 0.1, rtol=1e-5)
+    np.testing.assert_allclose(updates["batch_stats"]["bn1"]["var"], 0.9, rtol=1e-5)
+
+
+# Traces
+
+
+def test_a_trace_of_a_few_steps(tmp_path):
+    config = tiny_config(**{"model.name": "resnet8", "train.max_steps": 9, "eval.every_epochs": 0})
+    loop.train_and_evaluate(config, tmp_path, devices=jax.devices()[:1], profile=True)
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/perfetto_trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    assert any("convolution" in name or "conv" in name for name in names)
+    assert list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
+    assert "trace of 5 calls" in (tmp_path / "train.log").read_text()
