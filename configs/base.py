@@ -70,6 +70,11 @@ def get_config() -> config_dict.ConfigDict:
     checkpoint.keep = 2  # the newest
     checkpoint.keep_best = 1  # and those of the highest test accuracy
 
+    config.compare = compare = config_dict.ConfigDict()  # for --mode compare
+    compare.models = ()  # the baseline first; options after the name: "regnet20_convgru kernel=dense"
+    compare.seeds = (0, 1, 2)  # of each model, trained together
+    compare.together = "auto"  # their steps: "always" in one by vmap, "never", taking turns, or by backend
+
     config.export = export = config_dict.ConfigDict()  # for --mode export, of the checkpoint eval.checkpoint
     export.format = "safetensors"  # or "torch", by PyTorch's names both
     export.path = ""  # "": weights.safetensors or weights.pth in the workdir

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from regnet_flax.data.augment import AUGMENTATIONS
 from regnet_flax.data.sources import SOURCES, Dataset, channel_statistics
-from regnet_flax.models.registry import OPTIONS, create_model
+from regnet_flax.models.registry import OPTIONS, create_model, parse_variant
 from regnet_flax.training.optimizer import SCHEDULES, boundary_steps
 
 Check = Callable[[Any], str]  # "" for a good value, otherwise what the value must be
@@ -118,6 +118,9 @@ FIELDS: dict[str, Check] = {
     "checkpoint.every_steps": _whole(0),
     "checkpoint.keep": _whole(1),
     "checkpoint.keep_best": _whole(0),
+    "compare.models": _each(_text),
+    "compare.seeds": _each(_whole(0)),
+    "compare.together": _choice("auto", "always", "never"),
     "export.format": _choice("safetensors", "torch"),
     "export.path": _text,
 }
@@ -135,6 +138,8 @@ MAY_CHANGE = (
     "checkpoint.every_steps",
     "checkpoint.keep",
     "checkpoint.keep_best",
+    "compare.models",
+    "compare.seeds",
     "export.format",
     "export.path",
 )
@@ -189,6 +194,9 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
             create_model(values["model.name"], num_classes=10, **options)
         except (ValueError, TypeError) as error:
             yield f"model: {error}"
+        yield from _wrong_variants(values.get("compare.models", ()), options)
+    if (seeds := values.get("compare.seeds", ())) and len(set(seeds)) < len(seeds):
+        yield f"compare.seeds is {seeds}: name each seed once"
     if (batch := values.get("train.batch_size", 0)) % devices:
         nearest = max(devices, batch - batch % devices)
         yield f"train.batch_size is {batch}: it must be a multiple of the {devices} devices, such as {nearest}"
@@ -213,6 +221,23 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
         yield "model.new_head is True: it needs model.init_from, a file of weights"
     if values.get("dataset.name") == "folder" and values.get("dataset.data_dir") == "":
         yield "dataset.data_dir is '': name the directory of train/ and test/, with --config.dataset.data_dir=DIR"
+
+
+def _wrong_variants(variants: Sequence[str], overrides: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with compare.models, whose own options go before `model.overrides`."""
+    seen: dict[str, str] = {}
+    for text in variants:
+        try:
+            name, options = parse_variant(text)
+            for option, value in options.items():
+                if wrong := FIELDS.get(f"model.overrides.{option}", _any)(value):
+                    raise ValueError(f"{option} is {value!r}: it must be {wrong}")
+            create_model(name, num_classes=10, **overrides | options)
+        except (ValueError, TypeError) as error:
+            yield f"compare.models, {text!r}: {error}"
+            continue
+        if (same := seen.setdefault(repr((name, sorted(options.items()))), text)) is not text:
+            yield f"compare.models has {same!r} and {text!r}: name each model once"
 
 
 def resolve(config: Any, dataset: Dataset) -> Any:

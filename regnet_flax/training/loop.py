@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import pathlib
 import time
@@ -20,6 +21,7 @@ from regnet_flax.training.interrupt import StopSignals, WorkdirError, workdir_lo
 from regnet_flax.training.program import AXIS, Program, build_model, build_optimizer, build_state
 from regnet_flax.training.progress import duration
 from regnet_flax.training.run import Run, collect_results, report
+from regnet_flax.training.seeds import SeedsProgram, of_one, with_seed_axis
 
 logger = logging.getLogger("regnet_flax")
 
@@ -100,13 +102,17 @@ def load_weights(config: Any) -> dict[str, Any] | None:
     return variables
 
 
-def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, Any]:
+def train_and_evaluate(
+    config: Any, path: str | pathlib.Path, devices: list[Any] | None = None, seeds: Sequence[int] = ()
+) -> dict[str, Any]:
     """Trains, or goes on with, the run of a workdir.
 
     Args:
       config: a nested config with the fields of configs/base.py.
       path: the workdir. A run that it holds is gone on with; a finished one is only reported.
       devices: to train on; all local ones by default.
+      seeds: several train together, each as it would alone, and what is logged are means and each seed's own values;
+        by default the config's seed, in whose place a single one given here is taken.
 
     Returns:
       What results.json holds.
@@ -120,10 +126,14 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
       Interrupted: stopped by a signal, after saving.
     """
     path, devices = pathlib.Path(path), devices or jax.local_devices()
+    config, seeds = copy.deepcopy(config), tuple(seeds) or (config.seed,)
+    config.seed = seeds[0]
+    if len(seeds) > 1:
+        config.compare.seeds = seeds
     config_lib.check_config(config)
     # Before the first checkpoint there is nothing that another config would spoil.
     stored = workdir.read_json(path / workdir.CONFIG) if has_checkpoints(path) else None
-    _refuse_changes(stored, config, path, resolved=False)
+    _refuse_changes(stored, config, path, seeds, resolved=False)
     results = workdir.read_json(path / workdir.RESULTS)
     if stored and results and stored["train"]["max_steps"] == config.train.max_steps:
         logger.info("%s holds a finished run", path)
@@ -144,7 +154,7 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                 f"{path} was trained on other images than {dataset.name} has now: restore them, or name another workdir"
             )
         config = config_lib.resolve(config, dataset)
-        _refuse_changes(stored, config, path, resolved=True)
+        _refuse_changes(stored, config, path, seeds, resolved=True)
         start = load_weights(config)
         with workdir_lock(path):
             # Of a run that is to go on: it would pass for finished if it were stopped now.
@@ -154,18 +164,25 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
                 "image_shape": list(dataset.train.images.shape[1:]),
                 "dataset_fingerprint": fingerprint,
             }
+            if len(seeds) > 1:
+                record["seeds"] = list(seeds)
             workdir.write_json(path / workdir.CONFIG, workdir.plain(config) | record)
             log.write_to(path)
             checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
             try:
                 logger.info(
-                    "%s on %d × %s, %s; the first step takes longer, since it is compiled",
+                    "%s%s on %d × %s, %s; the first step takes longer, since it is compiled",
                     config.model.name,
+                    f", seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "",
                     len(devices),
                     devices[0].device_kind,
                     config.dtype,
                 )
-                program = Program(config, dataset, devices, pmap, start)
+                if len(seeds) > 1:
+                    together = config.compare.together
+                    program = SeedsProgram(config, dataset, devices, pmap, start, seeds=seeds, together=together)
+                else:
+                    program = Program(config, dataset, devices, pmap, start)
                 run = Run(config, path, program, checkpoints, stop)
                 run.run()
                 checkpoints.wait()
@@ -185,8 +202,16 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
     return results
 
 
-def _refuse_changes(stored: dict[str, Any] | None, config: Any, path: pathlib.Path, *, resolved: bool) -> None:
-    if stored and (lines := config_lib.changed_fields(stored, workdir.plain(config), resolved=resolved)):
+def _refuse_changes(
+    stored: dict[str, Any] | None, config: Any, path: pathlib.Path, seeds: tuple[int, ...], *, resolved: bool
+) -> None:
+    if not stored:
+        return
+    lines = config_lib.changed_fields(stored, workdir.plain(config), resolved=resolved)
+    before = tuple(stored.get("seeds", seeds[:1]))
+    if before != seeds:
+        lines.append(f"seeds that train together: {before} before, {seeds} now")
+    if lines:
         raise config_lib.ConfigError(
             f"{path} holds a run with another config ({'; '.join(lines)}): name another --workdir, or undo the change"
         )
@@ -203,11 +228,18 @@ def _check_has_checkpoints(path: pathlib.Path) -> None:
 
 
 def _read_checkpoint(config: Any, path: pathlib.Path, like: Any) -> tuple[int, Any]:
+    """The step and the state of the checkpoint `eval.checkpoint`; of several seeds, that of the config's."""
+    seeds = workdir.read_json(path / workdir.CONFIG).get("seeds", [])
+    if seeds:
+        if config.seed not in seeds:
+            raise config_lib.ConfigError(f"seed is {config.seed}: {path} has the seeds {', '.join(map(str, seeds))}")
+        like = with_seed_axis(like, len(seeds))
     checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
     try:
-        return checkpoints.read(str(config.eval.checkpoint), like)
+        step, state = checkpoints.read(str(config.eval.checkpoint), like)
     finally:
         checkpoints.close()
+    return step, of_one(state, seeds.index(config.seed)) if seeds else state
 
 
 def load_trained(config: Any, path: str | pathlib.Path) -> tuple[Any, dict[str, Any], int]:

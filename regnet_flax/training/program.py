@@ -57,7 +57,7 @@ def build_optimizer(config: Any, steps_per_epoch: int) -> tuple[optimizer.Schedu
 
 
 def build_state(
-    model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int
+    model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...], seed: jax.Array | int
 ) -> steps.TrainState:
     """The state before the first step, for images of shape (height, width, channels)."""
     variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
@@ -76,6 +76,7 @@ class Program:
 
     Attributes:
       devices: as given.
+      seeds: of the run, one.
       steps_per_epoch: whole batches in the training split.
       total_steps: of the run, which `train.max_steps` may cut short.
       steps_per_call: the most steps of one compiled call.
@@ -93,6 +94,7 @@ class Program:
         start: dict[str, Any] | None = None,
     ):
         self._config, self.devices, self._start = config, devices, start
+        self.seeds: tuple[int, ...] = (config.seed,)
         mesh = Mesh(np.array(devices), (AXIS,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         # Put on all devices once: an argument left on one of them would be copied at every call.
@@ -117,23 +119,26 @@ class Program:
         self._image_shape = dataset.train.images.shape[1:]
         self.like = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated),
-            jax.eval_shape(self._initial_state),
+            jax.eval_shape(self._initial_state, self._seed),
         )
         self._order: tuple[int, jax.Array] = (-1, self._seed)
         self._p_train = parallelize(self._train_steps, (None, 0, None, None, None, None), devices, donate=True)
         self._p_eval = parallelize(self._eval_step, (None, 0, None, None), devices)
 
-    def _initial_state(self) -> steps.TrainState:
-        return build_state(self._model, self._tx, self._image_shape, self._config.seed)
+    def _initial_state(self, seed: jax.Array) -> steps.TrainState:
+        return build_state(self._model, self._tx, self._image_shape, seed)
 
     def initial_state(self) -> steps.TrainState:
         """The state before the first step."""
-        state = jax.jit(self._initial_state)()
+        return self._place(self._first_state(jax.jit(self._initial_state), self._seed))
+
+    def _first_state(self, initial_state: Callable[[Any], steps.TrainState], seed: Any) -> steps.TrainState:
+        state = initial_state(seed)
         if self._start is not None:
             state = state.replace(
                 params=state.params | self._start["params"], batch_stats=state.batch_stats | self._start["batch_stats"]
             )
-        return self._place(state)
+        return state
 
     def _normalize(self, images: jax.Array) -> jax.Array:
         return augment.normalize(images, self._config.dataset.mean, self._config.dataset.std)

@@ -1,0 +1,112 @@
+"""Several seeds of one model in one compiled program: every leaf of the state has a leading seed axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from regnet_flax.data import in_memory
+from regnet_flax.data.sources import Dataset
+from regnet_flax.training import steps
+from regnet_flax.training.program import Program
+
+
+def with_seed_axis(like: Any, seeds: int) -> Any:
+    """Shapes, dtypes and placement of a state, with an axis of so many seeds before each shape."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((seeds, *a.shape), a.dtype, sharding=a.sharding), like)
+
+
+def of_one(states: Any, index: jax.Array | int) -> Any:
+    """The state of one seed, without the seed axis."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), states)
+
+
+class SeedsProgram(Program):
+    """A Program whose state holds several seeds, each of which trains as it would alone, to rounding.
+
+    Initial weights, the order of the examples and their augmentation are those of a lone run with that seed.
+
+    Args:
+      config, dataset, devices, parallelize, start: see Program; the config's own seed is not used.
+      seeds: of the runs.
+      together: "always", one vmapped step for all seeds; "never", a call for each seed in turn; "auto", by backend.
+
+    Attributes:
+      seeds: as given.
+      together: whether the seeds' steps are vmapped.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        dataset: Dataset,
+        devices: list[Any],
+        parallelize: Callable[..., Any],
+        start: dict[str, Any] | None = None,
+        *,
+        seeds: Sequence[int],
+        together: str = "auto",
+    ):
+        super().__init__(config, dataset, devices, parallelize, start)
+        self.seeds = tuple(seeds)
+        self.together = together == "always" or (together == "auto" and devices[0].platform != "cpu")
+        self.like = with_seed_axis(self.like, len(self.seeds))
+        self._seeds = self._place(np.array(self.seeds, np.int32))
+        self._of_one = jax.jit(of_one)
+        if self.together:
+            step, mapped = jax.vmap(self._train_steps, (0, None, None, 0, 0, None)), (None, 0, None, None, None, None)
+        else:
+            step, mapped = self._turn, (None, 0, None, None, None, None, None)
+        self._p_train = parallelize(step, mapped, devices, donate=True)
+
+    def initial_state(self) -> steps.TrainState:
+        """The states before the first step."""
+        one = jax.jit(self._initial_state)
+        states = [self._first_state(one, np.int32(seed)) for seed in self.seeds]
+        return self._place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
+
+    def _turn(self, states, shard, data, orders, seeds, count, index):
+        state, done = self._train_steps(of_one(states, index), shard, data, orders[index], seeds[index], count)
+        return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, index, 0), states, state), done
+
+    def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]:
+        """See Program.train; every seed takes `count` steps."""
+        epoch = step // self.steps_per_epoch
+        if self._order[0] != epoch:
+            orders = [in_memory.epoch_order(seed, epoch, self._size) for seed in self.seeds]
+            self._order = epoch, self._place(jnp.stack(orders))
+        arguments = (self._shards, self._train_data, self._order[1], self._seeds, count)
+        if self.together:
+            return self._p_train(state, *arguments)
+        state, done = self._p_train(state, *arguments, 0)
+        for index in range(1, len(self.seeds)):
+            state, done = self._p_train(state, *arguments, index)
+        return state, done
+
+    def evaluate(self, state: steps.TrainState, poll: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
+        """Metrics of the test split, each an array (seeds,); one seed after another, as a lone run is evaluated."""
+        each = [super(SeedsProgram, self).evaluate(self._of_one(state, i), poll) for i in range(len(self.seeds))]
+        return {name: np.array([metrics[name] for metrics in each]) for name in each[0]}
+
+
+def averaged(line: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """A line of metrics.jsonl: means over the seeds, and each seed's own values under "seeds".
+
+    Args:
+      line: numbers, and arrays (seeds,) of what each seed has of its own.
+      seeds: of the run, in the arrays' order.
+
+    Returns:
+      Plain numbers by the names of `line`, and `{"seeds": {"0": {"train_loss": …}, …}}` for several seeds.
+    """
+    several = {name: np.asarray(value) for name, value in line.items() if np.ndim(value)}
+    plain = {n: v.item() if isinstance(v, (np.ndarray, np.generic)) else v for n, v in line.items() if n not in several}
+    if not several:
+        return plain
+    of = {str(s): {n: float(v[i]) for n, v in several.items() if np.isfinite(v[i])} for i, s in enumerate(seeds)}
+    return {name: plain[name] if name in plain else float(np.mean(several[name])) for name in line} | {"seeds": of}
