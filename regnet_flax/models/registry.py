@@ -103,7 +103,7 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
     Values are Python literals, or words without quotes; whether the model takes them is create_model's to check.
 
     Raises:
-      ValueError: the text is not written so, or names an option twice.
+      ValueError: the text is not written so, or an option is not one of OPTIONS or named twice.
     """
     name, *rest = text.split(maxsplit=1)[:2] if text.strip() else ("",)
     parts = re.split(r"\s+(?=\w+\s*=)", rest[0].strip()) if rest else []
@@ -115,12 +115,17 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
         key, value = match.groups()
         if key in options:
             raise ValueError(f"{key} is given twice")
+        if key not in OPTIONS:
+            close = difflib.get_close_matches(key, OPTIONS, n=1) or OPTIONS
+            raise ValueError(f"there is no option {key!r}: did you mean {' or '.join(close)}?")
         try:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             if not re.fullmatch(r"\w+", value):
                 raise ValueError(f"{key}={value} is not understood: write it such as in {_EXAMPLE!r}") from None
             options[key] = value
+        if isinstance(options[key], list):
+            options[key] = tuple(options[key])
     if not name:
         raise ValueError(f"a model's name is missing: write NAME OPTION=VALUE …, such as {_EXAMPLE!r}")
     return name, options
