@@ -7,7 +7,7 @@ from configs import digits
 
 
 def get_config():
-    config = digits.get_config("resnet14")
+    config = digits.get_config()
     config.model.overrides.width = 8
     config.train.epochs = 15
     config.compare.models = ("resnet14", "regnet14_convrnn", "regnet14_convgru", "regnet14_convlstm")

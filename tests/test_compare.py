@@ -139,7 +139,7 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.rows, self.fetched, self.pictures, self.text = [], [], [], ""
+        self.rows, self.fetched, self.pictures, self.text, self.inside = [], [], [], "", False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -147,14 +147,18 @@ class Page(html.parser.HTMLParser):
             self.rows.append([])
         elif tag in ("td", "th"):
             self.rows[-1].append("")
+            self.inside = True
         for name, value in attrs:
             if name in ("src", "srcset", "href", "data"):
                 (self.pictures if value.startswith("data:image/png;base64,") else self.fetched).append(value)
 
     def handle_data(self, data):
         self.text += data
-        if self.rows and self.rows[-1] and self.lasttag in ("td", "th"):
+        if self.inside:
             self.rows[-1][-1] += data
+
+    def handle_endtag(self, tag):
+        self.inside = self.inside and tag not in ("td", "th")
 
 
 def markdown_rows(text):
