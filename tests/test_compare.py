@@ -127,7 +127,11 @@ def write_run(workdir, variant, accuracies, seeds, classes=10):
                 values.pop("eval_top5_accuracy", None)
     last = {"last": {k: v for k, v in lines[-1].items() if k != "seeds"}}
     results = last | {"parameters": 1234, "wall_time_seconds": 3725.0, "seed": seeds[0]}
-    results |= {"hardware": {"device": "cpu <2 cores>"}, "versions": {"jax": "1.2"}, "command": "python -m a --b='<c>'"}
+    results |= {
+        "hardware": {"platform": "gpu", "device": "T<4>", "devices": 2, "processes": 1, "cpu_cores": 16},
+        "versions": {"jax": "1.2"},
+        "command": "python -m a --b='<c>'",
+    }
     if several:
         results["seeds"] = {seed: {"last": {"step": 88, "epoch": 2.0} | values} for seed, values in own.items()}
     (workdir / "results.json").write_text(json.dumps(results))
@@ -213,7 +217,15 @@ def test_the_words_of_the_report(written):
     assert "lowest mean test error is that of regnet8_convlstm kernel=dense: 4.17 ± 1.04 %" in text
     assert "(0 is not in the interval): regnet8_convlstm kernel=dense." in text
     assert "resnet14 did not end and is left out: the loss is not finite" in text
-    for word in ("Welch", "95 %", "15 epochs", "`python -m a --b='<c>'`", "cpu <2 cores>", "jax 1.2", "early stages"):
+    for word in (
+        "Welch",
+        "95 %",
+        "15 epochs",
+        "`python -m a --b='<c>'`",
+        "2 × T<4>, 16 CPU cores",
+        "jax 1.2",
+        "early stages",
+    ):
         assert word in text
     for name in re.findall(r"\]\((figures/.*?)\)", text):
         assert np.asarray(Image.open(written / name)).std() > 0

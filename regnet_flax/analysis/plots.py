@@ -172,6 +172,8 @@ def compared_costs(
       path: the picture to write.
       dark: for a dark page.
     """
+    from matplotlib.ticker import MaxNLocator
+
     with _page(dark) as plt:
         rows = -(-len(runs) // 3)
         figure, both = plt.subplots(1, 2, figsize=(10, 4 + 0.25 * rows), layout="constrained", sharey=True)
@@ -196,4 +198,5 @@ def compared_costs(
         for axes in both:
             axes.grid(alpha=0.3)
             axes.set_xmargin(0.12)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
         _finish(plt, figure, both[0], list(runs), path)

@@ -6,6 +6,7 @@ import base64
 import html
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,8 @@ def _count(number: int) -> str:
 
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
@@ -168,10 +171,17 @@ def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
         ("data", f"{data['name']}, {data['num_classes']} classes, {size}; augmentation: {augment}"),
         ("recipe", recipe),
     ]
-    for name in ("hardware", "versions"):
-        said = [", ".join(f"{k} {v}" for k, v in r.environment[name].items()) for r in results]
-        facts += [(name, text) for text in dict.fromkeys(said)]
-    return facts + [("command", text) for text in dict.fromkeys(r.environment["command"] for r in results)]
+    show = {"hardware": _hardware, "versions": lambda v: ", ".join(map(" ".join, v.items())), "command": str}
+    for name in show:
+        said = [r.environment[name] for r in results]
+        facts += [(name, text) for text in dict.fromkeys(map(show[name], said))]
+    return facts
+
+
+def _hardware(found: Mapping[str, Any]) -> str:
+    device = f"{found['devices']} × {found['device']}" if found["platform"] != "cpu" else "CPU"
+    hosts = f", {found['processes']} hosts" if found["processes"] > 1 else ""
+    return f"{device}, {found['cpu_cores']} CPU cores{hosts}"
 
 
 def _markdown(
@@ -181,7 +191,7 @@ def _markdown(
     rule = ["---:" if _is_number(i, head) else "---" for i in range(len(head))]
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, rule, *rows)]
     parts = [f"# {title}", said, "\n".join(lines), *notes]
-    parts += [f"![{caption}]({FIGURES}/{kind}.png)\n\n{caption}" for kind, caption in _CAPTIONS.items()]
+    parts += [f"![{kind}]({FIGURES}/{kind}.png)\n\n{caption}" for kind, caption in _CAPTIONS.items()]
     parts.append("\n".join(f"- {name}: " + (f"`{text}`" if name == "command" else text) for name, text in facts))
     return "\n\n".join(parts) + "\n"
 
