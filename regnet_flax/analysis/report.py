@@ -122,7 +122,7 @@ def _summary(results: Sequence[Result]) -> str:
         return f"{said} One seed tells nothing of the spread: a difference may be chance."
     others = [r for r in results[1:] if _differs(r, results[0])]
     if not others:
-        return f"{said} No model's difference to the baseline, {results[0].label}, is clear: each interval holds 0."
+        return f"{said} None is clearly apart from the baseline, {results[0].label}: each interval holds 0."
     names = ", ".join(r.label for r in others)
     return f"{said} Clearly apart from the baseline, {results[0].label} (0 is not in the interval): {names}."
 
@@ -201,9 +201,9 @@ def _is_number(column: int, head: Sequence[str]) -> bool:
 
 
 _STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #595959; --paper: #fff; --line: #d8d8d8; --best: #eef6ee }
+:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #595959; --paper: #fff; --line: #d8d8d8 }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6e6e6; --soft: #a8a8a8; --paper: #16181c; --line: #3a3d44; --best: #1e2b20 } }
+  :root { --ink: #e6e6e6; --soft: #a8a8a8; --paper: #16181c; --line: #3a3d44 } }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 70rem; margin: 0 auto; padding: 1rem }
 h1 { font-size: 1.5rem; line-height: 1.25 }
@@ -213,9 +213,9 @@ th, td { padding: .4rem .7rem; text-align: left; border-bottom: 1px solid var(--
 th { color: var(--soft); font-weight: 600; font-size: .875rem; vertical-align: bottom }
 .number { text-align: right; white-space: nowrap }
 th.number { white-space: normal }
-tr.best { background: var(--best) }
+td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper); min-width: 8rem }
 figure { margin: 1.5rem 0 }
-img { width: 100%; height: auto }
+img { width: 100%; min-width: 40rem; height: auto; display: block }
 figcaption, .notes { color: var(--soft); font-size: .875rem }
 dt { font-weight: 600; margin-top: .5rem }
 dd { margin: 0; overflow-wrap: anywhere }
@@ -232,17 +232,18 @@ def _html(
 ) -> str:
     head, *rows = cells
 
-    def row(cells: Sequence[str], tag: str, kind: str = "") -> str:
+    def row(cells: Sequence[str], tag: str) -> str:
         inside = "".join(
             f"<{tag}{' class=number' if _is_number(i, head) else ''}>{html.escape(cell)}</{tag}>"
             for i, cell in enumerate(cells)
         )
-        return f"<tr{kind}>{inside}</tr>"
+        return f"<tr>{inside}</tr>"
 
     body = "\n".join(row(cells, "td") for cells in rows)
     figures = "\n".join(
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{_inline(pictures[True][kind])}">'
-        f'<img src="{_inline(pictures[False][kind])}" alt="{html.escape(caption)}"></picture>'
+        '<figure><div class="wide"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_inline(pictures[True][kind])}">'
+        f'<img src="{_inline(pictures[False][kind])}" alt="{html.escape(caption)}"></picture></div>'
         f"<figcaption>{html.escape(caption)}</figcaption></figure>"
         for kind, caption in _CAPTIONS.items()
     )
