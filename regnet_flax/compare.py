@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
+
+import jax
 
 from regnet_flax.analysis import report
 from regnet_flax.config import ConfigError, check_config
@@ -75,6 +78,9 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
                 failed[label(variant)] = str(error)
             else:
                 runs[label(variant)] = path / folder(variant)
+            # JAX's caches hold the run's compiled functions, and so its data set on the device.
+            jax.clear_caches()
+            gc.collect()
         if runs:
             report.write(path, runs, failed)
             logger.info("report: %s and %s", path / report.MARKDOWN, path / report.HTML)
