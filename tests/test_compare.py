@@ -308,7 +308,7 @@ TINY = [
     "--config.model.overrides.width=4",
     "--config.train.batch_size=128",
     "--config.train.epochs=3",
-    "--config.compare.models=('resnet8', 'regnet8_convgru regulated_stages=(1,)')",
+    "--config.compare.models=('resnet8', 'resnet8 shortcut=A')",
     "--config.compare.seeds=(0,1)",
 ]
 
@@ -324,14 +324,14 @@ def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, program):
         text=True,
     )
     path = tmp_path / "runs" / "compare_digits"
-    first, second = path / "resnet8", path / "regnet8_convgru-regulated_stages-1"
+    first, second = path / "resnet8", path / "resnet8-shortcut-A"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (second / "checkpoints" / "11").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=100)
     assert process.returncode == 143, out
-    assert "model 2 of 2: regnet8_convgru regulated_stages=(1,)" in out and "seeds 0, 1" in out
+    assert "model 2 of 2: resnet8 shortcut=A" in out and "seeds 0, 1" in out
     assert (first / "results.json").exists() and not (second / "results.json").exists()
     assert not (path / "report.md").exists()
 

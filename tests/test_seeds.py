@@ -152,7 +152,7 @@ def test_a_line_has_the_means_and_each_seeds_own():
 
 # Whole runs
 
-RUN = {"train.batch_size": 128, "train.epochs": 2, "eval.batch_size": 100}
+RUN = {"model.name": "resnet8", "train.batch_size": 128, "train.epochs": 2, "eval.batch_size": 100}
 STEPS_PER_EPOCH = 1437 // 128
 
 
@@ -194,7 +194,7 @@ def test_what_a_run_of_several_seeds_leaves(finished):
 
 
 def parameters():
-    model = create_model("regnet8_convlstm", width=4)
+    model = create_model("resnet8", width=4)
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False))["params"]
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
