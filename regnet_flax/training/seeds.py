@@ -34,7 +34,7 @@ class SeedsProgram(Program):
     Args:
       config, dataset, devices, parallelize, start: see Program; the config's own seed is not used.
       seeds: of the runs.
-      together: "always", one vmapped step for all seeds; "never", a call for each seed in turn; "auto": in turn on a CPU,
+      together: "always", one vmapped step for all seeds; "never", a call for each in turn; "auto": in turn on a CPU,
         where XLA runs the grouped convolutions that vmap makes of batched weights badly.
 
     Attributes:
