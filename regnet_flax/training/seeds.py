@@ -22,12 +22,17 @@ def with_seed_axis(like: Any, seeds: int) -> Any:
 
 
 def of_one(states: Any, index: jax.Array | int) -> Any:
-    """The state of one seed, without the seed axis."""
+    """The state of one seed, or any other tree of arrays with a seed axis, without that axis."""
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), states)
 
 
+def put_back(states: Any, state: Any, index: jax.Array | int) -> Any:
+    """The states with that of one seed replaced."""
+    return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, index, 0), states, state)
+
+
 class SeedsProgram(Program):
-    """A Program whose state holds several seeds, each of which trains as it would alone, to rounding.
+    """A Program whose state holds several seeds, each of which trains as it would alone; vmapped, to rounding.
 
     Initial weights, the order of the examples and their augmentation are those of a lone run with that seed.
 
@@ -58,12 +63,11 @@ class SeedsProgram(Program):
         self.together = together == "always" or (together == "auto" and devices[0].platform != "cpu")
         self.like = with_seed_axis(self.like, len(self.seeds))
         self._seeds = self._place(np.array(self.seeds, np.int32))
-        self._of_one = jax.jit(of_one)
+        self._of_one = jax.jit(of_one, out_shardings=self._replicated)
+        self._put_back = jax.jit(put_back, out_shardings=self._replicated, donate_argnums=0)
         if self.together:
-            step, mapped = jax.vmap(self._train_steps, (0, None, None, 0, 0, None)), (None, 0, None, None, None, None)
-        else:
-            step, mapped = self._turn, (None, 0, None, None, None, None, None)
-        self._p_train = parallelize(step, mapped, devices, donate=True)
+            step = jax.vmap(self._train_steps, (0, None, None, 0, 0, None))
+            self._p_train = parallelize(step, (None, 0, None, None, None, None), devices, donate=True)
 
     def initial_state(self) -> steps.TrainState:
         """The states before the first step."""
@@ -71,22 +75,19 @@ class SeedsProgram(Program):
         states = [self._first_state(one, np.int32(seed)) for seed in self.seeds]
         return self._place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
 
-    def _turn(self, states, shard, data, orders, seeds, count, index):
-        state, done = self._train_steps(of_one(states, index), shard, data, orders[index], seeds[index], count)
-        return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, index, 0), states, state), done
-
     def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]:
         """See Program.train; every seed takes `count` steps."""
         epoch = step // self.steps_per_epoch
         if self._order[0] != epoch:
             orders = [in_memory.epoch_order(seed, epoch, self._size) for seed in self.seeds]
             self._order = epoch, self._place(jnp.stack(orders))
-        arguments = (self._shards, self._train_data, self._order[1], self._seeds, count)
         if self.together:
-            return self._p_train(state, *arguments)
-        state, done = self._p_train(state, *arguments, 0)
-        for index in range(1, len(self.seeds)):
-            state, done = self._p_train(state, *arguments, index)
+            return self._p_train(state, self._shards, self._train_data, self._order[1], self._seeds, count)
+        done = self._seeds
+        for index in range(len(self.seeds)):
+            one, order, seed = self._of_one((state, self._order[1], self._seeds), index)
+            one, done = self._p_train(one, self._shards, self._train_data, order, seed, count)
+            state = self._put_back(state, one, index)
         return state, done
 
     def evaluate(self, state: steps.TrainState, poll: Callable[[int], None] = lambda done: None) -> dict[str, Any]:
