@@ -83,6 +83,11 @@ def get_config() -> config_dict.ConfigDict:
     predict.images = ""  # a file, a folder, or a glob of them
     predict.top = 5  # classes shown for each image
     predict.json = False  # JSON on standard output instead of a table; all else is then said on standard error
+    config.compare = compare = config_dict.ConfigDict()  # for --mode compare
+    compare.models = ()  # the baseline first; options after the name: "regnet20_convgru kernel=dense"
+    compare.seeds = (0, 1, 2)  # of each model, trained together
+    # Their steps: "always" in one by vmap, "never", taking turns, in the memory of one; "auto": by turns on a CPU
+    compare.together = "auto"
 
     config.export = export = config_dict.ConfigDict()  # for --mode export, of the checkpoint eval.checkpoint
     export.format = "safetensors"  # or "torch", by PyTorch's names both

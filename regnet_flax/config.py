@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from regnet_flax.data import streaming
 from regnet_flax.data.augment import AUGMENTATIONS
 from regnet_flax.data.sources import SOURCES, Dataset
-from regnet_flax.models.registry import OPTIONS, create_model
+from regnet_flax.models.registry import OPTIONS, create_model, parse_variant
 from regnet_flax.training.optimizer import SCHEDULES, boundary_steps
 
 Check = Callable[[Any], str]  # "" for a good value, otherwise what the value must be
@@ -129,6 +129,9 @@ FIELDS: dict[str, Check] = {
     "predict.images": _text,
     "predict.top": _whole(1),
     "predict.json": _flag,
+    "compare.models": _each(_text),
+    "compare.seeds": _each(_whole(0)),
+    "compare.together": _choice("auto", "always", "never"),
     "export.format": _choice("safetensors", "torch"),
     "export.path": _text,
 }
@@ -151,6 +154,8 @@ MAY_CHANGE = (
     "predict.images",
     "predict.top",
     "predict.json",
+    "compare.models",
+    "compare.seeds",
     "export.format",
     "export.path",
 )
@@ -205,6 +210,9 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
             create_model(values["model.name"], num_classes=10, **options)
         except (ValueError, TypeError) as error:
             yield f"model: {error}"
+        yield from _wrong_variants(values.get("compare.models", ()), options)
+    if (seeds := values.get("compare.seeds", ())) and len(set(seeds)) < len(seeds):
+        yield f"compare.seeds is {seeds}: name each seed once"
     accumulate_steps = values.get("optimizer.accumulate_steps", 1)
     pairs = 2 if values.get("train.mixup") or values.get("train.cutmix") else 1
     parts = devices * accumulate_steps * pairs
@@ -260,6 +268,23 @@ def _streaming_contradictions(values: dict[str, Any]) -> Iterator[str]:
     streamed = streaming.CROP in augment or in_memory == "never"
     if streamed and name == "folder" and values.get("dataset.image_size") == 0:
         yield "dataset.image_size is 0: streamed images are brought to one size, such as 224"
+
+
+def _wrong_variants(variants: Sequence[str], overrides: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with compare.models, whose own options go before `model.overrides`."""
+    seen: dict[str, str] = {}
+    for text in variants:
+        try:
+            name, options = parse_variant(text)
+            for option, value in options.items():
+                if wrong := FIELDS.get(f"model.overrides.{option}", _any)(value):
+                    raise ValueError(f"{option} is {value!r}: it must be {wrong}")
+            create_model(name, num_classes=10, **overrides | options)
+        except (ValueError, TypeError) as error:
+            yield f"compare.models, {text!r}: {error}"
+            continue
+        if (same := seen.setdefault(repr((name, sorted(options.items()))), text)) is not text:
+            yield f"compare.models has {same!r} and {text!r}: name each model once"
 
 
 def resolve(config: Any, dataset: Dataset | streaming.StreamedDataset) -> Any:

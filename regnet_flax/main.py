@@ -15,7 +15,7 @@ from typing import Any
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "configs/digits.py"
 _IN_CONFIG = "Error whilst parsing config file"  # ml_collections, before a traceback
-MODES = ("train", "eval", "predict", "summary", "export")
+MODES = ("train", "eval", "predict", "summary", "compare", "export")
 
 
 class UsageError(ValueError):
@@ -92,8 +92,11 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     config = values.config
     stem = pathlib.Path(file.partition(":")[0]).stem
     if not values.workdir:
-        values.workdir = str(pathlib.Path("runs") / f"{stem}-{config.model.name}-{config.seed}")
-    if values.mode != "train" and (stored := workdir.read_json(pathlib.Path(values.workdir) / workdir.CONFIG)):
+        run = stem if values.mode == "compare" else f"{stem}-{config.model.name}-{config.seed}"
+        values.workdir = str(pathlib.Path("runs") / run)
+    if values.mode not in ("train", "compare") and (
+        stored := workdir.read_json(pathlib.Path(values.workdir) / workdir.CONFIG)
+    ):
         overrides = config_flags.get_override_values(values["config"])
         try:
             with config.ignore_type():
@@ -148,7 +151,7 @@ USAGE = f"""usage: python -m regnet_flax.main [--config FILE] [--mode MODE] [--w
 
   --config FILE          a config file, or FILE:MODEL for another model; {DEFAULT_CONFIG} by default
   --mode MODE            {", ".join(MODES)}; train by default. Running train again goes on where it was stopped
-  --workdir DIR          where the run is kept; runs/<config>-<model>-<seed> by default
+  --workdir DIR          where the run is kept; runs/<config>-<model>-<seed> by default, runs/<config> for compare
   --distributed auto     train or eval as one of several processes that Slurm, Kubernetes, Open MPI or a TPU started
   --distributed HOST:PORT,PROCESSES,INDEX    the same, told which: process 0's machine and a free port on it
   --profile              write a trace of a few training steps into WORKDIR/profile, for TensorBoard or Perfetto
@@ -181,6 +184,10 @@ def run(argv: Sequence[str]) -> None:
 
     if values.mode == "train":
         loop.train_and_evaluate(config, values.workdir, profile=values.profile)
+    elif values.mode == "compare":
+        from regnet_flax import compare
+
+        compare.compare(config, values.workdir, loop.train_and_evaluate)
     elif values.mode == "export":
         from regnet_flax import export
 

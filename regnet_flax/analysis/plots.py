@@ -14,7 +14,7 @@ TRAIN, TEST, DROP = "#1f77b4", "#d62728", "#999999"
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -37,7 +37,7 @@ def curves(lines: Sequence[dict[str, Any]], path: pathlib.Path, title: str = "",
       title: above it.
       drops: the epochs at which the learning rate falls; those beyond the last line are not drawn.
     """
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.ticker import PercentFormatter
 
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -82,7 +82,7 @@ def losses(curves: dict[str, Sequence[float]], path: pathlib.Path, title: str = 
       path: the picture to write.
       title: above it.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, (overlaid, apart) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     (first, reference), *others = curves.items()
     overlaid.plot(reference, label=first, linewidth=3, alpha=0.4)
@@ -139,7 +139,7 @@ def predictions(
       path: the picture to write.
       title: above it.
     """
-    plt = _pyplot()
+    plt = pyplot()
     columns = min(4, len(images))
     rows = math.ceil(len(images) / columns)
     figure, grid = plt.subplots(
@@ -174,7 +174,7 @@ def probabilities(
       path: the picture to write.
       title: above it.
     """
-    plt = _pyplot()
+    plt = pyplot()
     columns = min(4, len(images))
     rows, bars = math.ceil(len(images) / columns), len(tops[0])
     heights = [2.4, 0.35 * bars + 0.25] * rows
@@ -216,7 +216,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path
       path: the picture to write.
       title: above it.
     """
-    plt = _pyplot()
+    plt = pyplot()
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import PercentFormatter
 

@@ -70,7 +70,9 @@ def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[tuple[st
             inside[1] = module.path[1]
         output = call(*args, **kwargs)
         if inside[0]:
-            found.setdefault((inside[0], inside[1]), Part(inside[0])).multiply_adds += _multiply_adds(module, args, output)
+            found.setdefault((inside[0], inside[1]), Part(inside[0])).multiply_adds += _multiply_adds(
+                module, args, output
+            )
         if of_the_model and hasattr(output, "shape"):
             found.setdefault((module.path[0], ""), Part(module.path[0])).output = output.shape[1:]
         return output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import fnmatch
 import functools
@@ -40,6 +41,7 @@ _CHOICES = {
     "bottleneck_stride": ("1x1", "3x3"),
     "init": ("paper", "torch"),
 }
+_EXAMPLE = "regnet20_convlstm kernel=dense regulated_stages=(1, 2)"
 
 
 def _fields(depth: int, regulator: str | None, squeeze_excite: bool) -> dict[str, Any]:
@@ -94,6 +96,40 @@ def _resolve(name: str) -> functools.partial[nn.Module]:
         )
     close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3)
     raise ValueError(f"unknown model {name!r}: the closest names are {', '.join(close) or ', '.join(list(MODELS)[:3])}")
+
+
+def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
+    """A model's name and options, from text such as "regnet20_convlstm kernel=dense regulated_stages=(1, 2)".
+
+    Values are Python literals, or words without quotes; whether the model takes them is create_model's to check.
+
+    Raises:
+      ValueError: the text is not written so, or an option is not one of OPTIONS or named twice.
+    """
+    name, *rest = text.split(maxsplit=1)[:2] if text.strip() else ("",)
+    parts = re.split(r"\s+(?=\w+\s*=)", rest[0].strip()) if rest else []
+    options: dict[str, Any] = {}
+    for part in parts:
+        match = re.fullmatch(r"(\w+)\s*=\s*(.+)", part)
+        if not name or not match:
+            raise ValueError(f"{part!r} is not understood: write NAME OPTION=VALUE …, such as {_EXAMPLE!r}")
+        key, value = match.groups()
+        if key in options:
+            raise ValueError(f"{key} is given twice")
+        if key not in OPTIONS:
+            close = difflib.get_close_matches(key, OPTIONS, n=1) or OPTIONS
+            raise ValueError(f"there is no option {key!r}: did you mean {' or '.join(close)}?")
+        try:
+            options[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            if not re.fullmatch(r"\w+", value):
+                raise ValueError(f"{key}={value} is not understood: write it such as in {_EXAMPLE!r}") from None
+            options[key] = value
+        if isinstance(options[key], list):
+            options[key] = tuple(options[key])
+    if not name:
+        raise ValueError(f"a model's name is missing: write NAME OPTION=VALUE …, such as {_EXAMPLE!r}")
+    return name, options
 
 
 def create_model(

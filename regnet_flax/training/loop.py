@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import pathlib
 import time
@@ -23,6 +24,7 @@ from regnet_flax.training.interrupt import StopSignals, WorkdirError, workdir_lo
 from regnet_flax.training.program import AXIS, Program, build_model, build_optimizer, build_state
 from regnet_flax.training.progress import duration
 from regnet_flax.training.run import Run, collect_results, report
+from regnet_flax.training.seeds import SeedsProgram, of_one, with_seed_axis
 from regnet_flax.training.streamed import StreamedProgram
 
 logger = logging.getLogger("regnet_flax")
@@ -94,9 +96,20 @@ def load(config: Any) -> sources.Dataset | streaming.StreamedDataset:
     return dataset
 
 
-def program_of(dataset: sources.Dataset | streaming.StreamedDataset) -> type[Program]:
-    """The kind of Program that trains on this data set."""
-    return StreamedProgram if isinstance(dataset, streaming.StreamedDataset) else Program
+def make_program(
+    config: Any,
+    dataset: sources.Dataset | streaming.StreamedDataset,
+    devices: list[Any],
+    start: dict[str, Any] | None,
+    seeds: Sequence[int] = (),
+) -> Program:
+    """The program of a resolved config."""
+    if isinstance(dataset, streaming.StreamedDataset):
+        return StreamedProgram(config, dataset, devices, pmap, start)
+    if len(seeds) > 1:
+        together = config.compare.together
+        return SeedsProgram(config, dataset, devices, pmap, start, seeds=seeds, together=together)
+    return Program(config, dataset, devices, pmap, start)
 
 
 def load_weights(config: Any) -> dict[str, Any] | None:
@@ -134,7 +147,12 @@ def load_weights(config: Any) -> dict[str, Any] | None:
 
 
 def train_and_evaluate(
-    config: Any, path: str | pathlib.Path, devices: list[Any] | None = None, *, profile: bool = False
+    config: Any,
+    path: str | pathlib.Path,
+    devices: list[Any] | None = None,
+    seeds: Sequence[int] = (),
+    *,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Trains, or goes on with, the run of a workdir.
 
@@ -142,6 +160,8 @@ def train_and_evaluate(
       config: a nested config with the fields of configs/base.py.
       path: the workdir. A run that it holds is gone on with; a finished one is only reported.
       devices: to train on; all by default, those of other processes too.
+      seeds: several train together, each as it would alone, and what is logged are means and each seed's own values;
+        by default the config's seed, in whose place a single one given here is taken.
       profile: whether a trace of a few steps goes into `<workdir>/profile`.
 
     Returns:
@@ -157,11 +177,15 @@ def train_and_evaluate(
       ProcessError: another process failed, or has another config, workdir or data set.
     """
     path, devices = pathlib.Path(path), devices or jax.devices()
+    config, seeds = copy.deepcopy(config), tuple(seeds) or (config.seed,)
+    config.seed = seeds[0]
+    if len(seeds) > 1:
+        config.compare.seeds = seeds
     with processes.together():
         config_lib.check_config(config)
         # Before the first checkpoint there is nothing that another config would spoil.
         stored = workdir.read_json(path / workdir.CONFIG) if has_checkpoints(path) else None
-        _refuse_changes(stored, config, path, resolved=False)
+        _refuse_changes(stored, config, path, seeds, resolved=False)
         results = workdir.read_json(path / workdir.RESULTS)
     here = dict(config_lib.flatten(config)) | {"dataset.data_dir": ""}  # which each machine may have elsewhere
     processes.check_same("config", here)
@@ -190,12 +214,17 @@ def train_and_evaluate(
                 f"{path} holds a run whose data set was {before[1]}, and now it would be {now[1]}, in another order: "
                 f"set dataset.in_memory={before[0]}, or name another --workdir"
             )
+        if streamed and len(seeds) > 1:
+            raise config_lib.ConfigError(
+                f"{dataset.name} is streamed, and several seeds train together on a data set in memory only: "
+                "set dataset.in_memory=always, or compare.seeds to one"
+            )
         if stored and stored["dataset_fingerprint"] != fingerprint:
             raise config_lib.ConfigError(
                 f"{path} was trained on other images than {dataset.name} has now: restore them, or name another workdir"
             )
         config = config_lib.resolve(config, dataset)
-        _refuse_changes(stored, config, path, resolved=True)
+        _refuse_changes(stored, config, path, seeds, resolved=True)
         with processes.together():
             start = load_weights(config)
         with workdir_lock(path):
@@ -205,6 +234,8 @@ def train_and_evaluate(
                 "streamed": streamed,
                 "dataset_fingerprint": fingerprint,
             }
+            if len(seeds) > 1:
+                record["seeds"] = list(seeds)
             if processes.is_primary():
                 # Of a run that is to go on: it would pass for finished if it were stopped now.
                 (path / workdir.RESULTS).unlink(missing_ok=True)
@@ -213,13 +244,14 @@ def train_and_evaluate(
             checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
             try:
                 logger.info(
-                    "%s on %d × %s, %s; the first step takes longer, since it is compiled",
+                    "%s%s on %d × %s, %s; the first step takes longer, since it is compiled",
                     config.model.name,
+                    f", seeds {', '.join(map(str, seeds))}" if len(seeds) > 1 else "",
                     len(devices),
                     devices[0].device_kind,
                     config.dtype,
                 )
-                program = program_of(dataset)(config, dataset, devices, pmap, start)
+                program = make_program(config, dataset, devices, start, seeds)
                 run = Run(config, path, program, checkpoints, stop, profile)
                 run.run()
                 checkpoints.wait()
@@ -227,6 +259,8 @@ def train_and_evaluate(
                 if processes.is_primary():
                     results = collect_results(run, config, path)
                     figures, title = path / workdir.FIGURES, f"{config.model.name} on {dataset.name}"
+                    if len(seeds) > 1:
+                        title += f", seed {config.seed}"
                     figures.mkdir(exist_ok=True)
                     if outcomes is not None:
                         results["per_class"] = write_figures(figures, dataset, outcomes, title, config.seed)
@@ -245,8 +279,16 @@ def train_and_evaluate(
     return results
 
 
-def _refuse_changes(stored: dict[str, Any] | None, config: Any, path: pathlib.Path, *, resolved: bool) -> None:
-    if stored and (lines := config_lib.changed_fields(stored, workdir.plain(config), resolved=resolved)):
+def _refuse_changes(
+    stored: dict[str, Any] | None, config: Any, path: pathlib.Path, seeds: tuple[int, ...], *, resolved: bool
+) -> None:
+    if not stored:
+        return
+    lines = config_lib.changed_fields(stored, workdir.plain(config), resolved=resolved)
+    before = tuple(stored.get("seeds", seeds[:1]))
+    if before != seeds:
+        lines.append(f"seeds that train together: {before} before, {seeds} now")
+    if lines:
         raise config_lib.ConfigError(
             f"{path} holds a run with another config ({'; '.join(lines)}): name another --workdir, or undo the change"
         )
@@ -263,11 +305,18 @@ def _check_has_checkpoints(path: pathlib.Path) -> None:
 
 
 def _read_checkpoint(config: Any, path: pathlib.Path, like: Any) -> tuple[int, Any]:
+    """The step and the state of the checkpoint `eval.checkpoint`; of several seeds, that of the config's."""
+    seeds = workdir.read_json(path / workdir.CONFIG).get("seeds", [])
+    if seeds:
+        if config.seed not in seeds:
+            raise config_lib.ConfigError(f"seed is {config.seed}: {path} has the seeds {', '.join(map(str, seeds))}")
+        like = with_seed_axis(like, len(seeds))
     checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
     try:
-        return checkpoints.read(str(config.eval.checkpoint), like)
+        step, state = checkpoints.read(str(config.eval.checkpoint), like)
     finally:
         checkpoints.close()
+    return step, of_one(state, seeds.index(config.seed)) if seeds else state
 
 
 def load_trained(config: Any, path: str | pathlib.Path) -> tuple[Any, dict[str, Any], int]:
@@ -328,7 +377,7 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
                 f"{', '.join(trained)}: evaluate it on images of these"
             )
     config = config_lib.resolve(config, dataset)
-    program = program_of(dataset)(config, dataset, devices, pmap, load_weights(config))
+    program = make_program(config, dataset, devices, load_weights(config))
     if config.model.init_from:
         step, state = 0, program.initial_state()
     else:

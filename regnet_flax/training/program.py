@@ -59,7 +59,11 @@ def build_optimizer(config: Any, steps_per_epoch: int) -> tuple[optimizer.Schedu
 
 
 def build_state(
-    model: nn.Module, tx: optax.GradientTransformation, image_shape: tuple[int, ...], seed: int, ema: bool = False
+    model: nn.Module,
+    tx: optax.GradientTransformation,
+    image_shape: tuple[int, ...],
+    seed: jax.Array | int,
+    ema: bool = False,
 ) -> steps.TrainState:
     """The state before the first step, for images of shape (height, width, channels)."""
     variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
@@ -91,6 +95,7 @@ class Program:
 
     Attributes:
       devices: as given.
+      seeds: of the run, one.
       steps_per_epoch: whole batches in the training split.
       total_steps: of the run, which `train.max_steps` may cut short.
       steps_per_call: the most steps of one compiled call.
@@ -108,6 +113,7 @@ class Program:
         start: dict[str, Any] | None = None,
     ):
         self._config, self.devices, self._start = config, devices, start
+        self.seeds: tuple[int, ...] = (config.seed,)
         mesh = Mesh(np.array(devices), (AXIS,))
         self._replicated = NamedSharding(mesh, PartitionSpec())
         self._divided = NamedSharding(mesh, PartitionSpec(AXIS))
@@ -130,7 +136,7 @@ class Program:
         self._image_shape = dataset.image_shape
         self.like = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated),
-            jax.eval_shape(self._initial_state),
+            jax.eval_shape(self._initial_state, np.int32(config.seed)),
         )
         self._order: tuple[int, jax.Array] = (-1, self._seed)
         self._compile(functools.partial(parallelize, devices=devices))
@@ -143,13 +149,16 @@ class Program:
         self._p_train = parallelize(self._train_steps, (None, 0, None, None, None, None), donate=True)
         self._p_eval = parallelize(self._eval_step, (None, 0, None, None))
 
-    def _initial_state(self) -> steps.TrainState:
+    def _initial_state(self, seed: jax.Array) -> steps.TrainState:
         ema = self._config.optimizer.ema_decay > 0
-        return build_state(self._model, self._tx, self._image_shape, self._config.seed, ema)
+        return build_state(self._model, self._tx, self._image_shape, seed, ema)
 
     def initial_state(self) -> steps.TrainState:
         """The state before the first step."""
-        state = jax.jit(self._initial_state)()
+        return self.place(self._first_state(jax.jit(self._initial_state), np.int32(self._config.seed)))
+
+    def _first_state(self, initial_state: Callable[[Any], steps.TrainState], seed: Any) -> steps.TrainState:
+        state = initial_state(seed)
         if self._start is not None:
             state = state.replace(
                 params=state.params | self._start["params"], batch_stats=state.batch_stats | self._start["batch_stats"]
@@ -158,7 +167,11 @@ class Program:
                 latest = {"params": state.params, "batch_stats": state.batch_stats}
                 state = state.replace(ema=jax.tree.map(jnp.copy, latest))
         # Machines of different make may differ in the last bit, and would stay apart.
-        return self.place(state if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(state))
+        return state if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(state)
+
+    def zero_sums(self) -> dict[str, jax.Array]:
+        """The `sums` of a state from which nothing has been logged yet."""
+        return self.place(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), self.like.sums))
 
     def place(self, tree: Any) -> Any:
         """A tree of arrays on every device, where an argument left on one of them would be copied at every call."""

@@ -6,18 +6,20 @@ import logging
 import pathlib
 import time
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 from regnet_flax.analysis import summary
-from regnet_flax.training import processes, steps, workdir
+from regnet_flax.training import processes, workdir
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.interrupt import Interrupted, StopSignals
 from regnet_flax.training.profile import Trace
 from regnet_flax.training.program import Program
 from regnet_flax.training.progress import RunDisplay, duration
+from regnet_flax.training.seeds import averaged
 
 logger = logging.getLogger("regnet_flax")
 
@@ -36,6 +38,7 @@ class Run:
     Attributes:
       state: of training.
       step: steps taken.
+      seeds: that train together, or one.
       environment: hardware and versions.
     """
 
@@ -51,6 +54,7 @@ class Run:
         self._config, self._path, self._program = config, path, program
         self._checkpoints, self._stop = checkpoints, stop
         self._trace = Trace(path / workdir.PROFILE if profile and processes.is_primary() else None)
+        self.seeds = program.seeds
         self.environment = workdir.environment(program.devices)
         self._began = time.monotonic()
         restored = checkpoints.restore(program.like)
@@ -58,7 +62,7 @@ class Run:
             self.state, record = program.initial_state(), {"logged": True, "seconds": 0.0}
         else:
             self.state, record = restored
-        self.step = int(self.state.step)
+        self.step = int(np.max(self.state.step))
         self._logged, self._seconds_before = record["logged"], record["seconds"]
         if restored is not None:
             self._warn_of_changes(record["environment"])
@@ -85,7 +89,7 @@ class Run:
         """Trains to the end, or until a signal."""
         program, train = self._program, self._config.train
         with RunDisplay(
-            program.total_steps, train.epochs, program.steps_per_epoch, train.batch_size, self.step
+            program.total_steps, train.epochs, program.steps_per_epoch, self._images_per_step, self.step
         ) as self._display:
             # A checkpoint that a signal made before its step was logged: the line is still to come.
             step = self.step if self._logged else self.step - 1
@@ -125,6 +129,10 @@ class Run:
                 self._save()
 
     @property
+    def _images_per_step(self) -> int:
+        return self._config.train.batch_size * len(self.seeds)
+
+    @property
     def _save_every(self) -> int:
         return self._config.checkpoint.every_steps or self._program.steps_per_epoch
 
@@ -153,13 +161,13 @@ class Run:
         if self._since is not None:
             self._display.step(self.step)
         line: dict[str, Any] = {"step": self.step, "epoch": self.step / self._program.steps_per_epoch}
-        if sums["steps"]:
-            line["train_loss"] = float(sums["loss"] / sums["steps"])
-            line["train_accuracy"] = float(sums["accuracy"] / sums["steps"])
+        if np.all(sums["steps"]):
+            line["train_loss"] = sums["loss"] / sums["steps"]
+            line["train_accuracy"] = sums["accuracy"] / sums["steps"]
         line["learning_rate"] = float(self._program.schedule(self.step - 1))
         if self._since is not None and self.step > self._timed_from:
             elapsed = time.monotonic() - self._since
-            line["images_per_second"] = (self.step - self._timed_from) * self._config.train.batch_size / elapsed
+            line["images_per_second"] = (self.step - self._timed_from) * self._images_per_step / elapsed
         metrics = None
         if self._evaluates_here():
             self._display.doing("evaluating")
@@ -169,13 +177,14 @@ class Run:
                 self._interrupt()
             metrics = {f"eval_{name}": value for name, value in metrics.items() if name != "count"}
             line |= metrics
+        line = averaged(line, self.seeds)
         if self._metrics is not None:
             self._metrics.write(line)
         self._display.log(line)
         self._logged = True
-        self.state = self.state.replace(sums=self._program.place(steps.zero_sums()))
+        self.state = self.state.replace(sums=self._program.zero_sums())
         if self._saves_here():
-            self._save(metrics)
+            self._save(metrics and {name: line[name] for name in metrics})
         if self._since is not None:
             self._since, self._timed_from = time.monotonic(), self.step
 
@@ -194,13 +203,16 @@ class Run:
 
     def _fetch_sums(self) -> dict[str, Any]:
         """The sums since the last line of the log, once the state is known to be sound."""
-        sums, nonfinite = jax.device_get((self.state.sums, self.state.nonfinite_step))
-        if nonfinite >= 0:
+        sums, found = jax.device_get((self.state.sums, self.state.nonfinite_step))
+        if np.any(found >= 0):
+            seeds = self.seeds
+            nonfinite, seed = min((n, seed) for n, seed in zip(np.ravel(found), seeds, strict=True) if n >= 0)
+            of_seed = f" of seed {seed}" if len(seeds) > 1 else ""
             self._checkpoints.wait()
             saved = self._checkpoints.steps()
             last = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
             raise NonFiniteError(
-                f"the loss or a gradient is not finite at step {nonfinite + 1}, learning rate "
+                f"the loss or a gradient is not finite at step {nonfinite + 1}{of_seed}, learning rate "
                 f"{float(self._program.schedule(int(nonfinite))):.4g}; {last}; try a lower optimizer.learning_rate, "
                 "optimizer.warmup_epochs or optimizer.clip_norm in a new --workdir"
             )
@@ -224,33 +236,50 @@ class Run:
 def collect_results(run: Run, config: Any, path: pathlib.Path) -> dict[str, Any]:
     """What results.json holds of a finished run."""
     lines = workdir.read_metrics(path)
-    evals = [{k: v for k, v in line.items() if k in ("step", "epoch") or k.startswith("eval_")} for line in lines]
-    evals = [line for line in evals if "eval_accuracy" in line]
     rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
     return {
         "model": config.model.name,
         "dataset": config.dataset.name,
         "seed": config.seed,
         "step": run.step,
+        **_last_and_best(lines),
+        "parameters": summary.count_parameters(run.state.params) // len(run.seeds),
+        "wall_time_seconds": round(run.seconds, 1),
+        "images_per_second": round(float(np.median(rates)), 1) if rates else None,
+        **_of_seeds(lines, run.seeds),
+        **run.environment,
+    }
+
+
+def _last_and_best(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The evaluations of a run's end and of its highest test accuracy, from lines of metrics.jsonl."""
+    evals = [{k: v for k, v in line.items() if k in ("step", "epoch") or k.startswith("eval_")} for line in lines]
+    evals = [line for line in evals if "eval_accuracy" in line]
+    return {
         "last": evals[-1] if evals else None,
         # The later of two equal ones, as Orbax keeps them.
         "best": max(reversed(evals), key=lambda line: line["eval_accuracy"]) if evals else None,
-        "parameters": summary.count_parameters(run.state.params),
-        "wall_time_seconds": round(run.seconds, 1),
-        "images_per_second": round(float(np.median(rates)), 1) if rates else None,
-        **run.environment,
     }
+
+
+def _of_seeds(lines: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
+    """Each seed's own, where there are several; the run's "best" is of the highest mean."""
+    if len(seeds) < 2:
+        return {}
+    own = {str(seed): [line | line.get("seeds", {}).get(str(seed), {}) for line in lines] for seed in seeds}
+    return {"seeds": {seed: _last_and_best(lines) for seed, lines in own.items()}}
 
 
 def report(results: dict[str, Any], path: pathlib.Path) -> None:
     """Says how a finished run ended, and where the rest is."""
     if results["last"]:
         logger.info(
-            "%s: test accuracy %.2f %% at the end, %.2f %% at best (step %d); %s parameters, %s",
+            "%s: test accuracy %.2f %% at the end, %.2f %% at best (step %d)%s; %s parameters, %s",
             results["model"],
             100 * results["last"]["eval_accuracy"],
             100 * results["best"]["eval_accuracy"],
             results["best"]["step"],
+            f", means of {len(results['seeds'])} seeds" if "seeds" in results else "",
             f"{results['parameters']:,}",
             duration(results["wall_time_seconds"]),
         )

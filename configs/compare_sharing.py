@@ -1,0 +1,20 @@
+"""What sharing a regulator and separable gates cost: one regulator a stage or one a block, separable or dense.
+
+    python -m regnet_flax.main --mode compare --config configs/compare_sharing.py
+
+On CIFAR-10. The first, shared and separable, is the paper's, as read here; ResNet-20 comes last.
+"""
+
+from configs import cifar10
+
+
+def get_config():
+    config = cifar10.get_config("regnet20_convlstm")
+    config.compare.models = (
+        "regnet20_convlstm",
+        "regnet20_convlstm share_regulator=False",
+        "regnet20_convlstm kernel=dense",
+        "regnet20_convlstm share_regulator=False kernel=dense",
+        "resnet20",
+    )
+    return config

@@ -1,0 +1,110 @@
+"""The figures of a comparison, for a light page and a dark one."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from regnet_flax.analysis.plots import pyplot
+
+# Okabe and Ito's colours, told apart by people who see fewer; the dark page's are lighter.
+_LIGHT = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
+_DARK = ("#f0f0f0", "#4aa8e0", "#ff8c42", "#2fd0a5", "#e7a5ca", "#9bdcff", "#ffc845", "#a0a0a0")
+_MARKERS, _DASHES = "osD^vP*X", ("-", "--", "-.", ":")
+
+
+@contextlib.contextmanager
+def _page(dark: bool) -> Iterator[Any]:
+    """pyplot, with the colours of a light page or a dark one."""
+    plt = pyplot()
+    ink, paper = ("#e6e6e6", "#16181c") if dark else ("#1a1a1a", "#ffffff")
+    colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
+    faces = dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), paper)
+    with plt.rc_context(colors | faces | {"grid.color": "#888888", "font.size": 11}):
+        yield plt
+
+
+def _finish(plt: Any, figure: Any, axes: Any, names: Sequence[str], path: pathlib.Path) -> None:
+    """One legend for all axes, below them, and the picture written."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = 2 if max(map(len, names)) > 22 else min(4, len(names))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def compared_curves(
+    runs: Mapping[str, Mapping[str, tuple[Any, Any]]], path: pathlib.Path, *, dark: bool = False
+) -> None:
+    """Learning curves of several models: the mean over the seeds, in a band from the lowest seed to the highest.
+
+    Args:
+      runs: from a model's name to "train_loss" and "test_error" (percent), each epochs (k,) and values (seeds, k).
+      path: the picture to write.
+      dark: for a dark page.
+    """
+    with _page(dark) as plt:
+        rows = -(-len(runs) // 3)
+        figure, (loss, error) = plt.subplots(1, 2, figsize=(10, 4 + 0.25 * rows), layout="constrained")
+        palette = _DARK if dark else _LIGHT
+        ends, starts = [], []
+        for number, (name, curves) in enumerate(runs.items()):
+            color, dash = palette[number % len(palette)], _DASHES[number // len(palette) % len(_DASHES)]
+            for axes, metric in ((loss, "train_loss"), (error, "test_error")):
+                epochs, values = curves[metric]
+                axes.plot(epochs, values.mean(0), color=color, linestyle=dash, label=name, linewidth=1.6)
+                if len(values) > 1:
+                    axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
+            mean = curves["test_error"][1].mean(0)
+            ends.append(mean[len(mean) // 2 :].max())
+            starts.append(mean.max())
+        loss.set_yscale("log")
+        loss.set_ylabel("training loss (cross-entropy, nats)")
+        error.set_ylabel("test error (%)")
+        # The first epochs are far above what tells the models apart.
+        error.set_ylim(0, min(max(starts), 2.5 * max(ends)) * 1.05 or 1)
+        for axes in (loss, error):
+            axes.set_xlabel("epoch")
+            axes.grid(alpha=0.3)
+        _finish(plt, figure, error, list(runs), path)
+
+
+def compared_costs(
+    runs: Mapping[str, tuple[int, int, Sequence[float]]], path: pathlib.Path, *, dark: bool = False
+) -> None:
+    """Test error against parameters and against multiply-adds, one point a model: mean ± standard deviation.
+
+    Args:
+      runs: from a model's name to its parameters, multiply-adds for one image, and each seed's test error (percent).
+      path: the picture to write.
+      dark: for a dark page.
+    """
+    with _page(dark) as plt:
+        rows = -(-len(runs) // 3)
+        figure, both = plt.subplots(1, 2, figsize=(10, 4 + 0.25 * rows), layout="constrained", sharey=True)
+        palette = _DARK if dark else _LIGHT
+        for number, (name, (parameters, multiply_adds, errors)) in enumerate(runs.items()):
+            several = len(errors) > 1
+            for axes, cost in zip(both, (parameters / 1e3, multiply_adds / 1e6), strict=True):
+                axes.errorbar(
+                    cost,
+                    sum(errors) / len(errors),
+                    yerr=statistics.stdev(errors) if several else None,
+                    color=palette[number % len(palette)],
+                    marker=_MARKERS[number % len(_MARKERS)],
+                    linestyle="none",
+                    markersize=8,
+                    capsize=3,
+                    label=name,
+                )
+        both[0].set_xlabel("parameters (thousands)")
+        both[1].set_xlabel("multiply-adds for one image (millions)")
+        both[0].set_ylabel("test error at the end (%)")
+        for axes in both:
+            axes.grid(alpha=0.3)
+            axes.set_xmargin(0.12)
+            axes.xaxis.set_major_locator(plt.MaxNLocator(5))
+        _finish(plt, figure, both[0], list(runs), path)

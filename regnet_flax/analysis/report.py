@@ -1,0 +1,283 @@
+"""The report of a comparison: report.md, and a report.html that needs no other file."""
+
+from __future__ import annotations
+
+import base64
+import html
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from regnet_flax.analysis import compare, compare_plots
+from regnet_flax.analysis.compare import Result
+
+MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
+_NUMBERS = 2  # the columns from here on are numbers, but for the last two
+_CAPTIONS = {
+    "curves": "Training loss and test error: the mean over the seeds, in a band from the lowest to the highest.",
+    "costs": "Test error at the end of training against parameters and multiply-adds: mean ± standard deviation.",
+}
+
+
+def write(path: pathlib.Path, workdirs: Mapping[str, pathlib.Path], failed: Mapping[str, str] | None = None) -> None:
+    """Writes the report of finished runs, the first of which is the baseline.
+
+    Args:
+      path: the directory in which report.md, report.html and figures/ are written.
+      workdirs: from each model's label to its workdir.
+      failed: from the label of each model that did not end to the reason.
+    """
+    results = [compare.read(label, workdir) for label, workdir in workdirs.items()]
+    (path / FIGURES).mkdir(parents=True, exist_ok=True)
+    pictures = {}
+    for dark in (False, True):
+        names = {kind: path / FIGURES / f"{kind}{'-dark' if dark else ''}.png" for kind in _CAPTIONS}
+        compare_plots.compared_curves({r.label: r.curves for r in results}, names["curves"], dark=dark)
+        points = {r.label: (r.parameters, r.multiply_adds, r.error) for r in results}
+        compare_plots.compared_costs(points, names["costs"], dark=dark)
+        pictures[dark] = names
+    title, said, cells, notes = _title(results), _summary(results), table(results), _notes(results, failed or {})
+    facts = _facts(results)
+    _write(path / MARKDOWN, _markdown(title, said, cells, notes, facts))
+    _write(path / HTML, _html(title, said, cells, notes, facts, pictures))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _seeds(results: Sequence[Result]) -> str:
+    n = len(results[0].seeds)
+    return f"{n} seeds" if n > 1 else "1 seed"
+
+
+def _title(results: Sequence[Result]) -> str:
+    count = f"{len(results)} models" if len(results) > 1 else "1 model"
+    return f"{count} on {results[0].config['dataset']['name']}, {_seeds(results)} each"
+
+
+def _percent(values: Sequence[float]) -> str:
+    if not values:
+        return "—"
+    spread = compare.deviation(values)
+    return f"{np.mean(values):.2f}" + ("" if spread is None else f" ± {spread:.2f}")
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e6:.3g} M" if number >= 1e6 else f"{number / 1e3:.3g} k"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _differs(result: Result, baseline: Result) -> bool:
+    between, margin = compare.difference(result.error, baseline.error)
+    return margin is not None and abs(between) > margin
+
+
+def _difference(result: Result, baseline: Result) -> str:
+    if result is baseline:
+        return "baseline"
+    between, margin = compare.difference(result.error, baseline.error)
+    if margin is None:
+        return _signed(between)
+    return f"{_signed(between)} ({_signed(between - margin)} to {_signed(between + margin)})"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def table(results: Sequence[Result]) -> list[list[str]]:
+    """The report's table, its head first; the first result is the baseline."""
+    baseline = results[0]
+    top5, claims = any(r.top5_error for r in results), any(r.claim for r in results)
+    head = ["model", "regulator", "parameters", "multiply-adds", "top-1 error, %"]
+    head += ["top-5 error, %"] * top5 + ["difference to the baseline, points", f"time, {_seeds(results)}"]
+    rows = [head + ["published"] * claims]
+    for r in results:
+        row = [r.label, r.regulator or "—", f"{r.parameters:,}", _count(r.multiply_adds), _percent(r.error)]
+        row += [_percent(r.top5_error)] * top5 + [_difference(r, baseline), _duration(r.seconds)]
+        rows.append(row + [r.claim or "—"] * claims)
+    return rows
+
+
+def _summary(results: Sequence[Result]) -> str:
+    """What the table says, in one or two sentences."""
+    best = min(results, key=lambda r: np.mean(r.error))
+    said = f"The lowest mean test error is that of {best.label}: {_percent(best.error)} %."
+    if len(results) == 1:
+        return said
+    if len(results[0].seeds) < 2:
+        return f"{said} One seed tells nothing of the spread: a difference may be chance."
+    others = [r for r in results[1:] if _differs(r, results[0])]
+    if not others:
+        return f"{said} None is clearly apart from the baseline, {results[0].label}: each interval holds 0."
+    names = ", ".join(r.label for r in others)
+    return f"{said} Clearly apart from the baseline, {results[0].label} (0 is not in the interval): {names}."
+
+
+def _notes(results: Sequence[Result], failed: Mapping[str, str]) -> list[str]:
+    """How to read the table."""
+    notes = [f"{label} did not end and is left out: {reason}" for label, reason in failed.items()]
+    errors = "Errors are those of the whole test split at the end of training, not of the best epoch"
+    if len(results[0].seeds) > 1:
+        seeds = ", ".join(map(str, results[0].seeds))
+        notes.append(
+            f"{errors}: mean ± standard deviation (n − 1) over the seeds {seeds}. Below 0 "
+            "the difference is in the model's favour; its interval is the 95 % one of Welch's t, for two samples of "
+            "unequal variance, unpaired, and not corrected for the number of models. It tells what other seeds may "
+            "give, not other test images."
+        )
+    else:
+        seed = results[0].config["seed"]
+        notes.append(f"{errors}, of the one seed {seed}, and so without a spread or an interval.")
+    notes.append(
+        "Multiply-adds are those of convolutions, dense layers and regulators for one image. The time is that of "
+        "all seeds together, with compilation and evaluation."
+    )
+    if any(r.claim for r in results):
+        notes.append("What was published is of 200 epochs by the recipe of He et al., whatever was done here.")
+    if any(r.config["model"]["overrides"].get("regulated_stages") is not None for r in results):
+        notes.append("Xu et al. found that a regulator helps most in the early stages.")
+    return notes
+
+
+def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
+    """Recipe, hardware, versions and commands."""
+    config = results[0].config
+    train, optimizer, data = config["train"], config["optimizer"], config["dataset"]
+    size = "×".join(map(str, config["image_shape"]))
+    augment = ", ".join(data["augment"]) or "none"
+    epochs = f"{train['epochs']} epochs"
+    if train["max_steps"]:
+        epochs += f", cut at step {train['max_steps']}"
+    recipe = (
+        f"{epochs}, batches of {train['batch_size']}, SGD with momentum {optimizer['momentum']}, learning rate "
+        f"{optimizer['learning_rate']} ({optimizer['schedule']}), weight decay {optimizer['weight_decay']}, "
+        f"{config['dtype']}"
+    )
+    facts = [
+        ("data", f"{data['name']}, {data['num_classes']} classes, {size}; augmentation: {augment}"),
+        ("recipe", recipe),
+    ]
+    show = {"hardware": _hardware, "versions": lambda v: ", ".join(map(" ".join, v.items())), "command": str}
+    for name in show:
+        said = [r.environment[name] for r in results]
+        facts += [(name, text) for text in dict.fromkeys(map(show[name], said))]
+    return facts
+
+
+def _hardware(found: Mapping[str, Any]) -> str:
+    device = f"{found['devices']} × {found['device']}" if found["platform"] != "cpu" else "CPU"
+    hosts = f", {found['processes']} hosts" if found["processes"] > 1 else ""
+    return f"{device}, {found['cpu_cores']} CPU cores{hosts}"
+
+
+def _markdown(
+    title: str, said: str, cells: list[list[str]], notes: Sequence[str], facts: Sequence[tuple[str, str]]
+) -> str:
+    head, *rows = cells
+    rule = ["---:" if _is_number(i, head) else "---" for i in range(len(head))]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, rule, *rows)]
+    parts = [f"# {title}", said, "\n".join(lines), *notes]
+    parts += [f"![{kind}]({FIGURES}/{kind}.png)\n\n{caption}" for kind, caption in _CAPTIONS.items()]
+    parts.append("\n".join(f"- {name}: " + (f"`{text}`" if name == "command" else text) for name, text in facts))
+    return "\n\n".join(parts) + "\n"
+
+
+def _is_number(column: int, head: Sequence[str]) -> bool:
+    return column >= _NUMBERS and head[column] != "published"
+
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1a1a1a; --soft: #595959; --paper: #fff; --line: #d8d8d8 }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e6e6; --soft: #a8a8a8; --paper: #16181c; --line: #3a3d44 } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
+  max-width: 70rem; margin: 0 auto; padding: 1rem }
+h1 { font-size: 1.5rem; line-height: 1.25 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .4rem .7rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
+th { color: var(--soft); font-weight: 600; font-size: .875rem; vertical-align: bottom }
+.number { text-align: right; white-space: nowrap }
+th.number { white-space: normal }
+td:first-child, th:first-child { position: sticky; left: 0; background: var(--paper); min-width: 8rem }
+figure { margin: 1.5rem 0 }
+img { width: 100%; min-width: 40rem; height: auto; display: block }
+figcaption, .notes { color: var(--soft); font-size: .875rem }
+dt { font-weight: 600; margin-top: .5rem }
+dd { margin: 0; overflow-wrap: anywhere }
+"""
+
+
+def _html(
+    title: str,
+    said: str,
+    cells: list[list[str]],
+    notes: Sequence[str],
+    facts: Sequence[tuple[str, str]],
+    pictures: Mapping[bool, Mapping[str, pathlib.Path]],
+) -> str:
+    head, *rows = cells
+
+    def row(cells: Sequence[str], tag: str) -> str:
+        inside = "".join(
+            f"<{tag}{' class=number' if _is_number(i, head) else ''}>{html.escape(cell)}</{tag}>"
+            for i, cell in enumerate(cells)
+        )
+        return f"<tr>{inside}</tr>"
+
+    body = "\n".join(row(cells, "td") for cells in rows)
+    figures = "\n".join(
+        '<figure><div class="wide"><picture>'
+        f'<source media="(prefers-color-scheme: dark)" srcset="{_inline(pictures[True][kind])}">'
+        f'<img src="{_inline(pictures[False][kind])}" alt="{html.escape(caption)}"></picture></div>'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for kind, caption in _CAPTIONS.items()
+    )
+    about = "\n".join(
+        f"<dt>{name}</dt><dd>{f'<code>{html.escape(text)}</code>' if name == 'command' else html.escape(text)}</dd>"
+        for name, text in facts
+    )
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{html.escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{html.escape(title)}</h1>
+<p>{html.escape(said)}</p>
+<div class="wide"><table>
+<thead>{row(head, "th")}</thead>
+<tbody>
+{body}
+</tbody>
+</table></div>
+<div class="notes">{"".join(f"<p>{html.escape(note)}</p>" for note in notes)}</div>
+{figures}
+<h2>How it was measured</h2>
+<dl>
+{about}
+</dl>
+</body>
+</html>
+"""
+
+
+def _inline(path: pathlib.Path) -> str:
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()

@@ -1,0 +1,88 @@
+"""Several models × several seeds on one data set: trains what is not finished yet, then writes the report."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from regnet_flax.analysis import report
+from regnet_flax.config import ConfigError, check_config
+from regnet_flax.models.registry import parse_variant
+from regnet_flax.training.interrupt import Interrupted, StopSignals, workdir_lock
+from regnet_flax.training.run import NonFiniteError
+
+logger = logging.getLogger("regnet_flax")
+
+
+def label(variant: str) -> str:
+    """How a report names a variant, and, with its marks replaced, the folder of its run."""
+    name, options = parse_variant(variant)
+    return " ".join([name, *(f"{option}={value}".replace(" ", "") for option, value in sorted(options.items()))])
+
+
+def folder(variant: str) -> str:
+    """The name of a variant's workdir below the comparison's, such as "regnet20_convlstm-regulated_stages-1-2"."""
+    return re.sub(r"\W+", "-", label(variant).replace("=()", "=none")).strip("-")
+
+
+def variant_config(config: Any, variant: str) -> Any:
+    """The config of one variant's run: its options in the place of `model.overrides`'."""
+    config = copy.deepcopy(config)
+    config.model.name, options = parse_variant(variant)
+    for option, value in options.items():
+        config.model.overrides[option] = value
+    return config
+
+
+def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str, Any]]) -> None:
+    """Trains every model of `compare.models` with every seed of `compare.seeds`, and writes report.md and report.html.
+
+    Args:
+      config: a nested config with the fields of configs/base.py.
+      path: the comparison's workdir; each model has its own in it. Finished ones are not repeated.
+      train: loop.train_and_evaluate.
+
+    Raises:
+      ConfigError: wrong values, or others than those that a model's run began with.
+      NonFiniteError: after all others were trained and the report written: those that ended so are named.
+      Interrupted: stopped by a signal, after saving.
+      DataError, WorkdirError, CheckpointError: see train.
+    """
+    path = pathlib.Path(path)
+    check_config(config)
+    variants, seeds = config.compare.models, config.compare.seeds
+    if not variants or not seeds:
+        field, example = ("seeds", "(0, 1, 2)") if variants else ("models", "('resnet20', 'regnet20_convlstm')")
+        raise ConfigError(f"compare.{field} is (): name some, such as {example}, or take configs/compare_digits.py")
+    if not config.eval.every_epochs:
+        raise ConfigError("eval.every_epochs is 0: models are compared by their test error, so it must be at least 1")
+    runs: dict[str, pathlib.Path] = {}
+    failed: dict[str, str] = {}
+    with workdir_lock(path), StopSignals() as stop:
+        for number, variant in enumerate(variants, 1):
+            if stop.received is not None:
+                message = f"stopped by signal {stop.received} between two runs; the same command goes on from there"
+                raise Interrupted(stop.received, message)
+            logger.info("model %d of %d: %s", number, len(variants), label(variant))
+            try:
+                train(variant_config(config, variant), path / folder(variant), seeds=seeds)
+            except NonFiniteError as error:
+                logger.error("%s: %s", label(variant), error)
+                failed[label(variant)] = str(error)
+            else:
+                runs[label(variant)] = path / folder(variant)
+            # JAX's caches hold the run's compiled functions, and so its data set on the device.
+            jax.clear_caches()
+            gc.collect()
+        if runs:
+            report.write(path, runs, failed)
+            logger.info("report: %s and %s", path / report.MARKDOWN, path / report.HTML)
+    if failed:
+        raise NonFiniteError(f"{len(failed)} of {len(variants)} models did not end: {'; '.join(failed)}")

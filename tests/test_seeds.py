@@ -1,0 +1,269 @@
+"""Several seeds in one program: each trains as it would alone; whole runs of them stop, go on and are evaluated.
+
+Against lone runs in float64: in float32 a rounding error grows ten-thousandfold in five steps.
+"""
+
+import json
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import digits
+from regnet_flax import create_model
+from regnet_flax.config import ConfigError, resolve
+from regnet_flax.data.sources import Dataset, Split
+from regnet_flax.training import loop
+from regnet_flax.training.interrupt import Interrupted
+from regnet_flax.training.program import Program
+from regnet_flax.training.run import NonFiniteError
+from regnet_flax.training.seeds import SeedsProgram, averaged, of_one
+
+SEEDS = (3, 0, 11)
+STEPS = 5  # of 3 steps an epoch
+TOLERANCE = 1e-6  # images are normalised in float32
+
+
+def dataset():
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        return Split(rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), (np.arange(n) % 10).astype(np.int32))
+
+    return Dataset("synthetic", split(50), split(21), tuple(map(str, range(10))))
+
+
+def tiny_config(**overrides):
+    config = digits.get_config("regnet8_convlstm")
+    config.model.overrides.width = 4
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def make_program(seeds, together="auto", devices=1, **overrides):
+    config = tiny_config(**overrides)
+    config.train.batch_size, config.eval.batch_size = 16, 8
+    config.dataset.augment = ("crop", "flip")
+    config.dtype = "float64"
+    data, devices = dataset(), jax.devices()[:devices]
+    if isinstance(seeds, int):
+        config.seed = seeds
+        return Program(resolve(config, data), data, devices, loop.pmap)
+    return SeedsProgram(resolve(config, data), data, devices, loop.pmap, seeds=seeds, together=together)
+
+
+def initial_state(program):
+    return jax.tree.map(lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, program.initial_state())
+
+
+def train(program, *counts):
+    state, step = initial_state(program), 0
+    for count in counts or (1,) * STEPS:
+        state, done = program.train(state, step, count)
+        step += count
+        np.testing.assert_array_equal(done, step)
+    return state
+
+
+def errors(a, b):
+    def relative(a, b):
+        return float(np.linalg.norm(np.asarray(a, np.float64) - b) / (np.linalg.norm(b) + 1e-8))
+
+    return max(jax.tree.leaves(jax.tree.map(relative, a, b)))
+
+
+@pytest.fixture(scope="module")
+def lone():
+    """For each seed its program, trained alone, its state and its metrics."""
+    with jax.enable_x64(True):
+        found = {}
+        for seed in SEEDS:
+            program = make_program(seed)
+            state = jax.device_get(train(program))
+            found[seed] = program, state, program.evaluate(state)
+        return found
+
+
+@pytest.fixture(scope="module")
+def programs():
+    with jax.enable_x64(True):
+        return {together: make_program(SEEDS, together) for together in ("always", "never")}
+
+
+@pytest.mark.parametrize("together, devices", [("always", 1), ("never", 1), ("always", 2)])
+def test_each_seed_trains_as_it_would_alone(together, devices, lone, programs):
+    with jax.enable_x64(True):
+        program = programs[together] if devices == 1 else make_program(SEEDS, together, devices)
+        assert program.together == (together == "always")
+        states = train(program)
+        metrics = program.evaluate(states)
+        assert jax.tree.map(jnp.shape, states) == jax.tree.map(lambda a: a.shape, program.like)
+        for index, seed in enumerate(SEEDS):
+            state, (_, expected, expected_metrics) = jax.device_get(of_one(states, index)), lone[seed]
+            for name in ("params", "batch_stats", "opt_state", "sums"):
+                assert errors(getattr(state, name), getattr(expected, name)) < TOLERANCE, (seed, name)
+            assert state.step == STEPS and state.nonfinite_step == -1
+            own = {name: value[index] for name, value in metrics.items()}
+            assert own == pytest.approx(expected_metrics, rel=TOLERANCE), seed
+        first, second = (lone[seed][1].params for seed in SEEDS[:2])
+        assert errors(first, second) > 0.1, "the seeds must differ"
+
+
+def test_the_initial_state_is_bitwise_that_of_a_lone_run():
+    with jax.enable_x64(True):
+        states = make_program(SEEDS).initial_state()
+        for index, seed in enumerate(SEEDS):
+            jax.tree.map(np.testing.assert_array_equal, of_one(states, index), make_program(seed).initial_state())
+
+
+def test_several_steps_a_call_are_the_same_steps():
+    with jax.enable_x64(True):
+        program = make_program(SEEDS, "always", **{"train.steps_per_call": 3})
+        jax.tree.map(np.testing.assert_array_equal, train(program, 3, 2), train(program))
+
+
+@pytest.mark.parametrize("together", ["always", "never"])
+def test_a_seed_that_is_not_finite_stands_still_and_the_others_go_on(together, lone, programs):
+    with jax.enable_x64(True):
+        program = programs[together]
+        states = initial_state(program)
+        spoiled = states.replace(params=jax.tree.map(lambda a: a.at[1].multiply(1e300), states.params))
+        spoiled_params = jax.device_get(of_one(spoiled, 1).params)
+        for step in range(STEPS):
+            spoiled, _ = program.train(spoiled, step, 1)
+        np.testing.assert_array_equal(spoiled.nonfinite_step, [-1, 0, -1])
+        np.testing.assert_array_equal(spoiled.step, [STEPS, 0, STEPS])
+        jax.tree.map(np.testing.assert_array_equal, of_one(spoiled, 1).params, spoiled_params)
+        assert errors(jax.device_get(of_one(spoiled, 2).params), lone[SEEDS[2]][1].params) < TOLERANCE
+
+
+def test_a_line_has_the_means_and_each_seeds_own():
+    line = {"step": 7, "loss": np.array([1.0, 3.0]), "rate": 0.1, "bad": np.array([np.nan, 1.0])}
+    found = averaged(line, (5, 9))
+    assert found["step"] == 7 and isinstance(found["step"], int)
+    assert found["loss"] == 2 and found["rate"] == 0.1 and list(found) == ["step", "loss", "rate", "bad", "seeds"]
+    assert found["seeds"] == {"5": {"loss": 1.0}, "9": {"loss": 3.0, "bad": 1.0}}
+    alone = averaged({"step": 7, "loss": np.float64(2.5)}, (5,))
+    assert alone == {"step": 7, "loss": 2.5} and type(alone["loss"]) is float
+
+
+# Whole runs
+
+RUN = {"model.name": "resnet8", "train.batch_size": 128, "train.epochs": 2, "eval.batch_size": 100}
+STEPS_PER_EPOCH = 1437 // 128
+
+
+def run(workdir, seeds=(4, 1), **overrides):
+    return loop.train_and_evaluate(tiny_config(**RUN | overrides), workdir, jax.devices()[:1], seeds=seeds)
+
+
+def read_lines(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def checksums(workdir, step):
+    return json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())["checksums"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("seeds")
+    return workdir, run(workdir)
+
+
+def test_what_a_run_of_several_seeds_leaves(finished):
+    workdir, results = finished
+    lines = read_lines(workdir)
+    assert [line["step"] for line in lines] == [STEPS_PER_EPOCH, 2 * STEPS_PER_EPOCH]
+    for line in lines:
+        assert list(line["seeds"]) == ["4", "1"]
+        for name in ("train_loss", "train_accuracy", "eval_loss", "eval_accuracy", "eval_top5_accuracy"):
+            own = [line["seeds"][seed][name] for seed in ("4", "1")]
+            assert line[name] == pytest.approx(sum(own) / 2, abs=1e-12)
+            assert own[0] != own[1] or "accuracy" in name
+    assert json.loads((workdir / "config.json").read_text())["seeds"] == [4, 1]
+    for seed in ("4", "1"):
+        assert results["seeds"][seed]["last"]["eval_loss"] == lines[-1]["seeds"][seed]["eval_loss"]
+        assert results["seeds"][seed]["last"]["step"] == 2 * STEPS_PER_EPOCH
+    assert results["parameters"] == parameters()
+    assert "means of 2 seeds" in (workdir / "train.log").read_text()
+
+
+def parameters():
+    model = create_model("resnet8", width=4)
+    params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), train=False))["params"]
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_a_single_seed_is_a_plain_run(tmp_path):
+    results = run(tmp_path / "a", seeds=(4,), **{"train.max_steps": 3})
+    run(tmp_path / "b", seeds=(), seed=4, **{"train.max_steps": 3})
+    assert results["seed"] == 4 and "seeds" not in results
+    assert checksums(tmp_path / "a", 3) == checksums(tmp_path / "b", 3)
+    assert "seeds" not in read_lines(tmp_path / "a")[-1]
+
+
+def test_stopped_while_it_evaluates_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
+    workdir, _ = finished
+    evaluate = Program.evaluate
+
+    def stop(self, state, poll):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, state, poll)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Program, "evaluate", stop)
+        with pytest.raises(Interrupted, match=f"saved at step {STEPS_PER_EPOCH}"):
+            run(tmp_path)
+    run(tmp_path)
+    assert read_lines(tmp_path) == read_lines(workdir)
+    assert checksums(tmp_path, 2 * STEPS_PER_EPOCH) == checksums(workdir, 2 * STEPS_PER_EPOCH)
+
+
+def test_the_best_checkpoint_is_that_of_the_highest_mean(finished, tmp_path):
+    workdir, results = finished
+    best = max(read_lines(workdir), key=lambda line: line["eval_accuracy"])
+    assert results["best"]["step"] == best["step"]
+    found = loop.evaluate_only(tiny_config(**RUN, seed=1), workdir, jax.devices()[:1])
+    assert found["step"] == best["step"] and found["accuracy"] == best["seeds"]["1"]["eval_accuracy"]
+
+
+def test_one_seed_of_several_is_evaluated_and_loaded(finished):
+    workdir, results = finished
+    last = {"eval.checkpoint": "last"}
+    for seed in (4, 1):
+        config = tiny_config(**RUN, **last, **{"seed": seed, "dataset.num_classes": 10})
+        found = loop.evaluate_only(config, workdir, jax.devices()[:1])
+        assert found["loss"] == results["seeds"][str(seed)]["last"]["eval_loss"]
+        model, variables, _ = loop.load_trained(config, workdir)
+        assert model.apply(variables, jnp.zeros((1, 8, 8, 1)), train=False).shape == (1, 10)
+    with pytest.raises(ConfigError, match="seed is 7: .* has the seeds 4, 1"):
+        loop.evaluate_only(tiny_config(**RUN, seed=7), workdir, jax.devices()[:1])
+
+
+@pytest.mark.parametrize("seeds", [(4,), (4, 1, 2), (1, 4)])
+def test_other_seeds_are_refused(seeds, finished):
+    with pytest.raises(ConfigError, match=r"seeds? .*before"):
+        run(finished[0], seeds=seeds)
+
+
+def test_seeds_that_are_wrong_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="each seed once"):
+        run(tmp_path, seeds=(1, 1))
+
+
+def test_the_seed_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    train = SeedsProgram.train
+
+    def spoil(self, state, step, count):
+        if step == 2:
+            state = state.replace(params=jax.tree.map(lambda a: a.at[1].multiply(np.inf), state.params))
+        return train(self, state, step, count)
+
+    monkeypatch.setattr(SeedsProgram, "train", spoil)
+    with pytest.raises(NonFiniteError, match=r"at step 3 of seed 1, .*the last good checkpoint is step 2"):
+        run(tmp_path, **{"checkpoint.every_steps": 2})
