@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -11,6 +12,7 @@ import pathlib
 import platform
 import shlex
 import sys
+import time
 from typing import Any
 
 import jax
@@ -68,51 +70,81 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: pathlib.Path, step: int):
-        self._path = workdir / METRICS
-        self.lines = [line for line in read_metrics(workdir) if line["step"] <= step]
-        part = self._path.with_name(METRICS + ".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        part.replace(self._path)
-        self._file = open(self._path, "a")
+        path = workdir / METRICS
+        lines = [line for line in read_metrics(workdir) if line["step"] <= step]
+        part = path.with_name(METRICS + ".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part.replace(path)
+        self._file = open(path, "a")
         try:
-            import tensorboardX
+            self._events = _Events(workdir, step + 1)
         except ImportError:
             logger.warning("tensorboardX is not installed: no TensorBoard events are written")
             self._events = None
-        else:
-            self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line; it holds at least "step"."""
-        self.lines.append(line)
         # JSON has no NaN; a loss that is not finite ends the run, and its message says so.
         finite = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._events is not None:
-            for name, value in finite.items():
-                if name in _GROUPS:
-                    self._events.add_scalar(_GROUPS[name], value, line["step"])
-            self._events.flush()
+            self._events.write({_GROUPS[name]: value for name, value in finite.items() if name in _GROUPS}, line["step"])
 
     def close(self) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        try:
+            self._file.close()
+        finally:
+            if self._events is not None:
+                self._events.close()
+
+
+class _Events:
+    """A file of TensorBoard events.
+
+    tensorboardX's SummaryWriter writes in a thread: its flush does not wait for what is still queued, so that a killed
+    run would lack events whose checkpoint stands, and once the disk is full that thread is gone and the queue blocks.
+
+    Args:
+      workdir: where it is.
+      first: the step from which on TensorBoard is to forget what earlier files have.
+    """
+
+    def __init__(self, workdir: pathlib.Path, first: int):
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        self._event, self._scalar = Event, summary.scalar
+        self._writer = event_file_writer.EventsWriter(str(workdir / "events"))
+        self._add(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        self._writer.flush()
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._add(self._event(step=step, summary=self._scalar(name, value)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that was cut off in the middle is left out."""
+    """The lines of metrics.jsonl; what is none, such as a last one that was cut off in the middle, is left out."""
     try:
-        text = (workdir / METRICS).read_text()
+        text = (workdir / METRICS).read_text(errors="replace")
     except FileNotFoundError:
         return []
     lines = []
-    for line in text.splitlines():
+    for text_line in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s has a line that is no JSON, which is dropped: %.60s", workdir / METRICS, line)
+            line = json.loads(text_line)
+            lines.append(line | {"step": int(line["step"])})
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s has a line that is none of its own, which is dropped: %.60r", workdir / METRICS, text_line)
     return lines
 
 
@@ -135,7 +167,7 @@ class RunLog(logging.Handler):
 
     def write_to(self, workdir: pathlib.Path) -> None:
         """Opens train.log."""
-        self._file = logging.FileHandler(workdir / LOG)
+        self._file = _LogFile(workdir / LOG, encoding="utf-8", errors="backslashreplace")
         self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for record in self._waiting:
             self._file.handle(record)
@@ -152,8 +184,16 @@ class RunLog(logging.Handler):
         if self._file is not None:
             if error is not None:
                 message = f"{type(error).__name__}: {error}"
-                self._file.handle(logging.LogRecord(logger.name, logging.ERROR, "", 0, message, None, None))
-            self._file.close()
+                with contextlib.suppress(OSError):  # The error may well be that the disk is full.
+                    self._file.handle(logging.LogRecord(logger.name, logging.ERROR, "", 0, message, None, None))
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Ends the run with the error, as any other file that cannot be written does, where logging would print it."""
+        raise  # noqa: PLE0704
 
 
 def environment(devices: list[Any]) -> dict[str, Any]:
