@@ -42,11 +42,17 @@ def _checksums(tree: Any) -> dict[str, int]:
     }
 
 
+def _with_record(checksums: dict[str, int], record: dict[str, Any]) -> dict[str, int]:
+    return checksums | {"record": zlib.crc32(json.dumps(record, sort_keys=True).encode())}
+
+
 def _reason(error: Exception) -> str:
     """One line from what Orbax and TensorStore raise, which may run over many."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
     if found := re.search(r"os_error_code='(\d+)'", str(cause)):
         return os.strerror(int(found[1]))
     return str(cause).strip().partition("\n")[0][:300] or type(cause).__name__
@@ -93,7 +99,7 @@ class Checkpoints:
         for path in self.directory.glob(f"[0-9]*/{METRICS}/{METRICS}"):
             try:
                 float(json.loads(path.read_text())[METRIC])
-            except (ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError):
                 logger.warning("checkpoint %s has damaged metrics, and does not count for the best", path.parts[-3])
                 path.rename(path.with_name(DAMAGED))
 
@@ -129,7 +135,7 @@ class Checkpoints:
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            record=ocp.args.JsonSave(record | {"checksums": _checksums(jax.device_get(state))}),
+            record=ocp.args.JsonSave(record | {"checksums": _with_record(_checksums(jax.device_get(state)), record)}),
         )
         with self._writing():
             saved = self._manager.save(step, args=args, metrics=metrics)
@@ -161,7 +167,8 @@ class Checkpoints:
         """
         self.wait()
         for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(unfinished)
+            if unfinished.is_dir() and not unfinished.is_symlink():  # what is none is no save's
+                shutil.rmtree(unfinished)
         steps, reasons = self.steps(), {}
         for step in reversed(steps):
             try:
@@ -221,6 +228,7 @@ class Checkpoints:
             restored: Any = self._manager.restore(step, args=args)
             record = dict(restored.record)
             expected, found = record.pop("checksums"), _checksums(jax.device_get(restored.state))
+            found = _with_record(found, record)
             if expected == found:
                 return restored.state, record
             wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import time
@@ -146,7 +147,7 @@ def log_to_console() -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
-    if hasattr(sys.stdout, "reconfigure"):  # A file's name may have characters that the terminal cannot show.
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A file's name may have characters that a terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
     if not console_handlers():
         logger.addHandler(_Stdout())

@@ -52,6 +52,38 @@ def read_json(path: pathlib.Path) -> Any:
         raise WorkdirError(f"{path} cannot be read ({error}): restore it, or name another --workdir") from error
 
 
+def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What config.json says of the workdir's run; None where there is no such file.
+
+    Raises:
+      WorkdirError: it is damaged.
+    """
+    stored = read_json(workdir / CONFIG)
+    if stored is None:
+        return None
+    try:
+        counts = [stored["train"]["epochs"], stored["train"]["max_steps"], *stored["image_shape"]]
+        texts = [stored["dataset_fingerprint"], *stored["class_names"]]
+        whole = all(isinstance(n, int) for n in counts) and all(isinstance(text, str) for text in texts)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise WorkdirError(f"{workdir / CONFIG} is not what a run writes: restore it, or name another --workdir")
+    return stored
+
+
+def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """A finished run's results.json; None where there is none that can be read, since the run can write it again."""
+    try:
+        results = read_json(workdir / RESULTS)
+        if results is None or {"step", "last", "best"} <= results.keys():
+            return results
+    except (WorkdirError, AttributeError):
+        pass
+    logger.warning("%s is damaged and is written again", workdir / RESULTS)
+    return None
+
+
 def plain(value: Any) -> Any:
     """A config, or any nest of mappings and sequences, as JSON has it."""
     if hasattr(value, "items"):
@@ -89,7 +121,8 @@ class MetricsLog:
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._events is not None:
-            self._events.write({_GROUPS[name]: value for name, value in finite.items() if name in _GROUPS}, line["step"])
+            scalars = {_GROUPS[name]: value for name, value in finite.items() if name in _GROUPS}
+            self._events.write(scalars, line["step"])
 
     def close(self) -> None:
         try:
@@ -112,11 +145,13 @@ class _Events:
 
     def __init__(self, workdir: pathlib.Path, first: int):
         from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto import event_pb2
 
-        self._event, self._scalar = Event, summary.scalar
+        protocol: Any = event_pb2
+        self._event, self._scalar = protocol.Event, summary.scalar
         self._writer = event_file_writer.EventsWriter(str(workdir / "events"))
-        self._add(Event(step=first, session_log=SessionLog(status=SessionLog.START)))
+        start = protocol.SessionLog(status=protocol.SessionLog.START)
+        self._add(self._event(step=first, session_log=start))
         self._writer.flush()
 
     def _add(self, event: Any) -> None:
@@ -139,12 +174,12 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     lines = []
-    for text_line in text.splitlines():
+    for found in text.splitlines():
         try:
-            line = json.loads(text_line)
+            line = json.loads(found)
             lines.append(line | {"step": int(line["step"])})
         except (ValueError, TypeError, KeyError):
-            logger.warning("%s has a line that is none of its own, which is dropped: %.60r", workdir / METRICS, text_line)
+            logger.warning("%s has a line that is none of its own, which is dropped: %.60r", workdir / METRICS, found)
     return lines
 
 
@@ -193,7 +228,7 @@ class RunLog(logging.Handler):
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Ends the run with the error, as any other file that cannot be written does, where logging would print it."""
-        raise  # noqa: PLE0704
+        raise
 
 
 def environment(devices: list[Any]) -> dict[str, Any]:
