@@ -56,11 +56,11 @@ class _Report:
         lines = [
             "# Faults",
             "",
-            "What the tests do to the program, how often they did it, and what was lost. The table is of one test run, and",
-            "written by it: `pytest --slow --faults-report tests/FAULTS.md`.",
+            "What the tests do to the program, how often they did it, and what was lost. The table is of one run",
+            "of the tests, and written by it: `pytest --slow --faults-report tests/FAULTS.md`.",
             "",
-            f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}, "
-            f"jax {jax.__version__}; {(time.monotonic() - self._began) / 60:.0f} minutes.",
+            f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, Python "
+            f"{platform.python_version()}, jax {jax.__version__}; {(time.monotonic() - self._began) / 60:.0f} minutes.",
             "",
             "| fault | test | inflicted | lost |",
             "| --- | --- | --- | --- |",

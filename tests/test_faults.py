@@ -61,7 +61,7 @@ def stop(workdir, number, phase, random):
 def test_stopped_at_random_moments_it_ends_bitwise_the_same(number, chain, uninterrupted, tmp_path, fault):  # noqa: F811
     """Five stops of one run, which is started again after each."""
     random = chance("stops", NAMES[number], chain)
-    phases = random.sample(["compile", "train", "evaluate", "save"], 4) + ["figures"]
+    phases = [*random.sample(["compile", "train", "evaluate", "save"], 4), "figures"]
     for phase in phases:
         doing, code, out = stop(tmp_path / "run", number, phase, random)
         assert doing is not None, f"it ended before the signal came: {out}"
@@ -156,40 +156,45 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert f"step {last}:" in out
 
 
-@pytest.mark.parametrize("name", ["regnet8_convlstm", "se_regnet8_convgru"])
+@pytest.mark.fault("bfloat16 in training")
+@pytest.mark.parametrize("name", ["regnet8_convlstm", "se_regnet8_convgru", "regnet_proj_cifar"])
 def test_bfloat16_keeps_state_statistics_and_sums_in_float32(name):
-    model = create_model(name, width=4, dtype=jnp.bfloat16, axis_name="batch")
-    images, labels = jnp.zeros((4, 8, 8, 3)), jnp.zeros(4, jnp.int32)
+    options = {} if "proj" in name else {"width": 4}
+    model = create_model(name, dtype=jnp.bfloat16, axis_name="batch", **options)
+    images, labels = jnp.zeros((4, 32, 32, 3)), jnp.zeros(4, jnp.int32)
     tx = make_optimizer(lambda count: 0.1, momentum=0.9, weight_decay=1e-4)
-    state = create_train_state(dict(model.init(jax.random.key(0), images, train=False)), tx)
+    before = jax.eval_shape(
+        lambda: create_train_state(dict(model.init(jax.random.key(0), images, train=False)), tx),
+    )
 
     def step(state, images, labels):
         batch = {"images": images, "labels": labels}
         return train_step(state, batch, apply_fn=model.apply, tx=tx, axis_name="batch")
 
-    mapped = jax.vmap(step, in_axes=(None, 0, 0), out_axes=None, axis_name="batch")
-    new = jax.eval_shape(mapped, state, images[None], labels[None])
-    for part in (state, new):
-        kinds = {leaf.dtype for leaf in jax.tree.leaves(part) if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    traced, after = jax.make_jaxpr(step, axis_env=[("batch", 2)], return_shape=True)(before, images, labels)
+    for state in (before, after):
+        kinds = {leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)}
         assert kinds == {jnp.dtype("float32")}
+    narrow = [
+        equation
+        for equation in equations(traced.jaxpr)
+        if any(getattr(variable.aval, "dtype", None) == jnp.bfloat16 for variable in equation.invars)
+    ]
+    # Convolutions accumulate in float32 themselves; a sum over an axis of one accumulates nothing.
+    assert any(equation.primitive.name == "conv_general_dilated" for equation in narrow)
+    sums = [equation for equation in narrow if "sum" in equation.primitive.name]
+    assert not [e for e in sums if e.invars[0].aval.size != e.outvars[0].aval.size]
 
-    narrow = []
-    sums = ("reduce_sum", "psum", "psum2", "psum_invariant", "cumsum", "reduce_window_sum")
 
-    def look(jaxpr):
-        for equation in jaxpr.eqns:
-            types = [var.aval.dtype for var in equation.invars]
-            if equation.primitive.name in sums and jnp.bfloat16 in types:
-                narrow.append(f"{equation.primitive.name} {equation.invars[0].aval} {equation.source_info.name_stack}")
-            for value in equation.params.values():
-                for inner in value if isinstance(value, (tuple, list)) else [value]:
-                    if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
-                        look(inner)
-
-    traced = jax.make_jaxpr(step, axis_env=[("batch", 2)])(state, images, labels)
-    assert "bf16" in str(traced)
-    look(traced.jaxpr)
-    assert not narrow, narrow
+def equations(jaxpr):
+    """Those of the inner ones too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
 
 
 # Long runs

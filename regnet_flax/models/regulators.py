@@ -57,9 +57,11 @@ def _separable(x: Array, h: Array, pointwise: Array, depthwise: Array) -> Array:
       (N, height, width, gates, n), summed in float32 or wider.
     """
     height, width = x.shape[1:3]
-    pairs = x[..., None, :] * pointwise[0] + h[..., None, :] * pointwise[1]
-    padded = jnp.pad(pairs, ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
     wide = jnp.promote_types(x.dtype, jnp.float32)
+    # The pointwise kernel's gradient is a sum over all pixels of what it is multiplied by: that is to be wide too.
+    kernels = pointwise.astype(wide)
+    pairs = x[..., None, :].astype(wide) * kernels[0] + h[..., None, :].astype(wide) * kernels[1]
+    padded = jnp.pad(pairs.astype(x.dtype), ((0, 0), (1, 1), (1, 1), (0, 0), (0, 0)))
     taps = [
         padded[:, i : i + height, j : j + width].astype(wide) * depthwise[i, j].astype(wide)
         for i in range(3)
