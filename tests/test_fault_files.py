@@ -192,10 +192,11 @@ def tiny(workdir, *more):
     return main.main([*TINY, "--workdir", str(workdir), *more])
 
 
+DAMAGED_CONFIGS = [b"", b'{"train": ', b"[]", b"3", b"{}", b"\xff\xfe", b'{"train": {"epochs": 6}}', None]
+
+
 @pytest.mark.fault("a damaged config.json")
-@pytest.mark.parametrize(
-    "content", [b"", b'{"train": ', b"[]", b"3", b"{}", b"\xff\xfe", b'{"train": {"epochs": 6}}', None]
-)
+@pytest.mark.parametrize("content", DAMAGED_CONFIGS)
 def test_a_damaged_config_is_one_line(content, tmp_path, capsys):
     (tmp_path / "run/checkpoints/20").mkdir(parents=True)
     if content is not None:

@@ -170,13 +170,18 @@ def _list_split(root: Path, names: tuple[str, ...]) -> dict[str, list[str]]:
             classes[folder.name] = sorted(
                 entry.path
                 for entry in entries
-                if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and not entry.is_dir()
+                if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and not _is_dir(entry)
             )
         if not classes[folder.name]:
             raise DataError(f"{folder} has no images ({' '.join(EXTENSIONS)}); add some, or remove the folder")
     if not classes:
         raise DataError(f"{directory} has no class folders; expected {directory}/<class>/<images>")
     return classes
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    # DirEntry.is_dir alone ends in an error for a symbolic link to itself.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _bombs_are_errors() -> warnings.catch_warnings:
