@@ -69,6 +69,7 @@ DAMAGED_LINES = [b"", b"\xff\xfe\x00", b"3", b"[]", b"{}", b'{"step": null}', b'
 
 
 @pytest.mark.parametrize("line", DAMAGED_LINES)
+@pytest.mark.fault("a damaged line of metrics.jsonl")
 def test_a_damaged_line_is_dropped_and_the_others_stay(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 10}\n' + line + b'\n{"step": 20, "train_loss": 1.5}\n')
     assert read_metrics(tmp_path) == [{"step": 10}, {"step": 20, "train_loss": 1.5}]
@@ -166,6 +167,7 @@ def test_an_interrupted_write_leaves_the_file_that_was_there(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("content", [b'{"a": ', b"", b"\xff\xfe"])
+@pytest.mark.fault("a damaged JSON file")
 def test_a_damaged_json_file_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(WorkdirError, match="config.json cannot be read") as caught:
