@@ -192,7 +192,17 @@ def tiny(workdir, *more):
     return main.main([*TINY, "--workdir", str(workdir), *more])
 
 
-DAMAGED_CONFIGS = [b"", b'{"train": ', b"[]", b"3", b"{}", b"\xff\xfe", b'{"train": {"epochs": 6}}', None]
+DAMAGED_CONFIGS = [
+    b"",
+    b'{"train": ',
+    b"[]",
+    b"3",
+    b"{}",
+    b"\xff\xfe",
+    b'{"train": {"epochs": 6}}',
+    b'{"train": 3}',
+    None,
+]
 
 
 @pytest.mark.fault("a damaged config.json")
