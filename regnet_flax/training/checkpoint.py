@@ -247,7 +247,10 @@ class Checkpoints:
         target.parent.mkdir(exist_ok=True)
         if target.exists():
             shutil.rmtree(target)
-        (self.directory / str(step)).rename(target)
+        path = self.directory / str(step)
+        if not os.access(path, os.W_OK) and not path.is_symlink():
+            path.chmod(0o700)  # without permission for it, it cannot be moved
+        path.rename(target)
         logger.warning("moved damaged checkpoint %d to %s", step, target)
         self._manager.reload()
 
