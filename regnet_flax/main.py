@@ -99,8 +99,8 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
                 config.update({name: stored[name] for name in stored if name in config})
         except (AttributeError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{values.workdir}/{workdir.CONFIG} does not fit this version ({_one_line(error)}): restore it, or name "
-                "another --workdir"
+                f"{values.workdir}/{workdir.CONFIG} does not fit this version ({_one_line(error)}): "
+                "restore it, or name another --workdir"
             ) from error
         _tuples(config)
         config.model.init_from, config.model.new_head = "", False  # what the run began with, not what it came to

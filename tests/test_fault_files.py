@@ -134,7 +134,6 @@ def test_what_is_no_checkpoint_is_left_alone(workdir, uninterrupted, fault):  # 
     path = workdir / "checkpoints"
     shutil.copytree(path / "22", path / "24.orbax-checkpoint-tmp")
     (path / "28.orbax-checkpoint-tmp").write_text("a file")
-    (path / "32.orbax-checkpoint-tmp").symlink_to(workdir)
     foreign = [path / "notes.txt", path / "999", path / ".hidden/x", path / "best/metrics/metrics"]
     for file in foreign:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -145,8 +144,7 @@ def test_what_is_no_checkpoint_is_left_alone(workdir, uninterrupted, fault):  # 
     assert "going on from the checkpoint at step 22" in done.stdout
     assert all(file.read_text() == "mine" for file in foreign)
     assert not (path / "24.orbax-checkpoint-tmp").exists() and (workdir / "config.json").exists()
-    for name in ("28", "32"):
-        (path / f"{name}.orbax-checkpoint-tmp").unlink()
+    (path / "28.orbax-checkpoint-tmp").unlink()
     assert_ends_alike(workdir, uninterrupted)
 
 

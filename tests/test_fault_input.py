@@ -378,10 +378,12 @@ def test_a_strangers_workdir_writes_nothing_elsewhere(tmp_path, fault):
     outside.mkdir()
     (outside / "keep").write_text("mine")
     checkpoints = tmp_path / "run/checkpoints"
-    (checkpoints / "1").symlink_to(outside)
-    (checkpoints / "9").symlink_to(outside)
-    (checkpoints / "7.orbax-checkpoint-tmp").symlink_to(outside)
     more = ["--config.train.max_steps=6", "--config.checkpoint.every_steps=1", "--workdir", tmp_path / "run"]
+    for name in ("1", "9", "7.orbax-checkpoint-tmp"):
+        (checkpoints / name).symlink_to(outside)
+        line = error_of(run(*command, *more), 2)
+        assert f"checkpoints/{name} is a symbolic link" in line
+        (checkpoints / name).unlink()
     run(*command, *more, check=0)
     assert (outside / "keep").read_text() == "mine" and [path.name for path in outside.iterdir()] == ["keep"]
     fault("a stranger's workdir: steps that are symbolic links")

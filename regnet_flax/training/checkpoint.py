@@ -69,11 +69,19 @@ class Checkpoints:
       workdir: holds `checkpoints/<step>/`.
       keep: how many of the newest to keep.
       keep_best: how many of those with the highest eval accuracy to keep as well.
+
+    Raises:
+      WorkdirError: a step is a symbolic link.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int = 1, keep_best: int = 1):
         policies = ocp.checkpoint_managers
         self.directory = workdir.absolute() / CHECKPOINTS
+        for path in self.directory.glob("[0-9]*"):
+            if path.is_symlink():  # what is deleted or moved would lie elsewhere
+                raise WorkdirError(
+                    f"{path} is a symbolic link, which no run makes: remove it, or name another --workdir"
+                )
         self._drop_damaged_metrics()
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -167,7 +175,7 @@ class Checkpoints:
         """
         self.wait()
         for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            if unfinished.is_dir() and not unfinished.is_symlink():  # what is none is no save's
+            if unfinished.is_dir():  # what is none is no save's
                 shutil.rmtree(unfinished)
         steps, reasons = self.steps(), {}
         for step in reversed(steps):
@@ -248,7 +256,7 @@ class Checkpoints:
         if target.exists():
             shutil.rmtree(target)
         path = self.directory / str(step)
-        if not os.access(path, os.W_OK) and not path.is_symlink():
+        if not os.access(path, os.W_OK):
             path.chmod(0o700)  # without permission for it, it cannot be moved
         path.rename(target)
         logger.warning("moved damaged checkpoint %d to %s", step, target)
