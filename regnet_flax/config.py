@@ -37,7 +37,8 @@ def _whole(low: int, high: int = 2**31 - 1) -> Check:
     def check(value: Any) -> str:
         if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
             return ""
-        return f"a whole number of at least {low}" + (f" and at most {high}" if high < 2**31 - 1 else "")
+        too_high = isinstance(value, int) and value > high
+        return f"a whole number of at least {low}" + (f" and at most {high}" if high < 2**31 - 1 or too_high else "")
 
     return check
 
@@ -159,6 +160,9 @@ MAY_CHANGE = (
     "export.format",
     "export.path",
 )
+# And those in which it may where no learning rate already used changes by it (program.changed_rate): boundaries that
+# are fractions of the run, and the cosine, depend on them.
+MAY_CHANGE_LATER_RATES = ("train.epochs",)
 # The values that stand for "from the data set".
 AUTOMATIC = {"dataset.num_classes": 0, "dataset.image_size": 0, "dataset.mean": (), "dataset.std": ()}
 
@@ -324,7 +328,7 @@ def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, resolve
     lines = []
     for field in new:
         automatic = not resolved and field in AUTOMATIC and new[field] == AUTOMATIC[field]
-        if field in MAY_CHANGE or automatic or old.get(field) == new[field]:
+        if field in MAY_CHANGE + MAY_CHANGE_LATER_RATES or automatic or old.get(field) == new[field]:
             continue
         lines.append(f"{field}: {old.get(field)!r} before, {new[field]!r} now")
     return lines

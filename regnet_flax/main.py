@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import multiprocessing
+import os
 import pathlib
 import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 # configs/ stands beside the package, in the repository as in an installation.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -85,6 +87,8 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
         left = values(arguments)
     except Exception as error:  # the config is a program, and may end in anything
         of_the_config = not isinstance(error, flags.Error) or _IN_CONFIG in str(error)
+        if isinstance(error, flags.IllegalFlagValueError) and (mend := _mend(arguments, str(error))):
+            raise UsageError(mend) from error
         raise UsageError((f"--config {name}: " if of_the_config else "") + _one_line(error)) from error
     if len(left) > 1:
         raise UsageError(f"{left[1]!r} is not understood: options are written --name=value")
@@ -97,18 +101,32 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     if values.mode not in ("train", "compare") and (
         stored := workdir.read_json(pathlib.Path(values.workdir) / workdir.CONFIG)
     ):
-        overrides = config_flags.get_override_values(values["config"])
+        overrides, path = config_flags.get_override_values(values["config"]), config.export.path
         try:
             with config.ignore_type():
                 config.update({name: stored[name] for name in stored if name in config})
         except (AttributeError, KeyError, TypeError) as error:
             raise UsageError(
-                f"{values.workdir}/{workdir.CONFIG} does not fit this version: {_one_line(error)}"
+                f"{values.workdir}/{workdir.CONFIG} does not fit this version ({_one_line(error)}): "
+                "restore it, or name another --workdir"
             ) from error
         _tuples(config)
         config.model.init_from, config.model.new_head = "", False  # what the run began with, not what it came to
+        config.export.path = path  # where to write is not a stored workdir's to say, which may be a stranger's
         config.update_from_flattened_dict(overrides)
     return config, values
+
+
+def _mend(arguments: Sequence[str], problem: str) -> str:
+    """What is wrong with the value that absl could not parse, as check_config says it; "" if it is no field's."""
+    from regnet_flax.config import FIELDS
+
+    for argument in arguments:
+        name, _, value = argument.lstrip("-").partition("=")
+        field = name.removeprefix("config.")
+        if field in FIELDS and problem.startswith(f"flag --{name}={value}: "):
+            return f"{field} is {value!r}: it must be {FIELDS[field](value) or 'of another type'}"
+    return ""
 
 
 def _tuples(config: Any) -> None:
@@ -251,5 +269,18 @@ def _exit_code(argv: Sequence[str] | None) -> int:
     return 0
 
 
+def console() -> NoReturn:
+    """Runs the command line and ends the process with its exit code."""
+    code = main()
+    if code == 1:
+        # The threads of a save that failed wait minutes for each other, and Python waits for them.
+        for child in multiprocessing.active_children():
+            child.terminate()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    console()

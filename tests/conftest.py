@@ -15,6 +15,8 @@ import tempfile
 import jax
 import pytest
 
+pytest_plugins = ["faults_report"]
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for `configs`
 

@@ -246,6 +246,7 @@ by_name = pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__
 
 
 @by_name
+@pytest.mark.fault("the newest checkpoint damaged in seven ways")
 def test_a_damaged_newest_is_named_and_set_aside_and_the_one_before_is_used(workdir, opened, warnings, damage):
     damage(workdir / "checkpoints/30")
     checkpoints = opened(workdir)
@@ -273,6 +274,7 @@ def test_a_stray_empty_step_is_set_aside(workdir, opened, warnings):
     assert is_step(checkpoints.restore(LIKE), 40)
 
 
+@pytest.mark.fault("the two newest checkpoints damaged")
 def test_several_damaged_ones_are_all_set_aside(workdir, opened, warnings):
     empty(workdir / "checkpoints/30")
     truncate(workdir / "checkpoints/20")
@@ -299,6 +301,7 @@ def test_a_step_can_be_damaged_twice(workdir, opened):
     assert is_step(checkpoints.restore(LIKE), 30)
 
 
+@pytest.mark.fault("each file of a checkpoint changed or deleted")
 def test_whatever_file_is_damaged_no_wrong_state_is_restored(workdir, tmp_path, opened):
     def flip(file):
         content = bytearray(file.read_bytes())
@@ -321,6 +324,7 @@ def test_whatever_file_is_damaged_no_wrong_state_is_restored(workdir, tmp_path, 
 
 
 @pytest.mark.parametrize("content", ['{"eval_acc', "", "\x00\x00", "{}", "[]", '{"eval_accuracy": "high"}'])
+@pytest.mark.fault("a checkpoint's metrics damaged")
 def test_damaged_metrics_do_not_count_and_harm_nothing_else(workdir, opened, warnings, content):
     (workdir / "checkpoints/20/metrics/metrics").write_text(content)
     checkpoints = opened(workdir, keep=1)
@@ -331,6 +335,7 @@ def test_damaged_metrics_do_not_count_and_harm_nothing_else(workdir, opened, war
     assert saved(checkpoints) == [30, 40]
 
 
+@pytest.mark.fault("foreign files among the checkpoints")
 def test_foreign_files_are_left_alone(workdir, opened, warnings):
     directory = workdir / "checkpoints"
     for name in ("notes.txt", "40", ".hidden", "30.bak/readme", "best/metrics/metrics", "040/file"):
@@ -345,6 +350,7 @@ def test_foreign_files_are_left_alone(workdir, opened, warnings):
     assert sum(content == b"mine" for content in files(directory).values()) == 6
 
 
+@pytest.mark.fault("what a killed save leaves")
 def test_what_a_killed_save_left_is_ignored_and_cleared_by_the_run_that_goes_on(workdir, opened, warnings):
     unfinished = workdir / "checkpoints/40.orbax-checkpoint-tmp"
     shutil.copytree(workdir / "checkpoints/30", unfinished)
@@ -360,6 +366,7 @@ def test_what_a_killed_save_left_is_ignored_and_cleared_by_the_run_that_goes_on(
 
 
 @by_name
+@pytest.mark.fault("all checkpoints damaged in seven ways")
 def test_where_all_are_damaged_nothing_is_moved_or_deleted(workdir, opened, damage):
     for step in (10, 20, 30):
         damage(workdir / f"checkpoints/{step}")
@@ -381,6 +388,7 @@ def test_a_state_of_another_shape_is_not_restored(workdir, opened):
     assert is_step(opened(workdir).restore(LIKE), 30)
 
 
+@pytest.mark.fault("a limit on the size of a checkpoint's files")
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoints(workdir, opened):
     large = {"kernel": jax.random.normal(jax.random.key(0), (300_000,))}
     checkpoints = opened(workdir)

@@ -145,6 +145,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+@pytest.mark.fault("a wrong value of one field")
 def test_a_wrong_value_is_one_line_with_field_value_and_mend(field, value):
     (line,) = problems({field: value})
     shown = tuple(value) if isinstance(value, list) else value
@@ -233,6 +234,7 @@ def test_a_right_value_passes(field, value):
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
+@pytest.mark.fault("values that contradict each other")
 def test_a_contradiction_is_one_line_with_field_value_and_mend(values, start, parts):
     (line,) = problems(values)
     assert line.startswith(start)
@@ -287,6 +289,7 @@ def test_all_that_is_wrong_is_said_at_once():
     ]
 
 
+@pytest.mark.fault("missing and unknown fields")
 def test_missing_and_unknown_fields_are_named():
     config = changed({"train.bach_size": 64})
     del config["train"]["batch_size"], config["optimizer"]

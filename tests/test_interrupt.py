@@ -21,6 +21,7 @@ with workdir_lock(pathlib.Path(sys.argv[1])):
 """
 
 
+@pytest.mark.fault("the lock's holder killed")
 def test_the_lock_keeps_another_process_out_until_its_holder_is_gone(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as holder:
@@ -81,6 +82,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
     assert Interrupted(number, "stopped").exit_code == 128 + number
 
 
+@pytest.mark.fault("a second SIGTERM")
 def test_a_second_signal_ends_the_process_at_once():
     code = (
         "import os, signal\nfrom regnet_flax.training.interrupt import StopSignals\n"

@@ -173,6 +173,7 @@ def test_another_config_is_no_matter_before_the_first_checkpoint(tmp_path):
     assert train(tmp_path, **{"train.max_steps": 1})["step"] == 1
 
 
+@pytest.mark.fault("SIGTERM in an evaluation, fast suite")
 def test_stopped_while_it_evaluates_it_evaluates_when_it_goes_on(finished, tmp_path, monkeypatch):
     workdir, _ = finished
     evaluate = Program.evaluate
@@ -221,6 +222,7 @@ def test_a_run_goes_on_from_a_checkpoint_within_a_logging_interval(finished, tmp
         ({"model.overrides.kernel": "dense"}, "model.overrides.kernel: None before, 'dense' now"),
     ],
 )
+@pytest.mark.fault("resumed with another config")
 def test_another_config_is_refused_with_the_fields(finished, change, words):
     workdir, _ = finished
     before = (workdir / "config.json").read_bytes()
@@ -230,6 +232,7 @@ def test_another_config_is_refused_with_the_fields(finished, change, words):
     assert (workdir / "config.json").read_bytes() == before
 
 
+@pytest.mark.fault("resumed with other images")
 def test_other_images_are_refused(tmp_path):
     from PIL import Image
 
@@ -263,6 +266,7 @@ def test_other_images_are_refused(tmp_path):
         train(tmp_path / "run", **(config | {"train.max_steps": 4}))
 
 
+@pytest.mark.fault("parameters that are not finite")
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     config = {"checkpoint.every_steps": 2, "optimizer.warmup_epochs": 0.0, "train.max_steps": 6}
     train(tmp_path, **(config | {"train.max_steps": 2}))

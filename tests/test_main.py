@@ -39,6 +39,7 @@ TINY = [
         (["--mode", "eval"], ["no checkpoint"]),
     ],
 )
+@pytest.mark.fault("wrong arguments")
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if not any(arg.startswith("--config.train.batch_size") for arg in arguments):
@@ -83,6 +84,7 @@ def test_any_directory_and_a_config_of_ones_own(tmp_path, program):
 
 
 @pytest.mark.parametrize("body", ["1 / 0", "return undefined", "raise TypeError('no\\nway')", "import nothing_such"])
+@pytest.mark.fault("a config file that ends in an error")
 def test_an_error_in_a_config_is_one_line(body, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(f"def get_config():\n    {body}\n")
@@ -140,6 +142,7 @@ def test_eval_takes_the_config_from_the_workdir(uninterrupted, program, tmp_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.fault("SIGTERM or SIGKILL where a checkpoint stands, fast suite")
 def test_stopped_by_a_signal_and_run_again_it_ends_the_same(number, uninterrupted, tmp_path, program):
     expected, _ = uninterrupted
     arguments = [*TINY, "--workdir", str(tmp_path / "run"), "--config.checkpoint.every_steps=5"]

@@ -257,6 +257,7 @@ def spoil(folder, how):
 
 
 @pytest.mark.parametrize("how", ["text", "empty", "truncated", "dangling", "float"])
+@pytest.mark.fault("an image that does not decode")
 def test_an_image_that_does_not_decode(folder, how):
     path = spoil(folder, how)
     kept = 4 if how == "float" else 3
@@ -278,6 +279,7 @@ def test_decompression_bombs_do_not_decode(folder, monkeypatch, pixels):
     assert len(dataset.skipped) == 1 and "z.png: DecompressionBomb" in dataset.skipped[0]
 
 
+@pytest.mark.fault("a class of which no image decodes")
 def test_a_class_of_which_no_image_decodes(folder):
     for name in "ab":
         (folder / f"train/ant/{name}.png").write_text("no image")
@@ -310,6 +312,7 @@ def empty(*paths):
         (lambda root: shutil.rmtree(root), "{root} is not a directory"),
     ],
 )
+@pytest.mark.fault("a folder laid out otherwise")
 def test_folder_laid_out_otherwise(folder, change, expected):
     change(folder)
     assert expected.format(root=folder) in error_of("folder", data_dir=str(folder), image_size=5)
@@ -330,6 +333,7 @@ def test_folder_without_a_directory_or_permission(folder, monkeypatch):
     assert "cannot be listed (PermissionError" in error_of("folder", data_dir=str(folder))
 
 
+@pytest.mark.fault("images beyond the memory")
 def test_folder_beyond_the_memory_is_refused_before_decoding(folder, monkeypatch):
     monkeypatch.setattr(image_folder, "_free_memory", lambda: 2 * 6 * 50 * 50 * 3 - 1)
     monkeypatch.setattr(image_folder, "read_image", lambda path: pytest.fail("decoded"))

@@ -53,6 +53,7 @@ class Harm:
         return os.mkdir, ("harm",)
 
 
+@pytest.mark.fault("a file of weights that runs code when it is unpickled")
 def test_nothing_else_is_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Harm()}, "w.pth")
@@ -72,6 +73,7 @@ def test_nothing_else_is_unpickled(tmp_path, monkeypatch):
         ("missing.pth", None, "not a file"),
     ],
 )
+@pytest.mark.fault("a damaged file of weights")
 def test_what_is_no_file_of_weights_is_one_line(name, content, words, tmp_path):
     if content is not None:
         (tmp_path / name).write_bytes(content)

@@ -4,11 +4,11 @@ import contextlib
 import json
 import math
 import os
-import struct
 import sys
 
 import jax
 import pytest
+from faults import events
 
 from conftest import LINE
 from regnet_flax.training import workdir
@@ -51,7 +51,7 @@ def test_what_was_logged_beyond_the_restored_step_is_cut(tmp_path, step, kept):
         for number in (10, 20, 30):
             log.write({"step": number})
     with metrics_log(tmp_path, step) as log:
-        assert [line["step"] for line in log.lines] == kept
+        assert [line["step"] for line in read_metrics(tmp_path)] == kept
         log.write({"step": 99})
     assert [line["step"] for line in strictly((tmp_path / "metrics.jsonl").read_text())] == [*kept, 99]
 
@@ -62,7 +62,20 @@ def test_a_line_cut_off_in_the_middle_is_dropped(tmp_path, logger, caplog):
     with metrics_log(tmp_path, 20) as log:
         log.write({"step": 20, "train_loss": 1.0})
     assert [line["step"] for line in strictly((tmp_path / "metrics.jsonl").read_text())] == [10, 20]
-    assert "metrics.jsonl has a line that is no JSON" in caplog.text
+    assert "metrics.jsonl has a line that is none of its own" in caplog.text
+
+
+DAMAGED_LINES = [b"", b"\xff\xfe\x00", b"3", b"[]", b"{}", b'{"step": null}', b'{"step": "ten"}', b"NaN"]
+
+
+@pytest.mark.parametrize("line", DAMAGED_LINES)
+@pytest.mark.fault("a damaged line of metrics.jsonl")
+def test_a_damaged_line_is_dropped_and_the_others_stay(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 10}\n' + line + b'\n{"step": 20, "train_loss": 1.5}\n')
+    assert read_metrics(tmp_path) == [{"step": 10}, {"step": 20, "train_loss": 1.5}]
+    with metrics_log(tmp_path, 20) as log:
+        log.write({"step": 30})
+    assert [line["step"] for line in strictly((tmp_path / "metrics.jsonl").read_text())] == [10, 20, 30]
 
 
 def test_there_may_be_no_metrics_yet(tmp_path):
@@ -77,24 +90,6 @@ def test_what_is_not_finite_is_left_out(tmp_path, bad):
 
 
 # TensorBoard
-
-
-def events(path):
-    """(tag, step) of what TensorBoard shows: a session's start takes back the steps from its own on."""
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-    shown = {}
-    for file in sorted(path.glob("events.out.tfevents.*")):
-        content = file.read_bytes()
-        while content:
-            (length,) = struct.unpack("<Q", content[:8])
-            event = Event.FromString(content[12 : 12 + length])
-            content = content[16 + length :]
-            if event.HasField("session_log") and event.session_log.status == SessionLog.START:
-                shown = {key: value for key, value in shown.items() if key[1] < event.step}
-            for value in event.summary.value:
-                shown[value.tag, event.step] = value.simple_value
-    return shown
 
 
 def test_tensorboard_has_every_metric(tmp_path):
@@ -172,6 +167,7 @@ def test_an_interrupted_write_leaves_the_file_that_was_there(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("content", [b'{"a": ', b"", b"\xff\xfe"])
+@pytest.mark.fault("a damaged JSON file")
 def test_a_damaged_json_file_is_one_line(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(WorkdirError, match="config.json cannot be read") as caught:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import stat
 import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ class DataError(ValueError):
     The message is one line that names what is wrong, where, and how to mend it.
     """
 
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
 
 @dataclasses.dataclass(frozen=True)
 class Split:
@@ -38,6 +42,11 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
+
+
+def printable(text: str) -> str:
+    """Returns the text with what no terminal shows, such as a file name's newlines and stray bytes, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 
 def one_line(error: BaseException) -> str:
@@ -86,8 +95,11 @@ def read_image(path: str | os.PathLike) -> Image.Image:
         The decoded image, mode "RGB", turned as its EXIF orientation says.
 
     Raises:
-        Exception: whatever Pillow raises for a file it cannot decode; ValueError for floating-point pixels.
+        Exception: whatever Pillow raises for a file it cannot decode; ValueError for floating-point pixels, and for
+            what is no regular file: a named pipe would wait for its other end.
     """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
     with Image.open(path) as image:
         return to_rgb(ImageOps.exif_transpose(image))
 
@@ -176,13 +188,18 @@ def _list_split(root: Path, names: tuple[str, ...]) -> dict[str, list[str]]:
             classes[folder.name] = sorted(
                 entry.path
                 for entry in entries
-                if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and not entry.is_dir()
+                if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and not _is_dir(entry)
             )
         if not classes[folder.name]:
             raise DataError(f"{folder} has no images ({' '.join(EXTENSIONS)}); add some, or remove the folder")
     if not classes:
         raise DataError(f"{directory} has no class folders; expected {directory}/<class>/<images>")
     return classes
+
+
+def _is_dir(entry: os.DirEntry) -> bool:
+    # DirEntry.is_dir alone ends in an error for a symbolic link to itself.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
 def _bombs_are_errors() -> warnings.catch_warnings:
@@ -217,7 +234,7 @@ def _decode_split(
                     f"{paths[index]} does not decode ({one_line(error)}); mend or remove it, or set "
                     "--config.dataset.strict=False to leave such images out"
                 ) from error
-            return f"{paths[index]}: {one_line(error)}"
+            return printable(f"{paths[index]}: {one_line(error)}")
         if resize:
             image = image.resize(size, Image.Resampling.BILINEAR)
         elif image.size != size:

@@ -66,7 +66,7 @@ class SqueezeExcite(nn.Module):
         means = x.mean((1, 2), dtype=wide)
         weights = nn.relu(dense(squeezed, channels, "fc1")(means))
         weights = nn.sigmoid(dense(channels, squeezed, "fc2")(weights))
-        return x * weights[:, None, None, :].astype(self.dtype)
+        return (x.astype(wide) * weights[:, None, None, :]).astype(self.dtype)
 
 
 class Block(nn.Module):

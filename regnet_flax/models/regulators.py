@@ -53,7 +53,11 @@ def _pairs(x: Array, h: Array, pointwise: Array) -> Array:
     Returns:
       (N, height, width, gates, n).
     """
-    return x[..., None, :] * pointwise[0] + h[..., None, :] * pointwise[1]
+    # The pointwise kernel's gradient is a sum over all pixels of what it is multiplied by: that is to be wide too.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    kernels = pointwise.astype(wide)
+    pairs = x[..., None, :].astype(wide) * kernels[0] + h[..., None, :].astype(wide) * kernels[1]
+    return pairs.astype(x.dtype)
 
 
 class Regulator(nn.Module):

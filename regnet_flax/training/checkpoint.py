@@ -43,11 +43,17 @@ def _checksums(tree: Any) -> dict[str, int]:
     }
 
 
+def _with_record(checksums: dict[str, int], record: dict[str, Any]) -> dict[str, int]:
+    return checksums | {"record": zlib.crc32(json.dumps(record, sort_keys=True).encode())}
+
+
 def _reason(error: Exception) -> str:
     """One line from what Orbax and TensorStore raise, which may run over many."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
     if found := re.search(r"os_error_code='(\d+)'", str(cause)):
         return os.strerror(int(found[1]))
     return str(cause).strip().partition("\n")[0][:300] or type(cause).__name__
@@ -64,11 +70,19 @@ class Checkpoints:
       workdir: holds `checkpoints/<step>/`.
       keep: how many of the newest to keep.
       keep_best: how many of those with the highest eval accuracy to keep as well.
+
+    Raises:
+      WorkdirError: a step is a symbolic link.
     """
 
     def __init__(self, workdir: pathlib.Path, keep: int = 1, keep_best: int = 1):
         policies = ocp.checkpoint_managers
         self.directory = workdir.absolute() / CHECKPOINTS
+        for path in self.directory.glob("[0-9]*"):
+            if path.is_symlink():  # what is deleted or moved would lie elsewhere
+                raise WorkdirError(
+                    f"{path} is a symbolic link, which no run makes: remove it, or name another --workdir"
+                )
         if processes.is_primary():
             self._drop_damaged_metrics()
         processes.wait_for_all("metrics")
@@ -96,7 +110,7 @@ class Checkpoints:
         for path in self.directory.glob(f"[0-9]*/{METRICS}/{METRICS}"):
             try:
                 float(json.loads(path.read_text())[METRIC])
-            except (ValueError, KeyError, TypeError):
+            except (OSError, ValueError, KeyError, TypeError):
                 logger.warning("checkpoint %s has damaged metrics, and does not count for the best", path.parts[-3])
                 path.rename(path.with_name(DAMAGED))
 
@@ -132,7 +146,7 @@ class Checkpoints:
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            record=ocp.args.JsonSave(record | {"checksums": _checksums(jax.device_get(state))}),
+            record=ocp.args.JsonSave(record | {"checksums": _with_record(_checksums(jax.device_get(state)), record)}),
         )
         with self._writing():
             saved = self._manager.save(step, args=args, metrics=metrics)
@@ -166,7 +180,8 @@ class Checkpoints:
         self.wait()
         if processes.is_primary():
             for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                shutil.rmtree(unfinished)
+                if unfinished.is_dir():  # what is none is no save's
+                    shutil.rmtree(unfinished)
         processes.wait_for_all("unfinished")
         steps, reasons = self.steps(), {}
         for step in reversed(steps):
@@ -228,6 +243,7 @@ class Checkpoints:
                 restored: Any = self._manager.restore(step, args=args)
                 record = dict(restored.record)
                 expected, found = record.pop("checksums"), _checksums(jax.device_get(restored.state))
+                found = _with_record(found, record)
                 wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
                 if wrong:
                     raise _DamagedError(f"the checksum of {wrong[0]} does not match")
@@ -247,7 +263,10 @@ class Checkpoints:
             target.parent.mkdir(exist_ok=True)
             if target.exists():
                 shutil.rmtree(target)
-            (self.directory / str(step)).rename(target)
+            path = self.directory / str(step)
+            if not os.access(path, os.W_OK):
+                path.chmod(0o700)  # without permission for it, it cannot be moved
+            path.rename(target)
             logger.warning("moved damaged checkpoint %d to %s", step, target)
         processes.wait_for_all(f"damaged {step}")
         self._manager.reload()

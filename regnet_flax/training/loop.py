@@ -21,7 +21,7 @@ from regnet_flax.training import processes, workdir
 from regnet_flax.training.checkpoint import CHECKPOINTS, Checkpoints
 from regnet_flax.training.figures import write_figures
 from regnet_flax.training.interrupt import StopSignals, WorkdirError, workdir_lock
-from regnet_flax.training.program import AXIS, Program, build_model, build_optimizer, build_state
+from regnet_flax.training.program import AXIS, Program, build_model, build_optimizer, build_state, changed_rate
 from regnet_flax.training.progress import duration
 from regnet_flax.training.run import Run, collect_results, report
 from regnet_flax.training.seeds import SeedsProgram, of_one, with_seed_axis
@@ -184,13 +184,13 @@ def train_and_evaluate(
     with processes.together():
         config_lib.check_config(config)
         # Before the first checkpoint there is nothing that another config would spoil.
-        stored = workdir.read_json(path / workdir.CONFIG) if has_checkpoints(path) else None
+        stored = _stored(path)
         _refuse_changes(stored, config, path, seeds, resolved=False)
-        results = workdir.read_json(path / workdir.RESULTS)
+        results = workdir.read_results(path) if stored else None
     here = dict(config_lib.flatten(config)) | {"dataset.data_dir": ""}  # which each machine may have elsewhere
     processes.check_same("config", here)
     processes.check_same("workdir", [str(path.resolve()), stored, results])
-    if stored and results and stored["train"]["max_steps"] == config.train.max_steps:
+    if stored and results and all(stored["train"][name] == config.train[name] for name in ("max_steps", "epochs")):
         logger.info("%s holds a finished run", path)
         report(results, path)
         return results
@@ -225,9 +225,18 @@ def train_and_evaluate(
             )
         config = config_lib.resolve(config, dataset)
         _refuse_changes(stored, config, path, seeds, resolved=True)
+        if stored and (rate := changed_rate(config, stored["train"]["epochs"], images // batch, saved_steps(path)[-1])):
+            raise config_lib.ConfigError(
+                f"{path} holds a run of train.epochs={stored['train']['epochs']}, now {config.train.epochs}: {rate}; "
+                "name another --workdir, or undo the change"
+            )
         with processes.together():
             start = load_weights(config)
+        stop.check()
         with workdir_lock(path):
+            with processes.together():
+                if _stored(path) != stored:
+                    raise WorkdirError(f"{path} was changed by another run just now: run the same command again")
             record = {
                 "class_names": list(dataset.class_names),
                 "image_shape": list(dataset.image_shape),
@@ -294,13 +303,22 @@ def _refuse_changes(
         )
 
 
-def has_checkpoints(path: pathlib.Path) -> bool:
-    """Whether the workdir has any, whole or not."""
-    return any(entry.name.isdigit() for entry in (path / CHECKPOINTS).glob("*"))
+def saved_steps(path: pathlib.Path) -> list[int]:
+    """The steps of the workdir's checkpoints, whole or not, oldest first."""
+    return sorted(int(entry.name) for entry in (path / CHECKPOINTS).glob("*") if entry.name.isdecimal())
+
+
+def _stored(path: pathlib.Path) -> dict[str, Any] | None:
+    """What config.json says of the run that is to be gone on with; None where nothing was saved yet."""
+    if not saved_steps(path):
+        return None
+    if stored := workdir.read_config(path):
+        return stored
+    raise WorkdirError(f"{path} has checkpoints and no {workdir.CONFIG}: restore it, or name another --workdir")
 
 
 def _check_has_checkpoints(path: pathlib.Path) -> None:
-    if not has_checkpoints(path) or not (path / workdir.CONFIG).is_file():
+    if not saved_steps(path) or not (path / workdir.CONFIG).is_file():
         raise WorkdirError(f"there is no checkpoint in {path}: train first, or name the run with --workdir")
 
 
@@ -335,7 +353,7 @@ def load_trained(config: Any, path: str | pathlib.Path) -> tuple[Any, dict[str, 
     path = pathlib.Path(path)
     config_lib.check_config(config)
     _check_has_checkpoints(path)
-    image_shape = workdir.read_json(path / workdir.CONFIG)["image_shape"]
+    image_shape = (workdir.read_config(path) or {})["image_shape"]
     model, (_, tx) = build_model(config), build_optimizer(config, 1)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
@@ -370,7 +388,7 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
         dataset = load(config)
     processes.check_same("data set", dataset.fingerprint())
     if not config.model.init_from:
-        trained = tuple(workdir.read_json(path / workdir.CONFIG)["class_names"])
+        trained = tuple((workdir.read_config(path) or {})["class_names"])
         if trained != dataset.class_names:
             raise config_lib.ConfigError(
                 f"{dataset.name} has the classes {', '.join(dataset.class_names)}, but {path} was trained on "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -56,6 +57,19 @@ def build_optimizer(config: Any, steps_per_epoch: int) -> tuple[optimizer.Schedu
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
     )
+
+
+def changed_rate(config: Any, epochs_before: int, steps_per_epoch: int, step: int) -> str:
+    """Which learning rate of the first `step` steps `train.epochs` changes, "" if none, once it was `epochs_before`."""
+    before = copy.deepcopy(config)
+    before.train.epochs = epochs_before
+    taken = np.arange(min(step, epochs_before * steps_per_epoch))
+    old, new = (np.broadcast_to(build_optimizer(c, steps_per_epoch)[0](taken), taken.shape) for c in (before, config))
+    different = np.flatnonzero(old != new)
+    if not different.size:
+        return ""
+    first = different[0]
+    return f"the learning rate of step {first + 1} was {old[first]:.6g} and would be {new[first]:.6g}"
 
 
 def build_state(

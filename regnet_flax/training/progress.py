@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -142,12 +144,25 @@ def log_to_console(level: int = logging.INFO) -> None:
     """Shows what the program says on standard output, from this level on, warnings marked."""
     from absl import logging as absl_logging
 
-    # Orbax says there what its exceptions say too, in pages of traceback.
+    # Orbax says there what its exceptions say too, in pages of traceback; what a failed save or read leaves behind in
+    # its threads says it again.
     absl_logging.set_verbosity(absl_logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # A file's name may have characters that a terminal cannot show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not console_handlers():
         logger.addHandler(_Stdout(level))
     logger.setLevel(logging.INFO)
     logger.propagate = False
+
+
+def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def say(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    return say
 
 
 class _Stdout(logging.Handler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -11,6 +12,7 @@ import pathlib
 import platform
 import shlex
 import sys
+import time
 from typing import Any
 
 import jax
@@ -52,6 +54,38 @@ def read_json(path: pathlib.Path) -> Any:
         raise WorkdirError(f"{path} cannot be read ({error}): restore it, or name another --workdir") from error
 
 
+def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """What config.json says of the workdir's run; None where there is no such file.
+
+    Raises:
+      WorkdirError: it is damaged.
+    """
+    stored = read_json(workdir / CONFIG)
+    if stored is None:
+        return None
+    try:
+        counts = [stored["train"]["epochs"], stored["train"]["max_steps"], *stored["image_shape"]]
+        texts = [stored["dataset_fingerprint"], *stored["class_names"]]
+        whole = all(isinstance(n, int) for n in counts) and all(isinstance(text, str) for text in texts)
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise WorkdirError(f"{workdir / CONFIG} is not what a run writes: restore it, or name another --workdir")
+    return stored
+
+
+def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """A finished run's results.json; None where there is none that can be read, since the run can write it again."""
+    try:
+        results = read_json(workdir / RESULTS)
+        if results is None or {"step", "last", "best"} <= results.keys():
+            return results
+    except (WorkdirError, AttributeError):
+        pass
+    logger.warning("%s is damaged and is written again", workdir / RESULTS)
+    return None
+
+
 def plain(value: Any) -> Any:
     """A config, or any nest of mappings and sequences, as JSON has it."""
     if hasattr(value, "items"):
@@ -70,51 +104,84 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: pathlib.Path, step: int):
-        self._path = workdir / METRICS
-        self.lines = [line for line in read_metrics(workdir) if line["step"] <= step]
-        part = self._path.with_name(METRICS + ".part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        part.replace(self._path)
-        self._file = open(self._path, "a")
+        path = workdir / METRICS
+        lines = [line for line in read_metrics(workdir) if line["step"] <= step]
+        part = path.with_name(METRICS + ".part")
+        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part.replace(path)
+        self._file = open(path, "a")
         try:
-            import tensorboardX
+            self._events = _Events(workdir, step + 1)
         except ImportError:
             logger.warning("tensorboardX is not installed: no TensorBoard events are written")
             self._events = None
-        else:
-            self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=step + 1)
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line; it holds at least "step"."""
-        self.lines.append(line)
         # JSON has no NaN; a loss that is not finite ends the run, and its message says so.
         finite = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._events is not None:
-            for name, value in finite.items():
-                if name in _GROUPS:
-                    self._events.add_scalar(_GROUPS[name], value, line["step"])
-            self._events.flush()
+            scalars = {_GROUPS[name]: value for name, value in finite.items() if name in _GROUPS}
+            self._events.write(scalars, line["step"])
 
     def close(self) -> None:
-        self._file.close()
-        if self._events is not None:
-            self._events.close()
+        try:
+            self._file.close()
+        finally:
+            if self._events is not None:
+                self._events.close()
+
+
+class _Events:
+    """A file of TensorBoard events.
+
+    tensorboardX's SummaryWriter writes in a thread: its flush does not wait for what is still queued, so that a killed
+    run would lack events whose checkpoint stands, and once the disk is full that thread is gone and the queue blocks.
+
+    Args:
+      workdir: where it is.
+      first: the step from which on TensorBoard is to forget what earlier files have.
+    """
+
+    def __init__(self, workdir: pathlib.Path, first: int):
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        protocol: Any = event_pb2
+        self._event, self._scalar = protocol.Event, summary.scalar
+        self._writer = event_file_writer.EventsWriter(str(workdir / "events"))
+        start = protocol.SessionLog(status=protocol.SessionLog.START)
+        self._add(self._event(step=first, session_log=start))
+        self._writer.flush()
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._add(self._event(step=step, summary=self._scalar(name, value)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a last one that was cut off in the middle is left out."""
+    """The lines of metrics.jsonl; what is none, such as a last one that was cut off in the middle, is left out."""
     try:
-        text = (workdir / METRICS).read_text()
+        text = (workdir / METRICS).read_text(errors="replace")
     except FileNotFoundError:
         return []
     lines = []
-    for line in text.splitlines():
+    for found in text.splitlines():
         try:
-            lines.append(json.loads(line))
-        except ValueError:
-            logger.warning("%s has a line that is no JSON, which is dropped: %.60s", workdir / METRICS, line)
+            line = json.loads(found)
+            lines.append(line | {"step": int(line["step"])})
+        except (ValueError, TypeError, KeyError):
+            logger.warning("%s has a line that is none of its own, which is dropped: %.60r", workdir / METRICS, found)
     return lines
 
 
@@ -137,7 +204,7 @@ class RunLog(logging.Handler):
 
     def write_to(self, workdir: pathlib.Path) -> None:
         """Opens train.log."""
-        self._file = logging.FileHandler(workdir / LOG)
+        self._file = _LogFile(workdir / LOG, encoding="utf-8", errors="backslashreplace")
         self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for record in self._waiting:
             self._file.handle(record)
@@ -154,8 +221,16 @@ class RunLog(logging.Handler):
         if self._file is not None:
             if error is not None:
                 message = f"{type(error).__name__}: {error}"
-                self._file.handle(logging.LogRecord(logger.name, logging.ERROR, "", 0, message, None, None))
-            self._file.close()
+                with contextlib.suppress(OSError):  # The error may well be that the disk is full.
+                    self._file.handle(logging.LogRecord(logger.name, logging.ERROR, "", 0, message, None, None))
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Ends the run with the error, as any other file that cannot be written does, where logging would print it."""
+        raise
 
 
 def environment(devices: list[Any]) -> dict[str, Any]:

@@ -1,0 +1,250 @@
+"""What the tests of faults share: the program in a subprocess, told where it is; what it left; how it was stopped."""
+
+import contextlib
+import json
+import os
+import pathlib
+import random
+import struct
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from configs import digits
+from regnet_flax.training.checkpoint import Checkpoints
+from regnet_flax.training.program import build_model, build_optimizer, build_state
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+# 66 steps, a checkpoint every 4, and evaluations of 18 batches after every 11.
+TINY = [
+    "--config.model.name=resnet8",
+    "--config.model.overrides.width=4",
+    "--config.train.batch_size=128",
+    "--config.train.epochs=6",
+    "--config.eval.batch_size=20",
+    "--config.log.every_steps=5",
+    "--config.checkpoint.every_steps=4",
+]
+STEPS = 66
+# As root, permissions do not count: a program without these powers obeys them. (CAP_DAC_OVERRIDE, _READ_SEARCH)
+_POWERLESS = """
+import ctypes, os, sys
+if os.geteuid() == 0:
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    if any(prctl(24, power, 0, 0, 0) for power in (1, 2)):
+        sys.exit("powers cannot be dropped")
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+_LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+POWERLESS = [sys.executable, "-c", _POWERLESS]
+
+
+def limited(file_size):
+    """What goes before a command whose files may not grow beyond so many bytes."""
+    return [sys.executable, "-c", _LIMITED, str(file_size)]
+
+
+def environment(**more):
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
+
+
+def run(*arguments, check=None, before=(), timeout=600, **options):
+    """The program, run to its end."""
+    command = [*before, sys.executable, "-m", "regnet_flax.main", *map(str, arguments)]
+    options.setdefault("env", environment())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert check is None or done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def error_of(done, code):
+    """The one line that a program that ended with that code said."""
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == code and line.startswith("error: "), done.stdout + done.stderr
+    return line
+
+
+class Started:
+    """The program under way, which announces its phases (see announced.py).
+
+    Attributes:
+      process: of the program.
+      phases: those that it is in now.
+    """
+
+    def __init__(self, *arguments, before=(), **options):
+        self._reader, writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        command = [*before, sys.executable, ROOT / "tests/announced.py", writer, *arguments]
+        options.setdefault("env", environment())
+        self.process = subprocess.Popen(
+            list(map(str, command)),
+            pass_fds=[writer],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        )
+        os.close(writer)
+        self.phases, self._buffer = [], b""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+        os.close(self._reader)
+
+    def read(self):
+        """The announcements since the last call."""
+        with contextlib.suppress(BlockingIOError):
+            while content := os.read(self._reader, 65536):
+                self._buffer += content
+        *lines, self._buffer = self._buffer.split(b"\n")
+        found = [line.decode() for line in lines]
+        for line in found:
+            if line[0] == "+":
+                self.phases.append(line[1:])
+            elif line[0] == "-":
+                self.phases.remove(line[1:])
+        return found
+
+    def until(self, announcement, times=1, timeout=300):
+        """Waits for an announcement; returns whether it came before the program ended."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            ended = self.process.poll() is not None
+            for line in self.read():
+                times -= line == announcement
+            if times <= 0:
+                return True
+            if ended:
+                return False
+            time.sleep(0.001)
+        raise TimeoutError(announcement)
+
+    def end(self, timeout=300):
+        """Its exit code and output, once it has ended."""
+        out = self.process.communicate(timeout=timeout)[0]
+        self.read()
+        assert "Traceback" not in out, out
+        return self.process.returncode, out
+
+
+def arrays(workdir, step=STEPS):
+    """Every array of a checkpoint, optimiser state included, by its path."""
+    config = digits.get_config("resnet8")
+    config.model.overrides.width, config.dataset.num_classes = 4, 10
+    shapes = jax.eval_shape(lambda: build_state(build_model(config), build_optimizer(config, 1)[1], (8, 8, 1), 0))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
+    checkpoints = Checkpoints(workdir)
+    try:
+        state = jax.device_get(checkpoints.read(str(step), like)[1])
+    finally:
+        checkpoints.close()
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
+
+
+def metrics(workdir):
+    """The lines of metrics.jsonl, times aside."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+def assert_ends_alike(workdir, uninterrupted):
+    """A run that faults befell ended bitwise as the one that none did."""
+    found, expected = arrays(workdir), arrays(uninterrupted)
+    assert found.keys() == expected.keys() and any("opt_state" in name for name in found)
+    for name in expected:
+        assert found[name].tobytes() == expected[name].tobytes(), name
+    assert metrics(workdir) == metrics(uninterrupted)
+    assert_tensorboard_agrees(workdir)
+    assert (workdir / "results.json").exists() and (workdir / "figures/curves.png").stat().st_size > 1000
+    assert not list((workdir / "checkpoints").glob("*tmp*"))
+
+
+def assert_tensorboard_agrees(workdir):
+    """TensorBoard shows what metrics.jsonl has, all of it and no more."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    expected = {}
+    for line in lines:
+        for name, value in line.items():
+            group, _, rest = name.partition("_")
+            tag = f"{group}/{rest}" if group in ("train", "eval") else f"train/{name}"
+            if name != "step":
+                expected[tag, line["step"]] = np.float32(value)
+    assert events(workdir) == expected
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """A run that nothing befell."""
+    workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run(*TINY, "--workdir", workdir, check=0)
+    return workdir
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of so many KiB: small_disk(3000) → its directory."""
+    mounted = []
+
+    def mount(kibibytes):
+        path = tmp_path / f"disk{len(mounted)}"
+        path.mkdir()
+        try:
+            subprocess.run(
+                ["mount", "-t", "tmpfs", "-o", f"size={kibibytes}k", "tmpfs", path], check=True, capture_output=True
+            )
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("a tmpfs cannot be mounted here: it needs root")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", "-l", path], check=True)
+
+
+def fill(disk):
+    """Writes until the disk is full; returns the file, to be removed."""
+    ballast = disk / "ballast"
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return ballast
+
+
+def chance(*names):
+    """Random numbers that are the same in every run of a test."""
+    return random.Random("/".join(map(str, names)))
+
+
+def events(path):
+    """(tag, step) of what TensorBoard shows: a session's start takes back the steps from its own on."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    shown = {}
+    for file in sorted(path.glob("events.out.tfevents.*")):
+        content = file.read_bytes()
+        while content:
+            (length,) = struct.unpack("<Q", content[:8])
+            event = Event.FromString(content[12 : 12 + length])
+            content = content[16 + length :]
+            if event.HasField("session_log") and event.session_log.status == SessionLog.START:
+                shown = {key: value for key, value in shown.items() if key[1] < event.step}
+            for value in event.summary.value:
+                shown[value.tag, event.step] = value.simple_value
+    return shown
