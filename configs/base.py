@@ -85,6 +85,6 @@ def get_config() -> config_dict.ConfigDict:
     predict.json = False  # JSON on standard output instead of a table; all else is then said on standard error
 
     config.export = export = config_dict.ConfigDict()  # for --mode export, of the checkpoint eval.checkpoint
-    export.format = "safetensors"  # or "torch", by PyTorch's names both
-    export.path = ""  # "": weights.safetensors or weights.pth in the workdir
+    export.format = "safetensors"  # or "torch", weights by PyTorch's names; "stablehlo", the model as a program
+    export.path = ""  # "": weights.safetensors, weights.pth or model.stablehlo in the workdir
     return config

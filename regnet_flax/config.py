@@ -129,7 +129,7 @@ FIELDS: dict[str, Check] = {
     "predict.images": _text,
     "predict.top": _whole(1),
     "predict.json": _flag,
-    "export.format": _choice("safetensors", "torch"),
+    "export.format": _choice("stablehlo", "safetensors", "torch"),
     "export.path": _text,
 }
 
