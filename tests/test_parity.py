@@ -5,6 +5,7 @@ them, in float64 too, and some at their own depth.
 """
 
 import functools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import torch_reference
-from comparison import BATCH, CLASSES, arrays, check, check_all, compare_network, create, reference
+from comparison import BATCH, BEGIN, BOUNDS, CLASSES, END, arrays, check, check_all, compare_network, create, reference
 from regnet_flax import create_model
 from regnet_flax.models.registry import MODELS
 from regnet_flax.torch_port import from_torch, to_torch
@@ -195,3 +196,14 @@ def test_ten_sgd_steps(name, dtype, parity):
         assert sgd.param_groups[0]["lr"] == pytest.approx(0.01)
         found = to_torch({"params": state.params}, ours)
         check_all(("ten SGD steps", "parameters after them", dtype), found, arrays(dict(theirs.named_parameters())))
+
+
+def test_the_readme_has_every_bound_and_no_larger_error():
+    text = (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_text()
+    _, _, rest = text.partition(BEGIN)
+    table, end, _ = rest.partition(END)
+    assert end, f"README.md has no table between {BEGIN} and {END}"
+    rows = [[part.strip() for part in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    found = {tuple(row[:3]): (float(row[3]), float(row[4])) for row in rows if row[3] != "–"}
+    assert {key: bound for key, (bound, _) in found.items()} == BOUNDS
+    assert all(error < bound for bound, error in found.values())
