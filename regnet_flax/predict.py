@@ -188,8 +188,8 @@ def show(result: dict[str, Any], as_json: bool) -> None:
     predictions = result["predictions"]
     files = [prediction["file"] for prediction in predictions]
     folder = os.path.commonpath([os.path.dirname(file) for file in files])
-    where = f", images in {folder}" if folder else ""
-    table = Table(title=f"{result['model']} at step {result['step']}{where}", title_justify="left")
+    print(f"{result['model']} at step {result['step']}, {len(files)} images in {folder or '.'}")
+    table = Table()
     table.add_column("image", overflow="fold")
     for rank in range(1, len(predictions[0]["top"]) + 1):
         table.add_column(f"{rank}.", overflow="fold")

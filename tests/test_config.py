@@ -94,6 +94,23 @@ def test_the_papers_cifar_recipe():
     assert load("cifar100").dataset.name == "cifar100"
 
 
+def test_the_recipe_for_photographs_of_ones_own():
+    found = dict(flatten(load("folder")))
+    expected = {
+        "dataset.image_size": 32,
+        "dataset.augment": ("flip", "rotate", "color", "translate"),
+        "dataset.mean": (0.5,),
+        "dataset.std": (0.5,),
+        "train.batch_size": 64,
+        "train.epochs": 150,
+        "optimizer.learning_rate": 0.1,
+        "optimizer.boundaries": (80,),
+        "optimizer.decay": 0.1,
+        "optimizer.weight_decay": 1e-4,
+    }
+    assert {field: found[field] for field in expected} == expected
+
+
 # Wrong values
 
 WRONG = {
@@ -141,6 +158,9 @@ WRONG = {
     "compare.models": ["resnet20", (20,), None],
     "compare.seeds": [3, (-1,), (0.5,), ("0",)],
     "compare.together": [True, "yes"],
+    "predict.images": [None, 3],
+    "predict.top": [0, 1.5],
+    "predict.json": ["yes", 1],
 }
 
 

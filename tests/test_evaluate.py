@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from regnet_flax.data.in_memory import eval_batch
-from regnet_flax.training.evaluate import evaluate
+from regnet_flax.training.evaluate import confusion_matrix, evaluate, per_class
 from regnet_flax.training.steps import eval_step
 
 
@@ -32,7 +32,8 @@ def test_metrics_are_those_of_the_whole_split(size, batch_size, classes):
     logits, labels = split(size, classes)
     data = {"images": jnp.asarray(logits), "labels": jnp.asarray(labels)}
     done = []
-    metrics = evaluate(lambda start: one_batch(data, start, batch_size), size, batch_size, done.append)
+    outcomes = np.empty((size, 2), np.int32)
+    metrics = evaluate(lambda start: one_batch(data, start, batch_size), size, batch_size, done.append, outcomes)
 
     exact = logits.astype(np.float64)
     losses = np.log(np.exp(exact).sum(1)) - exact[np.arange(size), labels]
@@ -45,7 +46,29 @@ def test_metrics_are_those_of_the_whole_split(size, batch_size, classes):
     for name, value in expected.items():
         assert metrics[name] == value, name
     assert [type(metrics[name]) for name in ("loss", "accuracy", "count")] == [float, float, int]
+    np.testing.assert_array_equal(outcomes, np.stack([labels, logits.argmax(1)], 1))
     assert done == [min(size, n + batch_size) for n in range(0, size, batch_size)]
+
+
+def test_precision_and_recall_of_each_class_are_scikit_learns():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    labels, predicted = rng.integers(0, 6, (2, 200)).astype(np.int32)
+    labels[labels == 4] = 3  # none of class 4, and none taken for class 5
+    predicted[predicted == 5] = 0
+    padding = np.full((3, 2), -1, np.int32)
+    confusion = confusion_matrix(np.concatenate([np.stack([labels, predicted], 1), padding]), 7)
+    np.testing.assert_array_equal(confusion, sklearn.confusion_matrix(labels, predicted, labels=range(7)))
+    assert confusion.dtype == np.int64 and confusion.sum() == 200
+
+    found = per_class(confusion, "abcdefg")
+    expected = sklearn.precision_recall_fscore_support(labels, predicted, labels=range(7), zero_division=np.nan)
+    for i, entry in enumerate(found):
+        assert entry["class"] == "abcdefg"[i] and entry["images"] == expected[3][i]
+        assert entry["predicted"] == (predicted == i).sum()
+        for name, values in (("precision", expected[0]), ("recall", expected[1])):
+            assert entry[name] == (None if np.isnan(values[i]) else pytest.approx(values[i], rel=1e-12))
+    assert found[4]["recall"] is found[5]["precision"] is found[6]["recall"] is None
 
 
 def test_many_batches_lose_no_example():

@@ -81,6 +81,13 @@ def test_what_a_run_leaves(finished):
     assert config["dataset"]["num_classes"] == 10 and len(config["dataset"]["mean"]) == 1
     assert config["class_names"] == [str(digit) for digit in range(10)]
     assert (workdir / "figures" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    by_class = results["per_class"]
+    assert [entry["class"] for entry in by_class] == config["class_names"]
+    assert sum(entry["images"] for entry in by_class) == sum(entry["predicted"] for entry in by_class) == 360
+    right = sum(entry["recall"] * entry["images"] for entry in by_class)
+    assert right / 360 == pytest.approx(results["last"]["eval_accuracy"], abs=1e-9)
+    for name in ("predictions", "confusion"):
+        assert (workdir / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "test accuracy" in (workdir / "train.log").read_text()
     assert list(workdir.glob("events.out.tfevents*"))
 
@@ -92,6 +99,13 @@ def test_eval_finds_what_training_measured(finished):
         assert metrics["step"] == expected["step"] and metrics["count"] == 360
         assert metrics["accuracy"] == expected["eval_accuracy"]
         assert metrics["top5_accuracy"] == expected["eval_top5_accuracy"]
+        written = json.loads((workdir / "eval.json").read_text())
+        by_class = written.pop("per_class")
+        assert written == metrics
+        right = sum((entry["recall"] or 0) * entry["images"] for entry in by_class)
+        assert right / 360 == pytest.approx(metrics["accuracy"], abs=1e-9)
+    assert by_class == json.loads((workdir / "results.json").read_text())["per_class"] or which == "best"
+    assert {path.name for path in (workdir / "figures" / "eval").iterdir()} == {"predictions.png", "confusion.png"}
     # A batch that the devices do not divide was that of training: it does not matter here.
     other = loop.evaluate_only(tiny_config(**{"eval.checkpoint": "last", "train.batch_size": 100}), workdir)
     assert other["count"] == 360

@@ -79,6 +79,11 @@ def test_any_number_of_devices_trains_to_the_same_state(devices, one_device):
         np.testing.assert_allclose(state.sums[name], total, rtol=1e-6)
     assert program.evaluate(state) == pytest.approx(one_device[0].evaluate(expected), rel=1e-6)
     assert program.evaluate(state)["count"] == 21
+    outcomes, alone = np.empty((2, 21, 2), np.int32)
+    program.evaluate(state, outcomes=outcomes)
+    one_device[0].evaluate(expected, outcomes=alone)
+    np.testing.assert_array_equal(outcomes, alone)
+    np.testing.assert_array_equal(outcomes[:, 0], np.arange(21) % 10)
 
 
 def test_local_statistics_and_gradients_are_means_over_the_devices():

@@ -5,7 +5,8 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from regnet_flax.analysis import compare_plots, plots
+from regnet_flax.analysis import plots
+from regnet_flax.analysis.plots import comparison
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_compared_curves(tmp_path, figures):
         "two seeds": {"train_loss": (epochs, values / 10), "test_error": (epochs, values)},
         "one seed": {"train_loss": (epochs, values[:1] / 10), "test_error": (epochs, values[:1] + 1)},
     }
-    compare_plots.compared_curves(runs, tmp_path / "curves.png")
+    comparison.compared_curves(runs, tmp_path / "curves.png")
     loss, error = figures[0].axes
     found = {line.get_label(): line.get_ydata().tolist() for line in error.lines}
     assert found == {"two seeds": [40, 9, 3], "one seed": [31, 9, 5]}
@@ -66,7 +67,7 @@ def test_compared_curves(tmp_path, figures):
 def test_compared_costs(tmp_path, figures):
     runs = {"a": (2000, 3_000_000, [1.0, 2.0, 6.0]), "b": (5000, 7_000_000, [4.0])}
     for dark in (False, True):
-        compare_plots.compared_costs(runs, tmp_path / "costs.png", dark=dark)
+        comparison.compared_costs(runs, tmp_path / "costs.png", dark=dark)
     parameters, multiply_adds = figures[0].axes
     points = {c.get_label(): c.lines[0].get_xydata()[0].tolist() for c in parameters.containers}
     assert points == {"a": [2, 3], "b": [5, 4]}
@@ -76,3 +77,66 @@ def test_compared_costs(tmp_path, figures):
     assert not parameters.containers[1].has_yerr
     light, dark = (figure.get_facecolor() for figure in figures)
     assert min(light[:3]) > 0.9 > 0.2 > max(dark[:3])
+
+
+NAMES = ["ants", "bees", "Staffordshire bullterrier, Staffordshire bull terrier, pit_bull"]
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_predictions(channels, tmp_path, figures):
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, channels), dtype=np.uint8)
+    plots.predictions(images, [0, 1, 2, 2, 0, 1], [0, 0, 2, 1, 2, 1], NAMES, tmp_path / "p.png", "a model")
+    drawn = [axes for axes in figures[0].axes if axes.images]
+    assert len(drawn) == 6
+    np.testing.assert_array_equal(np.asarray(drawn[1].images[0].get_array()).reshape(8, 8, channels), images[1])
+    assert [drawn[0].get_title(), drawn[1].get_title()] == ["ants", "ants\ntrue: bees"]
+    assert drawn[2].get_title() == "Staffordshire\nbullterrier,…" and "true: ants" in drawn[4].get_title()
+    colors = [axes.title.get_color() for axes in drawn]
+    assert colors == [plots.RIGHT, plots.WRONG, plots.RIGHT, plots.WRONG, plots.WRONG, plots.RIGHT]
+    assert np.asarray(Image.open(tmp_path / "p.png")).std() > 0
+
+
+def test_more_images_than_fit_in_a_row_and_fewer(tmp_path, figures):
+    for count in (1, 16):
+        plots.predictions(np.zeros((count, 4, 4, 3), np.uint8), [0] * count, [1] * count, NAMES, tmp_path / "p.png")
+    assert [sum(bool(axes.images) for axes in figure.axes) for figure in figures] == [1, 16]
+
+
+def test_confusion_of_few_classes(tmp_path, figures):
+    matrix = np.array([[8, 2, 0], [0, 0, 0], [1, 0, 3]])
+    plots.confusion(matrix, NAMES, tmp_path / "c.png", "a model")
+    axes = figures[0].axes[0]
+    np.testing.assert_allclose(axes.images[0].get_array(), [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
+    assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
+        ((0, 0), "8"),
+        ((1, 0), "2"),
+        ((0, 2), "1"),
+        ((2, 2), "3"),
+    }
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["ants", "bees"]
+    assert not figures[0].texts[1:]
+
+
+def test_confusion_of_many_classes_names_the_pairs_confused_most(tmp_path, figures):
+    for classes in (60, 1000):
+        matrix = np.diag(np.full(classes, 40))
+        matrix[3, 5], matrix[7, 1] = 9, 12
+        plots.confusion(matrix, [f"class {i}" for i in range(classes)], tmp_path / "c.png")
+        axes = figures[-1].axes[0]
+        assert not axes.texts
+        (listed,) = [text.get_text() for text in figures[-1].texts if "→" in text.get_text()]
+        assert listed.splitlines()[1:] == ["class 7 → class 1: 12 of 52", "class 3 → class 5: 9 of 49"]
+    assert "class 3" in [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert "class 3" not in [label.get_text() for label in figures[1].axes[0].get_yticklabels()]
+
+
+def test_probabilities(tmp_path, figures):
+    images = [np.full((10 + i, 20, 3), i, np.uint8) for i in range(5)]
+    tops = [[("ants", 0.5 + i / 10), ("bees", 0.5 - i / 10)] for i in range(5)]
+    plots.probabilities(images, ["a" * 50 + ".jpg", "b", "c", "d", "e", "not drawn"], tops, tmp_path / "p.png", "x")
+    pictures = [axes for axes in figures[0].axes if axes.images]
+    charts = [axes for axes in figures[0].axes if axes.patches]
+    assert [axes.images[0].get_array().shape[0] for axes in pictures] == [10, 11, 12, 13, 14]
+    assert pictures[1].get_title() == "b" and pictures[0].get_title() == "a" * 15 + "…" + "a" * 12 + ".jpg"
+    assert [round(bar.get_width(), 3) for bar in charts[3].patches] == [0.8, 0.2]
+    assert [text.get_text() for text in charts[3].texts] == ["ants", "80.0%", "bees", "20.0%"]

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from regnet_flax.analysis import compare, compare_plots
+from regnet_flax.analysis import compare
 from regnet_flax.analysis.compare import Result
+from regnet_flax.analysis.plots import comparison
 
 MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
 _NUMBERS = 2  # the columns from here on are numbers, but for the last two
@@ -34,9 +35,9 @@ def write(path: pathlib.Path, workdirs: Mapping[str, pathlib.Path], failed: Mapp
     pictures = {}
     for dark in (False, True):
         names = {kind: path / FIGURES / f"{kind}{'-dark' if dark else ''}.png" for kind in _CAPTIONS}
-        compare_plots.compared_curves({r.label: r.curves for r in results}, names["curves"], dark=dark)
+        comparison.compared_curves({r.label: r.curves for r in results}, names["curves"], dark=dark)
         points = {r.label: (r.parameters, r.multiply_adds, r.error) for r in results}
-        compare_plots.compared_costs(points, names["costs"], dark=dark)
+        comparison.compared_costs(points, names["costs"], dark=dark)
         pictures[dark] = names
     title, said, cells, notes = _title(results), _summary(results), table(results), _notes(results, failed or {})
     facts = _facts(results)

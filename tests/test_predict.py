@@ -1,0 +1,165 @@
+"""--mode predict, on image files that no training has seen."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import folder
+from regnet_flax import main, predict
+from regnet_flax.config import ConfigError
+from regnet_flax.data.image_folder import read_image
+from regnet_flax.data.sources import load_dataset
+from regnet_flax.training import loop
+
+COLORS = {"brick": (170, 60, 40), "grass": (60, 160, 50), "sky": (110, 160, 230)}
+
+
+def photograph(path, name, seed, size=(30, 20)):
+    noise = np.random.default_rng(seed).normal(0, 25, (size[1], size[0], 3))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.clip(np.array(COLORS[name]) + noise, 0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A workdir of a run on photographs that a mean colour tells apart, and their folder."""
+    root = tmp_path_factory.mktemp("predict")
+    for split, numbers in (("train", range(8)), ("val", range(8, 11))):
+        for name in COLORS:
+            for i in numbers:
+                photograph(root / "data" / split / name / f"{i}.png", name, seed=i)
+    config = folder.get_config("resnet8")
+    config.model.overrides.width = 4
+    config.dataset.data_dir = str(root / "data")
+    config.dataset.image_size = 8
+    config.train.batch_size = 24
+    config.train.epochs = 40
+    config.optimizer.boundaries = (30,)
+    config.eval.every_epochs = 20
+    config.checkpoint.every_steps = 100
+    results = loop.train_and_evaluate(config, root / "run", devices=jax.devices()[:1])
+    assert results["last"]["eval_accuracy"] == 1
+    return root / "run", root / "data"
+
+
+@pytest.fixture
+def unseen(tmp_path):
+    """Photographs of other sizes, one file that is no image, and others that are no image files."""
+    for seed, name in enumerate(COLORS):
+        photograph(tmp_path / "new" / f"my {name} [1].jpg", name, seed=100 + seed, size=(41, 67))
+    (tmp_path / "new" / "damaged.jpg").write_bytes(b"no image")
+    (tmp_path / "new" / "notes.txt").write_text("no image file")
+    (tmp_path / "new" / ".hidden.png").write_text("no image file")
+    return tmp_path / "new"
+
+
+def run(capfd, workdir, *arguments):
+    code = main.main(["--mode", "predict", "--workdir", str(workdir), *arguments])
+    out, err = capfd.readouterr()
+    return code, out, err
+
+
+def test_a_photograph_never_seen(trained, unseen, capfd, logger):
+    workdir, _ = trained
+    picture = workdir / "figures" / "predict.png"
+    code, out, _ = run(capfd, workdir, f"--config.predict.images={unseen}")
+    assert code == 0
+    for name in COLORS:
+        (line,) = [line for line in out.splitlines() if f"my {name} [1].jpg" in line]
+        first, *others = line.split("│")[2:-1]
+        assert first.split()[0] == name and len(others) == 2
+        shares = [float(cell.split()[1].rstrip("%")) for cell in (first, *others)]
+        assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(100, abs=0.2)
+    assert f"left out {unseen / 'damaged.jpg'}: UnidentifiedImageError" in out
+    assert "notes" not in out and ".hidden" not in out
+    assert f"picture: {picture}" in out and np.asarray(Image.open(picture)).std() > 0
+
+
+def test_json_is_all_that_standard_output_has(trained, unseen, capfd, logger):
+    workdir, _ = trained
+    code, out, err = run(
+        capfd,
+        workdir,
+        f"--config.predict.images={unseen}/*.jpg",
+        "--config.predict.json=True",
+        "--config.predict.top=2",
+    )
+    assert code == 0
+    result = json.loads(out)
+    assert result["model"] == "resnet8" and result["step"] > 0
+    assert [p["file"] for p in result["predictions"]] == [str(unseen / f"my {name} [1].jpg") for name in COLORS]
+    for name, prediction in zip(COLORS, result["predictions"], strict=True):
+        first, second = prediction["top"]
+        assert first["class"] == name and 1 >= first["probability"] > second["probability"] >= 0
+    assert [entry["file"] for entry in result["skipped"]] == [str(unseen / "damaged.jpg")]
+    assert "left out" in err
+
+
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        ("", "predict.images is ''"),
+        ("{}/damaged.jpg", "none of the 1 files"),
+        ("{}/nothing*.jpg", "matches no file"),
+        ("{}/empty", "has no image files"),
+    ],
+)
+def test_nothing_to_predict_is_one_line_and_exit_code_2(images, words, trained, unseen, capfd, logger):
+    (unseen / "empty").mkdir()
+    code, _, err = run(capfd, trained[0], f"--config.predict.images={images.format(unseen)}")
+    assert code == 2
+    (line,) = err.strip().splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+def test_a_workdir_without_a_run(tmp_path, unseen, capfd, logger):
+    code, _, err = run(capfd, tmp_path / "none", f"--config.predict.images={unseen}")
+    assert code == 2 and "there is no checkpoint" in err
+
+
+def test_which_files_are_meant(unseen, tmp_path):
+    names = [f"my {name} [1].jpg" for name in COLORS]
+    one = str(unseen / names[0])
+    assert predict.find_images(one) == [unseen / names[0]]  # though [1] is a pattern
+    assert [path.name for path in predict.find_images(str(unseen))] == ["damaged.jpg", *names]
+    assert [path.name for path in predict.find_images(f"{unseen}/my*")] == names
+    assert [path.name for path in predict.find_images(f"{tmp_path}/**/my*")] == names
+    assert len(predict.find_images(str(tmp_path))) == 4
+    assert predict.find_images(f"{unseen}/notes.txt") == [unseen / "notes.txt"]
+    with pytest.raises(ConfigError, match="matches no file"):
+        predict.find_images(str(unseen / "nowhere.jpg"))
+
+
+def test_images_are_resized_as_for_evaluation(trained):
+    _, data = trained
+    test = load_dataset("folder", data_dir=str(data), image_size=8).test
+    files = sorted(data.glob("val/*/*.png"))
+    assert len(files) == len(test.images) == 9
+    for file, image in zip(files, test.images, strict=True):
+        np.testing.assert_array_equal(predict.to_input(read_image(file), (8, 8, 3)), image)
+    grey = predict.to_input(read_image(files[0]), (5, 7, 1))
+    assert grey.shape == (5, 7, 1) and grey.dtype == np.uint8
+    assert abs(grey.mean() - (0.299 * 170 + 0.587 * 60 + 0.114 * 40)) < 5
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+def test_probabilities_are_the_softmax_of_normalised_images_whatever_the_batch(batch_size):
+    images = np.random.default_rng(0).integers(0, 256, (7, 4, 4, 1), dtype=np.uint8)
+
+    class Linear(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dense(3)(x.reshape(len(x), -1))
+
+    kernel = np.random.default_rng(1).normal(size=(16, 3)).astype("f")
+    variables = {"params": {"Dense_0": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(3)}}}
+    found = predict.probabilities(Linear(), variables, images, (0.5,), (0.25,), batch_size)
+    logits = ((images.reshape(7, 16) / 255 - 0.5) / 0.25) @ kernel.astype(np.float64)
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert found.shape == (7, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
