@@ -7,6 +7,8 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from regnet_flax.data.image_folder import DataError
+
 
 def evaluate(
     eval_step: Callable[[int], dict[str, jax.Array]],
@@ -25,6 +27,9 @@ def evaluate(
     Returns:
       "loss" and "accuracy", means over the examples, "top5_accuracy" where there are more than five classes, and
       "count".
+
+    Raises:
+      DataError: every example is masked out.
     """
     sums = []
     for start in range(0, size, batch_size):
@@ -34,6 +39,8 @@ def evaluate(
         poll(min(size, start + batch_size))
     totals = {name: np.sum([np.asarray(s[name]) for s in sums], dtype=np.float64) for name in sums[0]}
     count = totals["count"]
+    if not count:
+        raise DataError(f"none of the {size} test images decodes: check that they are images")
     metrics = {"loss": float(totals["loss"] / count), "accuracy": float(totals["correct"] / count)}
     if "correct_top5" in totals:
         metrics["top5_accuracy"] = float(totals["correct_top5"] / count)

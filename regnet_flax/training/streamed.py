@@ -55,7 +55,11 @@ class StreamedProgram(Program):
         return self._count(variables, batch)
 
     def evaluate(self, state: steps.TrainState, poll: Callable[[int], None] = lambda done: None) -> dict[str, float]:
-        """Metrics of the test split, but for photographs that do not decode; see evaluate.evaluate."""
+        """Metrics of the test split, but for photographs that do not decode; see evaluate.evaluate.
+
+        Raises:
+          DataError, StreamError: see train; also if no photograph decodes.
+        """
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         size = self._eval_batch_size
         make = self._dataset.test_batches(size, jax.process_index(), jax.process_count())
