@@ -124,6 +124,8 @@ WRONG = {
     "dataset.data_dir": [None, 3, pathlib.Path("x")],
     "dataset.num_classes": [-1, 10.0, "10", False],
     "dataset.in_memory": ["sometimes", True],
+    "dataset.workers": [-1, 1.0, "2", None, 2000],
+    "dataset.prefetch": [0, 1.5, True],
     "dataset.strict": [1, "False", None],
     "dataset.image_size": [-32, 32.0, (32, 32)],
     "dataset.augment": ["crop", ("crop", "mixup"), (None,), {"crop"}],
@@ -178,6 +180,8 @@ RIGHT = {
     "model.overrides.regulated_stages": [(1, 3), (), [2]],
     "model.overrides.remat": [True],
     "dataset.mean": [()],
+    "dataset.workers": [0, 16],
+    "dataset.prefetch": [1, 8],
     "optimizer.learning_rate": [1, 1e-9],
     "optimizer.momentum": [0, 1],
     "optimizer.label_smoothing": [0, 1.0],
@@ -195,6 +199,22 @@ RIGHT = {
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in RIGHT.items() for value in values])
 def test_a_right_value_passes(field, value):
     check_config(changed({field: value}))
+
+
+FOLDER = {"dataset.name": "folder", "dataset.data_dir": "photographs", "dataset.image_size": 224}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {**FOLDER, "dataset.augment": ("random_resized_crop", "flip")},
+        {**FOLDER, "dataset.in_memory": "never"},
+        {"dataset.name": "imagenet2012", "dataset.augment": ("random_resized_crop",)},
+        {"dataset.name": "imagenet2012", "dataset.in_memory": "never", "dataset.image_size": 0},
+    ],
+)
+def test_what_can_be_streamed_passes(values):
+    check_config(changed(values))
 
 
 @pytest.mark.parametrize(
@@ -251,6 +271,28 @@ def test_a_right_value_passes(field, value):
             }.items()
         ],
         ({"compare.models": ("resnet20  width=8", "resnet20 width = 8")}, "compare.models has", ["each model once"]),
+        ({"dataset.in_memory": "never"}, "dataset.in_memory is 'never':", ["imagenet2012 and folder", "digits"]),
+        (
+            {"dataset.augment": ("random_resized_crop",)},
+            "dataset.augment has random_resized_crop",
+            ["digits takes 'crop'"],
+        ),
+        ({**FOLDER, "dataset.augment": ("flip", "random_resized_crop")}, "dataset.augment is ('flip',", ["the first"]),
+        (
+            {**FOLDER, "dataset.augment": ("random_resized_crop",), "dataset.in_memory": "always"},
+            "dataset.in_memory is 'always':",
+            ["random_resized_crop", "auto or never"],
+        ),
+        (
+            {"dataset.name": "imagenet2012", "dataset.in_memory": "always"},
+            "dataset.in_memory is 'always':",
+            ["imagenet2012 does not fit", "auto"],
+        ),
+        (
+            {**FOLDER, "dataset.image_size": 0, "dataset.in_memory": "never"},
+            "dataset.image_size is 0:",
+            ["such as 224"],
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

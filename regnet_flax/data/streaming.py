@@ -158,7 +158,6 @@ class Stream(Iterator[Any]):
                 "or hold a folder in memory with --config.dataset.in_memory=always"
             ) from error
         self.next = indices.start
-        _refuse_bombs()
         threads = max(1, _cores() // max(1, workers))
         numbers = grain.MapDataset.range(indices.start, indices.stop)
         read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + (0 if workers else prefetch))
@@ -246,6 +245,7 @@ def open_stream(
     Raises:
         DataError: the data set is missing, unreadable or of other classes.
     """
+    _refuse_bombs()
     crop = CROP in augment
     if name == "imagenet2012":
         dataset = _imagenet(data_dir, image_size or IMAGENET_SIZE, crop, strict)

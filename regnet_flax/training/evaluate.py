@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from regnet_flax.data.image_folder import DataError
+
 
 def evaluate(
     eval_step: Callable[[int], dict[str, jax.Array]],
@@ -28,6 +30,9 @@ def evaluate(
     Returns:
       "loss" and "accuracy", means over the examples, "top5_accuracy" where there are more than five classes, and
       "count".
+
+    Raises:
+      DataError: every example is masked out.
     """
     sums = []
     for start in range(0, size, batch_size):
@@ -41,6 +46,8 @@ def evaluate(
     if outcomes is not None:
         outcomes[:] = np.concatenate([np.asarray(s["outcomes"]) for s in sums])[:size]
     count = totals["count"]
+    if not count:
+        raise DataError(f"none of the {size} test images decodes: check that they are images")
     metrics = {"loss": float(totals["loss"] / count), "accuracy": float(totals["correct"] / count)}
     if "correct_top5" in totals:
         metrics["top5_accuracy"] = float(totals["correct_top5"] / count)

@@ -60,7 +60,11 @@ class StreamedProgram(Program):
         poll: Callable[[int], None] = lambda done: None,
         outcomes: np.ndarray | None = None,
     ) -> dict[str, float]:
-        """Metrics of the test split, but for photographs that do not decode; see evaluate.evaluate."""
+        """Metrics of the test split, but for photographs that do not decode; see evaluate.evaluate.
+
+        Raises:
+          DataError, StreamError: see train; also if no photograph decodes.
+        """
         size = self._eval_batch_size
         make = self._dataset.test_batches(size, jax.process_index(), jax.process_count())
         with contextlib.closing(self._read(make, range(-(-self._test_size // size)))) as batches:

@@ -1,0 +1,235 @@
+"""Whole runs on streamed data: exact evaluation, exact resumption, devices, faults; a width-4 network at 16×16."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from test_loop import checksums, read_lines
+from test_streaming import alive, children, folder, imagenet, wait_until  # noqa: F401
+
+from configs import folder as folder_config
+from regnet_flax import config as config_lib
+from regnet_flax import main
+from regnet_flax.config import ConfigError
+from regnet_flax.data.image_folder import DataError
+from regnet_flax.training import loop
+from regnet_flax.training.streamed import StreamedProgram
+
+OPTIONS = {
+    "model.name": "regnet8_convgru",
+    "model.overrides.width": 4,
+    "dataset.image_size": 16,
+    "dataset.augment": ("random_resized_crop", "flip"),
+    "train.batch_size": 4,
+    "train.epochs": 2,
+    "optimizer.learning_rate": 0.02,
+    "eval.batch_size": 3,
+    "eval.every_epochs": 2,
+    "log.every_steps": 2,
+}
+
+
+def config_of(data, **overrides):
+    config = folder_config.get_config()
+    config.update_from_flattened_dict(OPTIONS | {"dataset.data_dir": str(data)} | overrides)
+    return config
+
+
+def train(data, workdir, devices=1, **overrides):
+    return loop.train_and_evaluate(config_of(data, **overrides), workdir, devices=jax.devices()[:devices])
+
+
+def arguments_of(data, workdir, **overrides):
+    options = OPTIONS | {"dataset.data_dir": str(data)} | overrides
+    return ["--config", "configs/folder.py", "--workdir", str(workdir)] + [
+        f"--config.{name}={value}" for name, value in options.items()
+    ]
+
+
+@pytest.fixture
+def program_on(folder):  # noqa: F811
+    """A StreamedProgram on the folder: program_on(devices, **overrides)."""
+
+    def make(devices=1, **overrides):
+        config = config_of(folder, **overrides)
+        dataset = loop.load(config)
+        config = config_lib.resolve(config, dataset)
+        return StreamedProgram(config, dataset, jax.devices()[:devices], loop.pmap)
+
+    return make
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_a_run_that_goes_on_at_step_3_ends_bitwise_as_an_uninterrupted_one(folder, tmp_path, workers):  # noqa: F811
+    train(folder, tmp_path / "whole")
+    train(folder, tmp_path / "run", **{"train.max_steps": 3, "dataset.workers": 0})
+    results = train(folder, tmp_path / "run", **{"dataset.workers": workers, "dataset.prefetch": 1})
+    assert results["step"] == 6
+    assert checksums(tmp_path / "run", 6) == checksums(tmp_path / "whole", 6)
+    lines = {line["step"]: line for line in read_lines(tmp_path / "whole")}
+    assert {6} <= {line["step"] for line in read_lines(tmp_path / "run")}
+    assert read_lines(tmp_path / "run")[-1]["eval_loss"] == lines[6]["eval_loss"]
+
+
+def test_a_program_reads_on_from_any_step(program_on):
+    program = program_on()
+    states = [program.initial_state()]
+    for step in range(4):
+        copy = jax.tree.map(lambda a: a.copy(), states[-1])
+        states.append(program.train(copy, step, 1)[0])
+    again, _ = program.train(jax.tree.map(lambda a: a.copy(), states[1]), 1, 1)
+    for a, b in zip(jax.tree.leaves(again.params), jax.tree.leaves(states[2].params), strict=True):
+        np.testing.assert_array_equal(a, b)
+    program.close()
+
+
+def test_two_devices_train_as_one(program_on):
+    def trained(devices):
+        program = program_on(devices)
+        state = program.initial_state()
+        for step in range(3):
+            state, _ = program.train(state, step, 1)
+        program.close()
+        return jax.device_get(state.params), program.evaluate(state)
+
+    (one, metrics), (two, others) = trained(1), trained(2)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    assert metrics["count"] == others["count"] == 7
+    assert metrics["loss"] == pytest.approx(others["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (3, 1), (5, 2), (100, 4)])
+def test_evaluation_counts_every_photograph_that_decodes_once(folder, program_on, batch_size, devices):  # noqa: F811
+    (folder / "val/b/17.jpg").write_bytes(b"no photograph")
+    program = program_on(devices, **{"eval.batch_size": batch_size})
+    state = program.initial_state()
+    metrics = program.evaluate(state)
+    assert metrics["count"] == 6
+
+    batch = program._dataset.test_batches(7)(0)
+    kept = batch["mask"]
+    assert kept.sum() == 6
+    images = program._normalize(batch["images"][kept])
+    logits = loop.build_model(program._config).apply(
+        {"params": state.params, "batch_stats": state.batch_stats}, images, train=False
+    )
+    losses = -jax.nn.log_softmax(logits)[np.arange(6), batch["labels"][kept]]
+    assert metrics["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    assert metrics["accuracy"] == float((logits.argmax(-1) == batch["labels"][kept]).mean())
+
+
+def test_what_does_not_decode_is_said_once(folder, program_on, caplog, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(logging.getLogger("regnet_flax"), "propagate", True)
+    path = folder / "train/a/04.jpg"
+    path.write_bytes(b"no photograph")
+    program = program_on()
+    state = program.initial_state()
+    for step in range(6):
+        state, _ = program.train(state, step, 1)
+    program.close()
+    assert [r.message for r in caplog.records if "left out" in r.message] == [
+        f"left out {path}: UnidentifiedImageError: cannot identify image file '{path}'"
+    ]
+
+
+def test_a_test_split_of_which_nothing_decodes(folder, program_on):  # noqa: F811
+    for path in folder.glob("val/*/*"):
+        path.write_bytes(b"no photograph")
+    program = program_on()
+    with pytest.raises(DataError, match="none of the 7 test images decodes"):
+        program.evaluate(program.initial_state())
+
+
+def test_held_in_memory_and_streamed_are_different_runs(folder, tmp_path):  # noqa: F811
+    options = {"dataset.augment": ("flip",), "train.max_steps": 1, "eval.every_epochs": 0}
+    train(folder, tmp_path / "run", **options, **{"dataset.in_memory": "never"})
+    with pytest.raises(ConfigError, match="set dataset.in_memory=never, or name another") as caught:
+        train(folder, tmp_path / "run", **options | {"train.max_steps": 2})
+    assert "\n" not in str(caught.value)
+    train(folder, tmp_path / "run", **options | {"train.max_steps": 2, "dataset.in_memory": "never"})
+
+
+def test_other_files_are_another_data_set(folder, tmp_path):  # noqa: F811
+    train(folder, tmp_path / "run", **{"train.max_steps": 1, "eval.every_epochs": 0})
+    (folder / "train/a/04.jpg").rename(folder / "train/a/x.jpg")
+    with pytest.raises(ConfigError, match="was trained on other images"):
+        train(folder, tmp_path / "run", **{"train.max_steps": 2})
+
+
+def test_a_stream_takes_one_step_a_call(folder, tmp_path):  # noqa: F811
+    with pytest.raises(ConfigError, match="train.steps_per_call is 5: folder is streamed"):
+        train(folder, tmp_path / "run", **{"train.steps_per_call": 5})
+
+
+# The command line
+
+
+def test_faults_are_one_line_and_exit_2(folder, tmp_path, capfd):  # noqa: F811
+    def fails(code, **overrides):
+        assert main.main(arguments_of(folder, tmp_path / "run", **overrides)) == code
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    assert "dataset.in_memory is 'always'" in fails(2, **{"dataset.in_memory": "always"})
+    assert "is not a directory" in fails(2, **{"dataset.data_dir": str(tmp_path / "nowhere")})
+    (folder / "train/a/04.jpg").write_bytes(b"no photograph")
+    assert "train/a/04.jpg does not decode" in fails(2, **{"dataset.strict": "True"})
+
+
+def test_imagenet_trains_as_tfds_wrote_it(imagenet, tmp_path, program):  # noqa: F811
+    options = {"dataset.name": "imagenet2012", "train.batch_size": 8, "train.epochs": 1, "eval.every_epochs": 1}
+    arguments = arguments_of(imagenet, tmp_path / "run", **options, **{"dataset.workers": 1})
+    done = program(*arguments, check=0)
+    assert "imagenet2012: 24 training and 7 test images of 1000 classes, 16×16×3, streamed" in done.stdout
+    assert done.stderr == ""
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["dataset"]["mean"] == [0.485, 0.456, 0.406] and config["dataset"]["num_classes"] == 1000
+    (last,) = [line for line in read_lines(tmp_path / "run") if line["step"] == 3]
+    assert 0 <= last["eval_accuracy"] <= last["eval_top5_accuracy"] <= 1 and last["eval_loss"] > 0
+    out = program("--mode", "eval", "--workdir", tmp_path / "run", check=0).stdout
+    assert "over 7 images" in out
+
+
+def test_a_dead_worker_ends_the_run_and_a_signal_stops_it_and_neither_leaves_a_process(folder, tmp_path):  # noqa: F811
+    options = {"train.epochs": 2000, "eval.every_epochs": 0, "checkpoint.every_steps": 5, "dataset.workers": 2}
+    command = [sys.executable, "-m", "regnet_flax.main", *arguments_of(folder, tmp_path / "run", **options)]
+    env = os.environ | {"PYTHONPATH": str(loop.pathlib.Path(__file__).parents[1])}
+
+    def start():
+        process = subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        seen = lines_of(tmp_path / "run")
+        wait_until(lambda: lines_of(tmp_path / "run") > seen + 3 or process.poll() is not None, 200)
+        return process, children(process.pid)
+
+    process, workers = start()
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert errors.startswith("error: reading the data stopped") and errors.count("\n") == 1, errors
+    assert not alive(workers)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process, workers = start()
+        os.killpg(process.pid, number)  # as a terminal and a batch system do, workers included
+        out, errors = process.communicate(timeout=100)
+        assert process.returncode == 128 + number, errors
+        assert "going on from the checkpoint" in out and errors.startswith("stopped by signal"), errors
+        assert errors.count("\n") == 1
+        assert len(workers) == 2 and not alive(workers)
+    shutil.rmtree(tmp_path / "run")
+
+
+def lines_of(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
