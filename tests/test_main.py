@@ -37,6 +37,7 @@ TINY = [
         (["--config", "configs/folder.py"], ["dataset.data_dir is ''"]),
         (["--config", "configs/folder.py", "--config.dataset.data_dir=nowhere"], ["nowhere"]),
         (["--mode", "eval"], ["no checkpoint"]),
+        (["--mode", "summary", "--distributed=auto"], ["--distributed", "train and eval"]),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
