@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from regnet_flax.config import FIELDS, MAY_CHANGE, ConfigError, changed_fields, check_config, flatten, model_options
 from regnet_flax.models.registry import list_models
+from regnet_flax.training.optimizer import boundary_steps
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -109,6 +110,27 @@ def test_the_recipe_for_photographs_of_ones_own():
         "optimizer.weight_decay": 1e-4,
     }
     assert {field: found[field] for field in expected} == expected
+
+
+def test_the_papers_imagenet_recipe_and_a_modern_one():
+    paper = load("imagenet")
+    assert (paper.train.batch_size, paper.train.epochs, paper.optimizer.learning_rate) == (256, 100, 0.1)
+    assert (paper.optimizer.schedule, paper.optimizer.decay) == ("step", 0.1)
+    assert boundary_steps(paper.optimizer.boundaries, 100, 10) == [300, 600, 900]
+    assert (paper.optimizer.momentum, paper.optimizer.weight_decay, paper.optimizer.label_smoothing) == (0.9, 1e-4, 0)
+    assert (paper.dataset.mean, paper.dataset.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        get_config = importlib.import_module("configs.imagenet").get_config
+    modern = get_config("resnet101,modern")
+    assert modern.model.name == "resnet101"
+    assert (modern.optimizer.schedule, modern.optimizer.label_smoothing, modern.optimizer.ema_decay) == (
+        "cosine",
+        0.1,
+        0.9999,
+    )
+    with pytest.raises(ValueError, match="configs/imagenet.py:resnet50,modern"):
+        get_config("resnet50,newest")
 
 
 # Wrong values

@@ -37,6 +37,7 @@ TINY = [
         (["--config", "configs/folder.py"], ["dataset.data_dir is ''"]),
         (["--config", "configs/folder.py", "--config.dataset.data_dir=nowhere"], ["nowhere"]),
         (["--mode", "eval"], ["no checkpoint"]),
+        (["--mode", "summary", "--distributed=auto"], ["--distributed", "train and eval"]),
     ],
 )
 @pytest.mark.fault("wrong arguments")

@@ -35,20 +35,33 @@ FIELDS = {  # 360 test images do not divide into batches of 56, and process 1 ha
 }
 
 
-def start(workdir, *arguments, each=((), ()), **fields):
-    """Starts both processes; `each` has further arguments for either."""
+def free_port():
     with socket.socket() as found:
         found.bind(("localhost", 0))
-        port = found.getsockname()[1]
+        return found.getsockname()[1]
+
+
+def slurm():
+    """The variables that Slurm gives to each of two tasks."""
+    port = 0
+    while port < 61440:  # JAX takes one of the highest 4096 ports, by the job's number
+        port = free_port()
+    job = {"SLURM_JOB_ID": str(port - 61440), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    return [job | {"SLURM_PROCID": index, "SLURM_LOCALID": index} for index in ("0", "1")]
+
+
+def start(workdir, *arguments, each=((), ()), tasks=None, **fields):
+    """Starts both processes; `each` has further arguments for either, `tasks` the variables of a cluster."""
+    port = free_port()
     fields = {"model.name": "regnet8_convgru", "model.overrides.width": 4, "train.epochs": 3} | FIELDS | fields
     command = [sys.executable, "-m", "regnet_flax.main", f"--workdir={workdir}", *arguments]
     command += [f"--config.{field}={value}" for field, value in fields.items()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
     return [
         subprocess.Popen(
-            [*command, *each[index], f"--distributed=localhost:{port},2,{index}"],
+            [*command, *each[index], "--distributed=auto" if tasks else f"--distributed=localhost:{port},2,{index}"],
             cwd=ROOT,
-            env=environment,
+            env=environment | (tasks[index] if tasks else {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -117,9 +130,9 @@ def test_only_process_0_writes(two):
 
 
 @pytest.mark.slow
-def test_evaluation_by_both_counts_every_image_once(two):
+def test_two_tasks_of_slurm_evaluate_every_image_once(two):
     workdir, _ = two
-    (out, _), (second, _) = finish(start(workdir, "--mode=eval", **{"eval.batch_size": 100}), 0)
+    (out, _), (second, _) = finish(start(workdir, "--mode=eval", tasks=slurm(), **{"eval.batch_size": 100}), 0)
     accuracy = json.loads((workdir / "results.json").read_text())["last"]["eval_accuracy"]
     assert f"accuracy {100 * accuracy:.2f} %" in out and "over 360 images" in out and not second
 
