@@ -1,0 +1,169 @@
+"""Looks inside a model: what every block puts out, its regulator's state and gates, and how alike the blocks are."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from regnet_flax.models.regnet import CELLS, unstack_blocks
+
+Array = np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockFeatures:
+    """What one block did with a batch of N images; all arrays are float32.
+
+    Attributes:
+      stage: from 1.
+      block: in its stage, from 1.
+      output: (N, height, width, channels), what the next block is given.
+      state: the regulator's by name, "H" and, of an LSTM, "C", as the next block is given it, (N, height, width, n);
+        {} without a regulator.
+      gates: its activations by name, in the order of the cell's `gate_names`, (N, height, width, n); likewise.
+    """
+
+    stage: int
+    block: int
+    output: Array
+    state: dict[str, Array]
+    gates: dict[str, Array]
+
+    @property
+    def name(self) -> str:
+        """Such as "1.2", the second block of the first stage."""
+        return f"{self.stage}.{self.block}"
+
+
+def inspect(model: nn.Module, variables: dict[str, Any], images: Any) -> list[BlockFeatures]:
+    """Runs images through a model and keeps what is in it.
+
+    Args:
+      model: from create_model, any of them.
+      variables: "params" and "batch_stats".
+      images: normalised, (N, height, width, channels). All that is kept lies in memory: take some hundred of them.
+
+    Returns:
+      The blocks, in the order in which they run.
+    """
+    apply = jax.jit(lambda variables, x: model.apply(variables, x, train=False, mutable=["intermediates"]))
+    _, updates = apply(variables, images)
+    found = unstack_blocks(jax.device_get(updates["intermediates"]))
+    # RegNetY's blocks are not inside their stages, but named stage1_block1 and so on.
+    found |= {f"{stage}_{name}": sown for stage, tree in found.items() for name, sown in tree.items()}
+    matches = {name: re.fullmatch(r"stage(\d+)_block(\d+)", name) for name in found}
+    blocks = [
+        _block(int(match[1]), int(match[2]), found[name], getattr(model, "regulator", None))
+        for name, match in matches.items()
+        if match
+    ]
+    return sorted(blocks, key=lambda block: (block.stage, block.block))
+
+
+def _block(stage: int, block: int, sown: dict[str, Any], regulator: str | None) -> BlockFeatures:
+    state, gates = {}, {}
+    if "gates" in sown:  # a stage may be without a regulator in a model that has one
+        assert regulator is not None
+        cell, ((values,), (arrays,)) = CELLS[regulator], (sown["gates"], sown["state"])
+        gates = {name: _float32(values[name]) for name in cell.gate_names}
+        state = {name: _float32(array) for name, array in zip(cell.state_names, arrays, strict=True)}
+    return BlockFeatures(stage, block, _float32(sown["output"][0]), state, gates)
+
+
+def _float32(array: Any) -> Array:
+    return np.asarray(array, np.float32)
+
+
+def linear_cka(x: Array, y: Array) -> float:
+    """Linear centred kernel alignment (Kornblith et al., arXiv 1905.00414, section 3).
+
+    Args:
+      x, y: two representations of the same N examples, (N, …), of any sizes: what follows N is taken as one vector.
+
+    Returns:
+      Between 0 and 1; 1 where the two differ by a rotation, a shift and a scale; nan where one does not vary. With
+      fewer examples than entries of a vector it comes out too high, so compare only what has the same of both.
+    """
+    return float(_cosines(_centred_gram(x), _centred_gram(y)).mean())
+
+
+def cosine_similarity(x: Array, y: Array) -> float:
+    """The cosine between two representations of an example, the mean over N of them.
+
+    Args:
+      x, y: (N, …), of one shape: what follows N is taken as one vector.
+
+    Returns:
+      Between −1 and 1, and from 0 where nothing is negative, as after a ReLU; nan where a vector is zero.
+
+    Raises:
+      ValueError: the shapes differ.
+    """
+    if x.shape != y.shape:
+        raise ValueError(f"there is no cosine between shapes {x.shape} and {y.shape}: give two of one shape")
+    return float(_cosines(_vectors(x), _vectors(y)).mean())
+
+
+def _vectors(x: Array) -> Array:
+    return x.reshape(len(x), -1).astype(np.float64)
+
+
+def _centred_gram(x: Array) -> Array:
+    """(1, N²); the alignment of two kernels is the cosine between their centred Gram matrices."""
+    vectors = _vectors(x)
+    vectors = vectors - vectors.mean(0)
+    return (vectors @ vectors.T).reshape(1, -1)
+
+
+def _cosines(a: Array, b: Array) -> Array:
+    with np.errstate(invalid="ignore"):
+        return (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+
+
+_REPRESENTATIONS = {"cka": _centred_gram, "cosine": _vectors}
+
+
+def similarity(blocks: Sequence[BlockFeatures], measure: str = "cka") -> Array:
+    """How alike the outputs of all blocks are, each with each.
+
+    Args:
+      blocks: K of them, from `inspect`.
+      measure: "cka", or "cosine", which is nan between outputs of different shapes.
+
+    Returns:
+      (K, K), float64.
+
+    Raises:
+      ValueError: another measure.
+    """
+    if measure not in _REPRESENTATIONS:
+        raise ValueError(f"measure is {measure!r}: it must be one of {', '.join(map(repr, _REPRESENTATIONS))}")
+    compared = [_REPRESENTATIONS[measure](block.output) for block in blocks]
+    out = np.full((len(blocks), len(blocks)), np.nan)
+    for i, j in np.ndindex(out.shape):
+        if compared[i].shape == compared[j].shape:
+            out[i, j] = _cosines(compared[i], compared[j]).mean()
+    return out
+
+
+def neighbour_similarity(blocks: Sequence[BlockFeatures], measure: str = "cka") -> dict[str, float]:
+    """How alike each block's output is to that of the block before it in its stage.
+
+    Args:
+      blocks, measure: see `similarity`.
+
+    Returns:
+      From "1.1–1.2" and so on to a number: the paper's argument is that a regulator lowers it.
+    """
+    return {
+        f"{first.name}–{second.name}": float(similarity([first, second], measure)[0, 1])
+        for first, second in itertools.pairwise(blocks)
+        if first.stage == second.stage
+    }
