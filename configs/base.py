@@ -90,6 +90,6 @@ def get_config() -> config_dict.ConfigDict:
     compare.together = "auto"
 
     config.export = export = config_dict.ConfigDict()  # for --mode export, of the checkpoint eval.checkpoint
-    export.format = "safetensors"  # or "torch", by PyTorch's names both
-    export.path = ""  # "": weights.safetensors or weights.pth in the workdir
+    export.format = "safetensors"  # or "torch", weights by PyTorch's names; "stablehlo", the model as a program
+    export.path = ""  # "": weights.safetensors, weights.pth or model.stablehlo in the workdir
     return config

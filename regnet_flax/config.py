@@ -133,7 +133,7 @@ FIELDS: dict[str, Check] = {
     "compare.models": _each(_text),
     "compare.seeds": _each(_whole(0)),
     "compare.together": _choice("auto", "always", "never"),
-    "export.format": _choice("safetensors", "torch"),
+    "export.format": _choice("stablehlo", "safetensors", "torch"),
     "export.path": _text,
 }
 

@@ -1,25 +1,34 @@
-"""--mode export: a trained model's weights in a file, by PyTorch's names."""
+"""--mode export: a trained model in a file, as a StableHLO program or as weights by PyTorch's names; a model card."""
 
 from __future__ import annotations
 
+import json
 import logging
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
+from regnet_flax import model_card
+from regnet_flax.data.augment import normalize
+from regnet_flax.models.regnet import unstack_blocks
 from regnet_flax.torch_port import to_torch
-from regnet_flax.weights import write_weights
+from regnet_flax.training.workdir import CONFIG, read_json
+from regnet_flax.weights import WeightsError, write_weights
 
-SUFFIX = {"safetensors": ".safetensors", "torch": ".pth"}
+FILES = {"stablehlo": "model.stablehlo", "safetensors": "weights.safetensors", "torch": "weights.pth"}
+PLATFORMS = ("cpu", "cuda", "tpu")
 
 logger = logging.getLogger("regnet_flax")
 
 
-def export_weights(
+def export_model(
     config: Any, model: nn.Module, variables: dict[str, Any], step: int, workdir: str | pathlib.Path
 ) -> pathlib.Path:
-    """Writes the file that `export.path` and `export.format` ask for.
+    """Writes the file that `export.path` and `export.format` ask for, and a model card beside it.
 
     Args:
       config: the workdir's.
@@ -32,11 +41,11 @@ def export_weights(
       The file.
 
     Raises:
-      WeightsError: the path's suffix is none of a file of weights, or PyTorch is needed and not installed.
+      WeightsError: the path's suffix is none of that format's, or PyTorch is needed and not installed.
     """
-    suffix = SUFFIX[config.export.format]
-    path = pathlib.Path(config.export.path) if config.export.path else pathlib.Path(workdir) / f"weights{suffix}"
-    arrays = to_torch(variables, model)
+    workdir, kind = pathlib.Path(workdir), config.export.format
+    path = pathlib.Path(config.export.path) if config.export.path else workdir / FILES[kind]
+    record = read_json(workdir / CONFIG)
     metadata = {
         "model": config.model.name,
         "num_classes": str(config.dataset.num_classes),
@@ -45,6 +54,47 @@ def export_weights(
     }
     if getattr(model, "block", "") == "bottleneck":
         metadata["bottleneck_stride"] = getattr(model, "bottleneck_stride", "")
-    write_weights(path, arrays, metadata)
-    logger.info("%s: %d arrays of %s at step %d", path, len(arrays), config.model.name, step)
+    if kind == "stablehlo":
+        if path.suffix != pathlib.Path(FILES[kind]).suffix:
+            raise WeightsError(f"{path} must end in .stablehlo, or name another --config.export.format")
+        program = stablehlo(model, variables, record["image_shape"], config.dataset.mean, config.dataset.std)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(path.name + ".part")
+        part.write_bytes(program)
+        part.replace(path)
+        beside = metadata | {"image_shape": record["image_shape"], "class_names": record["class_names"]}
+        path.with_name(path.name + ".json").write_text(json.dumps(beside, indent=2) + "\n")
+        logger.info("%s: %s at step %d for %s", path, config.model.name, step, ", ".join(PLATFORMS))
+    else:
+        arrays = to_torch(variables, model)
+        write_weights(path, arrays, metadata)
+        logger.info("%s: %d arrays of %s at step %d", path, len(arrays), config.model.name, step)
+    logger.info("%s: the model card", model_card.write(path, config, variables, step, workdir))
     return path
+
+
+def stablehlo(
+    model: nn.Module, variables: dict[str, Any], image_shape: Sequence[int], mean: Sequence[float], std: Sequence[float]
+) -> bytes:
+    """A model as one program for a CPU, CUDA and a TPU, weights and normalisation inside.
+
+    Args:
+      model: from create_model.
+      variables: "params" and "batch_stats".
+      image_shape: (height, width, channels).
+      mean, std: of each channel, for pixels in 0…1.
+
+    Returns:
+      What `jax.export.deserialize` takes; its `call` goes from uint8 (N, height, width, channels), for any N, to logits
+      (N, classes), float32.
+    """
+    # Untouched by the backend that exports, which would choose how far nn.scan is unrolled: no loop at all.
+    if hasattr(model, "scan"):
+        model, variables = model.clone(scan=False), unstack_blocks(variables)
+
+    def classify(images: jax.Array) -> Any:
+        return model.apply(variables, normalize(images, mean, std), train=False)
+
+    (count,) = jax.export.symbolic_shape("batch")
+    images = jax.ShapeDtypeStruct((count, *image_shape), jnp.uint8)
+    return bytes(jax.export.export(jax.jit(classify), platforms=PLATFORMS)(images).serialize())

@@ -210,7 +210,7 @@ def run(argv: Sequence[str]) -> None:
         from regnet_flax import export
 
         model, variables, step = loop.load_trained(config, values.workdir)
-        export.export_weights(config, model, variables, step, values.workdir)
+        export.export_model(config, model, variables, step, values.workdir)
     elif values.mode == "predict":
         from regnet_flax import predict
 

@@ -1,0 +1,208 @@
+"""The README.md beside an exported file: what a stranger has to know to use it."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from regnet_flax import __version__
+from regnet_flax.analysis.summary import count_parameters
+from regnet_flax.config import model_options
+from regnet_flax.training.workdir import CONFIG, RESULTS, read_json, read_metrics
+
+NAME = "README.md"
+_HEAD = "---\nlibrary_name: regnet_flax\npipeline_tag: image-classification\n"
+CLASSES = 20  # so many are named
+
+_STABLEHLO = """\
+A StableHLO program for a CPU, CUDA and a TPU, weights and normalisation inside. It needs `pip install jax flatbuffers`
+and nothing of regnet_flax:
+
+```python
+import jax
+import numpy as np
+from jax import export
+
+with open("{file}", "rb") as opened:
+    model = export.deserialize(bytearray(opened.read()))
+images = np.zeros((1, {shape}), np.uint8)  # yours, any number of them
+logits = model.call(images)  # (images, {classes}), float32
+probabilities = jax.nn.softmax(logits)
+```
+"""
+_WEIGHTS = """\
+Weights by PyTorch's names and in its layouts. With regnet_flax:
+
+```python
+import numpy as np
+from regnet_flax import create_model
+from regnet_flax.torch_port import from_torch
+from regnet_flax.weights import read_weights
+
+model = create_model({model})
+arrays, metadata = read_weights("{file}")
+variables = from_torch(arrays, model)
+images = np.zeros((1, {shape}), np.uint8)  # yours, any number of them
+mean, std = np.float32({mean}), np.float32({std})
+logits = model.apply(variables, (images / np.float32(255) - mean) / std, train=False)  # (images, {classes})
+```
+"""
+_CARD = """\
+{head}model: {name}
+step: {step}
+files:
+{files}
+---
+
+# {name}, trained on {dataset}
+
+An image classifier of {classes} classes, trained and exported with regnet_flax {version}.
+
+## Model
+
+`{name}`, {parameters:,} parameters, arithmetic in {dtype}{options}. RegNets with regulators are those of Xu et al.,
+"RegNet: Self-Regulated Network for Image Classification", arXiv 2101.00590.
+
+## Data
+
+`{dataset}`, as images of {height}×{width} pixels, {colours}. The classes, in the order of the logits:
+{class_names}.
+
+## Recipe
+
+| | |
+| --- | --- |
+| optimiser | SGD, momentum {momentum:g}, weight decay {weight_decay:g} |
+| learning rate | {learning_rate:g}, {schedule} |
+| length | {epochs} epochs of batches of {batch_size}; this is step {step} |
+| label smoothing | {label_smoothing:g} |
+| augmentation | {augment} |
+| start | {start}, seed {seed} |
+{run}
+## Metrics
+
+{metrics}
+
+## Preprocessing
+
+uint8 images of exactly {height}×{width} pixels, {colours}; resize others (image folders were, by Pillow's bilinear
+filter). Then each channel is taken to (x / 255 − mean) / std, with mean {mean} and std {std}:
+the StableHLO program does that itself, the weights leave it to you.
+
+## How to load
+{load}"""
+
+
+def write(path: pathlib.Path, config: Any, variables: dict[str, Any], step: int, workdir: pathlib.Path) -> pathlib.Path:
+    """Writes the card of an exported file: README.md beside it, or FILE.md if another README.md stands there.
+
+    Args:
+      path: the file.
+      config: the workdir's.
+      variables: "params" and "batch_stats".
+      step: of the checkpoint that they are of.
+      workdir: whose config.json, metrics.jsonl and results.json tell the rest.
+
+    Returns:
+      The card.
+    """
+    card, files = path.with_name(NAME), [path.name]
+    if card.exists():
+        before = card.read_text(errors="replace")
+        if not before.startswith(_HEAD):
+            card = path.with_name(path.name + ".md")
+        elif before.startswith(f"{_HEAD}model: {config.model.name}\nstep: {step}\n"):
+            listed = re.findall(r"^- (.+)$", before.split("---")[1], re.M)  # other forms of the same model
+            files = sorted({*files, *(name for name in listed if path.with_name(name).exists())})
+    card.write_text(describe(config, variables, step, workdir, files))
+    return card
+
+
+def describe(config: Any, variables: dict[str, Any], step: int, workdir: pathlib.Path, files: Sequence[str]) -> str:
+    """The card's text, for the files of these names; see `write`."""
+    record = read_json(workdir / CONFIG)
+    data, train, sgd = config.dataset, config.train, config.optimizer
+    height, width, channels = record["image_shape"]
+    options = {name: value for name, value in model_options(config).items() if value is not None}
+    written = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    names = record["class_names"]
+    values = {
+        "shape": f"{height}, {width}, {channels}",
+        "classes": len(names),
+        "mean": tuple(round(value, 6) for value in data.mean),
+        "std": tuple(round(value, 6) for value in data.std),
+        "model": ", ".join(filter(None, (f'"{config.model.name}", num_classes={len(names)}', written))),
+    }
+    programs = [file for file in files if file.endswith(".stablehlo")]
+    weights = [file for file in files if file not in programs]
+    load = "".join(
+        f"\n### {', '.join(named)}\n\n{text.format(file=named[0], **values)}"
+        for named, text in ((programs, _STABLEHLO), (weights, _WEIGHTS))
+        if named
+    )
+    started = record["model"]["init_from"]
+    return _CARD.format(
+        head=_HEAD,
+        name=config.model.name,
+        step=step,
+        files="\n".join(f"- {file}" for file in files),
+        dataset=data.name,
+        version=__version__,
+        parameters=count_parameters(variables["params"]),
+        dtype=config.dtype,
+        options=f", {written}" if written else "",
+        height=height,
+        width=width,
+        colours={1: "1 channel", 3: "3 channels (RGB)"}.get(channels, f"{channels} channels"),
+        class_names=", ".join(names[:CLASSES]) + (" and so on" if len(names) > CLASSES else ""),
+        epochs=train.epochs,
+        batch_size=train.batch_size,
+        learning_rate=sgd.learning_rate,
+        schedule=_schedule(sgd),
+        momentum=sgd.momentum,
+        weight_decay=sgd.weight_decay,
+        label_smoothing=sgd.label_smoothing,
+        augment=", ".join(data.augment) or "none",
+        seed=config.seed,
+        start=f"the weights of {pathlib.Path(started).name}" if started else "random weights",
+        run=_run(read_json(workdir / RESULTS)),
+        metrics=_metrics(read_metrics(workdir), step, config.eval.checkpoint == "best"),
+        load=load,
+        **values,
+    )
+
+
+def _schedule(sgd: Any) -> str:
+    warmup = f", after linear warm-up over {sgd.warmup_epochs:g} of the epochs" if sgd.warmup_epochs else ""
+    if sgd.schedule == "step":
+        at = ", ".join(
+            f"{boundary:.0%} of the run" if boundary < 1 else f"epoch {boundary:g}" for boundary in sgd.boundaries
+        )
+        return f"times {sgd.decay:g} at {at}{warmup}"
+    return f"{sgd.schedule}{warmup}"
+
+
+def _run(results: dict[str, Any] | None) -> str:
+    if not results:
+        return ""
+    hardware, versions = results["hardware"], results["versions"]
+    return (
+        f"| trained | {results['wall_time_seconds']:.0f} s on {hardware['devices']} × {hardware['device']} "
+        f"({hardware['cpu_cores']} CPU cores) with jax {versions['jax']} and flax {versions['flax']} |\n"
+    )
+
+
+def _metrics(lines: Sequence[dict[str, Any]], step: int, chosen: bool) -> str:
+    found = next((line for line in lines if line["step"] == step and "eval_accuracy" in line), None)
+    if found is None:
+        return f"The test images were not evaluated at step {step}."
+    rows = [("accuracy", f"{found['eval_accuracy']:.2%}"), ("loss (cross-entropy, nats)", f"{found['eval_loss']:.4f}")]
+    if "eval_top5_accuracy" in found:
+        rows.insert(1, ("top-5 accuracy", f"{found['eval_top5_accuracy']:.2%}"))
+    table = "\n".join(["| all test images | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+    count = sum("eval_accuracy" in line for line in lines)
+    if chosen and count > 1:
+        table += f"\n\nOf {count} evaluations of the run this had the best accuracy, which flatters it a little."
+    return table

@@ -1,0 +1,174 @@
+"""Exported programs and model cards, read by one who has neither the package nor flax."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from regnet_flax import create_model, export, main
+from regnet_flax.data.augment import normalize
+
+MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+TINY = [
+    "--config.model.name=regnet8_convlstm",
+    "--config.model.overrides.width=4",
+    "--config.train.batch_size=128",
+    "--config.train.epochs=2",
+]
+
+
+def random_variables(model, images):
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    random = np.random.default_rng(0)
+
+    def values(path, a):
+        drawn = 0.4 * random.standard_normal(a.shape, np.float32)
+        return 0.5 + abs(drawn) if path[-1].key in ("var", "scale") else drawn
+
+    return jax.tree_util.tree_map_with_path(values, shapes)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("regnet20_convlstm", {}),
+        ("se_regnet50_convgru", {"kernel": "dense"}),
+        ("regnet_proj_cifar", {}),
+        ("resnet_rnn20_convgru", {}),
+        ("resnet20", {"dtype": jnp.bfloat16, "shortcut": "A"}),
+        ("regnety_400mf", {}),
+    ],
+)
+def test_a_program_computes_what_the_model_does(name, options):
+    model = create_model(name, num_classes=5, **options)
+    model = model.clone(depth=5) if name.startswith("regnety") else model.clone(stage_sizes=(3, 2), width=4)
+    images = np.random.default_rng(1).integers(0, 256, (7, 12, 10, 3), np.uint8)
+    variables = random_variables(model, jnp.zeros(images.shape))
+    program = jax.export.deserialize(bytearray(export.stablehlo(model, variables, (12, 10, 3), MEAN, STD)))
+    assert program.platforms == ("cpu", "cuda", "tpu")
+    assert "stablehlo.while" not in program.mlir_module()
+    expected = jax.jit(lambda x: model.apply(variables, normalize(x, MEAN, STD), train=False))(images)
+    tolerance = 0.03 if model.dtype == jnp.bfloat16 else 1e-4
+    scale = np.abs(expected).max()
+    for count in (7, 1):
+        found = np.asarray(program.call(images[:count]))
+        assert found.dtype == np.float32 and found.shape == (count, 5)
+        np.testing.assert_allclose(found / scale, expected[:count] / scale, atol=tolerance)
+    with pytest.raises(ValueError, match="shape"):
+        program.call(images[:, :10])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        assert main.main([*TINY, "--workdir", str(workdir)]) == 0
+    return workdir
+
+
+# Nothing but jax and what it needs, and flatbuffers, can be imported.
+STRANGER = """
+import sys
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("regnet_flax", "configs", "flax", "optax", "orbax", "ml_collections", "torch"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Blocked())
+import numpy as np
+given = np.load("given.npy")
+"""
+
+
+def code_of(card, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", card, re.S)
+
+
+def test_a_stranger_runs_the_program_as_its_card_says(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    file = tmp_path / "deep" / "digits.stablehlo"
+    command = ["--mode=export", "--workdir", str(trained), "--config.export.format=stablehlo"]
+    assert main.main([*command, f"--config.export.path={file}", "--config.eval.checkpoint=last"]) == 0
+    assert sorted(p.name for p in file.parent.iterdir()) == ["README.md", "digits.stablehlo", "digits.stablehlo.json"]
+
+    given = np.random.default_rng(2).integers(0, 256, (9, 8, 8, 1), np.uint8)
+    np.save(file.parent / "given.npy", given)
+    (code,) = code_of((file.parent / "README.md").read_text())
+    code, count = re.subn(r"images = .*", "images = given", code)
+    assert count == 1
+    subprocess.run(
+        [sys.executable, "-c", STRANGER + code + "np.save('logits.npy', logits)"],
+        cwd=file.parent,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+        check=True,
+        timeout=300,
+    )
+
+    config, _ = main.parse(["--mode=eval", "--workdir", str(trained), "--config.eval.checkpoint=last"])
+    from regnet_flax.training import loop
+
+    model, variables, step = loop.load_trained(config, trained)
+    images = normalize(given, config.dataset.mean, config.dataset.std)
+    expected = jax.jit(lambda x: model.apply(variables, x, train=False))(images)
+    logits = np.load(file.parent / "logits.npy")
+    assert np.std(logits) > 0.1
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+    beside = json.loads((file.parent / "digits.stablehlo.json").read_text())
+    assert beside["step"] == str(step) and beside["class_names"] == [str(i) for i in range(10)]
+    assert beside["image_shape"] == [8, 8, 1]
+
+
+def test_the_card_tells_the_run_and_loads_the_weights(trained, tmp_path, monkeypatch):
+    export_it = ["--mode=export", "--workdir", str(trained), "--config.eval.checkpoint=last"]
+    for kind in ("safetensors", "torch", "stablehlo"):
+        assert main.main([*export_it, f"--config.export.format={kind}"]) == 0
+    card = (trained / "README.md").read_text()
+    results = json.loads((trained / "results.json").read_text())
+    config = json.loads((trained / "config.json").read_text())
+    assert card.startswith("---\nlibrary_name: regnet_flax\n")
+    assert f"accuracy | {results['last']['eval_accuracy']:.2%} |" in card
+    assert f"{results['parameters']:,} parameters" in card and "options" not in card and "width=4" in card
+    for fact in ("regnet8_convlstm", "step 22", "batches of 128", "cosine", "0, 1, 2, 3, 4, 5, 6, 7, 8, 9", "8×8"):
+        assert fact in card, fact
+    assert str(tuple(round(m, 6) for m in config["dataset"]["mean"])) in card
+    assert "- model.stablehlo\n- weights.pth\n- weights.safetensors\n---" in card
+    assert str(trained) not in card and "best accuracy" not in card  # of `last`
+
+    program, weights = code_of(card)
+    monkeypatch.chdir(trained)
+    given = np.random.default_rng(3).integers(0, 256, (4, 8, 8, 1), np.uint8)
+    logits = []
+    for code in (program, weights):
+        code, count = re.subn(r"images = .*", "images = given", code)
+        assert count == 1
+        names = {"given": given}
+        exec(code, names)
+        logits.append(np.asarray(names["logits"]))
+    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+
+    # Another checkpoint's files are not mixed with these.
+    assert main.main(["--mode=export", "--workdir", str(trained), "--config.eval.checkpoint=11"]) == 0
+    card = (trained / "README.md").read_text()
+    assert "files:\n- weights.safetensors\n---" in card and "step: 11\n" in card
+
+
+def test_a_readme_of_ones_own_stays(trained, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    path = tmp_path / "w.safetensors"
+    assert main.main(["--mode=export", "--workdir", str(trained), f"--config.export.path={path}"]) == 0
+    assert (tmp_path / "README.md").read_text() == "mine"
+    assert "# regnet8_convlstm" in (tmp_path / "w.safetensors.md").read_text()
+
+
+def test_a_program_in_a_file_of_weights_is_refused(trained, tmp_path, capsys):
+    path = tmp_path / "w.safetensors"
+    command = ["--mode=export", "--workdir", str(trained), f"--config.export.path={path}"]
+    assert main.main([*command, "--config.export.format=stablehlo"]) == 2
+    assert "must end in .stablehlo" in capsys.readouterr().err and not list(tmp_path.iterdir())
