@@ -1,4 +1,4 @@
-"""Every figure; the only module that imports matplotlib."""
+"""Every figure; the only package that imports matplotlib."""
 
 from __future__ import annotations
 
