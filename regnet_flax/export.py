@@ -88,9 +88,9 @@ def stablehlo(
       What `jax.export.deserialize` takes; its `call` goes from uint8 (N, height, width, channels), for any N, to logits
       (N, classes), float32.
     """
-    # Untouched by the backend that exports, which would choose how far nn.scan is unrolled: no loop at all.
+    # The plain equations and no loop, whatever the backend that exports would choose for itself.
     if hasattr(model, "scan"):
-        model, variables = model.clone(scan=False), unstack_blocks(variables)
+        model, variables = model.clone(scan=False, tuned=False), unstack_blocks(variables)
 
     def classify(images: jax.Array) -> Any:
         return model.apply(variables, normalize(images, mean, std), train=False)

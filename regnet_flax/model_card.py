@@ -74,7 +74,7 @@ An image classifier of {classes} classes, trained and exported with regnet_flax 
 
 | | |
 | --- | --- |
-| optimiser | SGD, momentum {momentum:g}, weight decay {weight_decay:g} |
+| optimiser | SGD, momentum {momentum:g}, weight decay {weight_decay:g}{averaged} |
 | learning rate | {learning_rate:g}, {schedule} |
 | length | {epochs} epochs of batches of {batch_size}; this is step {step} |
 | label smoothing | {label_smoothing:g} |
@@ -87,8 +87,8 @@ An image classifier of {classes} classes, trained and exported with regnet_flax 
 
 ## Preprocessing
 
-uint8 images of exactly {height}×{width} pixels, {colours}; resize others (image folders were, by Pillow's bilinear
-filter). Then each channel is taken to (x / 255 − mean) / std, with mean {mean} and std {std}:
+uint8 images of exactly {height}×{width} pixels, {colours}; others are to be {fitted}.
+Then each channel is taken to (x / 255 − mean) / std, with mean {mean} and std {std}:
 the StableHLO program does that itself, the weights leave it to you.
 
 ## How to load
@@ -143,6 +143,11 @@ def describe(config: Any, variables: dict[str, Any], step: int, workdir: pathlib
         if named
     )
     started = record["model"]["init_from"]
+    augmentation = [*data.augment, *(f"{name} {train[name]:g}" for name in ("mixup", "cutmix") if train[name])]
+    averaged = f"; averages of the weights over the steps, decay {sgd.ema_decay:g}" if sgd.ema_decay else ""
+    fitted = "resized by a bilinear filter, as those of image folders were"
+    if "random_resized_crop" in data.augment:
+        fitted = f"resized to {round(height / 0.875)} on the shorter side, and the centre cropped"
     return _CARD.format(
         head=_HEAD,
         name=config.model.name,
@@ -161,10 +166,12 @@ def describe(config: Any, variables: dict[str, Any], step: int, workdir: pathlib
         batch_size=train.batch_size,
         learning_rate=sgd.learning_rate,
         schedule=_schedule(sgd),
+        averaged=averaged,
+        fitted=fitted,
         momentum=sgd.momentum,
         weight_decay=sgd.weight_decay,
         label_smoothing=sgd.label_smoothing,
-        augment=", ".join(data.augment) or "none",
+        augment=", ".join(augmentation) or "none",
         seed=config.seed,
         start=f"the weights of {pathlib.Path(started).name}" if started else "random weights",
         run=_run(read_json(workdir / RESULTS)),
