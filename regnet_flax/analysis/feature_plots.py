@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from regnet_flax.analysis.features import BlockFeatures, cosine_similarity
-from regnet_flax.analysis.plots import DROP, _pyplot
+from regnet_flax.analysis.plots import DROP, pyplot
 
 MAP, DARK_ABOVE = "viridis", 0.75
 
@@ -43,7 +43,7 @@ def feature_maps(
       channels: so many, those that vary most over the image in the first of the blocks; the grey scale of a channel is
         the same in all blocks.
     """
-    plt = _pyplot()
+    plt = pyplot()
     chosen = {name: [block for block in blocks if block.stage == stage] for name, blocks in models.items()}
     height = sum(0.35 + 1.05 * len(blocks) for blocks in chosen.values())
     figure = plt.figure(figsize=(1.3 + 1.02 * channels, height), layout="constrained")
@@ -76,7 +76,7 @@ def similarity(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: p
       path: the picture to write.
       title: above it.
     """
-    plt = _pyplot()
+    plt = pyplot()
     count = len(names)
     size = max(3.2, 0.46 * count)
     figure, grid = plt.subplots(
@@ -137,7 +137,7 @@ def gates(blocks: Sequence[BlockFeatures], path: pathlib.Path, title: str = "") 
       ValueError: no block has a regulator.
     """
     blocks = _regulated(blocks)
-    plt = _pyplot()
+    plt = pyplot()
     names = list(blocks[0].gates)
     width = max(2.2, 0.33 * len(blocks))
     figure, grid = plt.subplots(
@@ -166,7 +166,7 @@ def state(blocks: Sequence[BlockFeatures], path: pathlib.Path, *, image: int = 0
       ValueError: no block has a regulator.
     """
     blocks = _regulated(blocks)
-    plt = _pyplot()
+    plt = pyplot()
     names = list(blocks[0].state)
     figure = plt.figure(figsize=(0.8 + 0.95 * len(blocks), 1.3 * len(names) + 2.9), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=[1.3 * len(names), 2.6])
