@@ -1,0 +1,194 @@
+"""Figures of what is inside a model, from `features.inspect`."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from regnet_flax.analysis.features import BlockFeatures, cosine_similarity
+from regnet_flax.analysis.plots import DROP, pyplot
+
+MAP, DARK_ABOVE = "viridis", 0.75
+
+
+def _save(plt: Any, figure: Any, path: pathlib.Path) -> None:
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _image(axes: Any, array: np.ndarray, **options: Any) -> Any:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return axes.imshow(array, interpolation="nearest", **options)
+
+
+def feature_maps(
+    models: Mapping[str, Sequence[BlockFeatures]],
+    path: pathlib.Path,
+    *,
+    stage: int = 1,
+    image: int = 0,
+    channels: int = 6,
+) -> None:
+    """The outputs of a stage's consecutive blocks side by side, one model under another.
+
+    Args:
+      models: from a name to a model's blocks.
+      path: the picture to write.
+      stage: whose blocks.
+      image: of the N.
+      channels: so many, those that vary most over the image in the first of the blocks; the grey scale of a channel is
+        the same in all blocks.
+    """
+    plt = pyplot()
+    chosen = {name: [block for block in blocks if block.stage == stage] for name, blocks in models.items()}
+    height = sum(0.35 + 1.05 * len(blocks) for blocks in chosen.values())
+    figure = plt.figure(figsize=(1.3 + 1.02 * channels, height), layout="constrained")
+    parts = figure.subfigures(len(chosen), 1, squeeze=False, height_ratios=[len(b) for b in chosen.values()])
+    for part, (name, blocks) in zip(parts[:, 0], chosen.items(), strict=True):
+        maps = np.stack([block.output[image] for block in blocks])  # (blocks, height, width, channels)
+        kept = np.sort(np.argsort(maps[0].std((0, 1)))[::-1][:channels])
+        part.suptitle(name, fontweight="bold", fontsize="medium")
+        grid = part.subplots(len(blocks), len(kept), squeeze=False)
+        for row, block in enumerate(blocks):
+            for column, channel in enumerate(kept):
+                top = maps[..., channel].max() or 1.0
+                _image(grid[row, column], maps[row, ..., channel], cmap="gray", vmin=0, vmax=top)
+                if row == 0:
+                    grid[row, column].set_title(f"channel {channel}", fontsize="small")
+            label = f"block {block.name}"
+            if row:
+                alike = cosine_similarity(maps[row - 1 : row], maps[row : row + 1])
+                label += f"\ncosine to {blocks[row - 1].name}:\n{alike:.2f}"
+            grid[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize="small")
+    _save(plt, figure, path)
+
+
+def similarity(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: pathlib.Path, title: str = "") -> None:
+    """How alike the blocks are, each with each, one matrix beside another on one scale.
+
+    Args:
+      matrices: from a name to (K, K), as `features.similarity` makes them; nan is left blank.
+      names: of the K blocks.
+      path: the picture to write.
+      title: above it.
+    """
+    plt = pyplot()
+    count = len(names)
+    size = max(3.2, 0.46 * count)
+    figure, grid = plt.subplots(
+        1, len(matrices), figsize=(size * len(matrices) + 1, size + 0.6), squeeze=False, layout="constrained"
+    )
+    low = min(np.nanmin(matrix) for matrix in matrices.values())
+    drawn = None
+    for axes, (name, matrix) in zip(grid[0], matrices.items(), strict=True):
+        drawn = axes.imshow(matrix, cmap=MAP, vmin=low, vmax=1)
+        for i, j in np.argwhere(~np.isnan(matrix)):
+            dark = matrix[i, j] < low + DARK_ABOVE * (1 - low)
+            axes.text(
+                j,
+                i,
+                f"{matrix[i, j]:.2f}".removeprefix("0"),
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if dark else "black",
+            )
+        axes.set_xticks(range(count), names)
+        axes.set_yticks(range(count), names)
+        axes.set_xlabel("block (stage.block)")
+        axes.set_title(name)
+    figure.colorbar(drawn, ax=grid, shrink=0.8)
+    figure.suptitle(title)
+    _save(plt, figure, path)
+
+
+def _by_stage(blocks: Sequence[BlockFeatures]) -> list[list[int]]:
+    """The places of each stage's blocks, for lines that break where the state starts anew."""
+    stages = dict.fromkeys(block.stage for block in blocks)
+    return [[i for i, block in enumerate(blocks) if block.stage == stage] for stage in stages]
+
+
+def _bands(axes: Any, blocks: Sequence[BlockFeatures], arrays: Sequence[np.ndarray], color: str) -> None:
+    levels = np.array([np.quantile(array, (0.05, 0.25, 0.5, 0.75, 0.95)) for array in arrays]).T
+    for places in _by_stage(blocks):
+        for low, high, alpha in ((0, 4, 0.2), (1, 3, 0.4)):
+            axes.fill_between(places, levels[low, places], levels[high, places], color=color, alpha=alpha, linewidth=0)
+        axes.plot(places, levels[2, places], color=color, marker="o", markersize=4)
+    for places in _by_stage(blocks)[1:]:
+        axes.axvline(places[0] - 0.5, color=DROP, linestyle=":", linewidth=1)
+    axes.set_xticks(range(len(blocks)), [block.name for block in blocks])
+    axes.set_xlabel("block (stage.block)")
+    axes.grid(alpha=0.3)
+
+
+def gates(blocks: Sequence[BlockFeatures], path: pathlib.Path, title: str = "") -> None:
+    """The activations of each gate through the blocks: median, and the middle half and nine tenths of all values.
+
+    Args:
+      blocks: from `features.inspect`; those without a regulator are left out.
+      path: the picture to write.
+      title: above it.
+
+    Raises:
+      ValueError: no block has a regulator.
+    """
+    blocks = _regulated(blocks)
+    plt = pyplot()
+    names = list(blocks[0].gates)
+    width = max(2.2, 0.33 * len(blocks))
+    figure, grid = plt.subplots(
+        1, len(names), figsize=(width * len(names) + 0.6, 3), squeeze=False, layout="constrained"
+    )
+    for index, (axes, name) in enumerate(zip(grid[0], names, strict=True)):
+        arrays = [block.gates[name] for block in blocks]
+        _bands(axes, blocks, arrays, f"C{index}")
+        signed = min(array.min() for array in arrays) < 0  # tanh, not σ
+        axes.set_ylim(-1.03 if signed else -0.03, 1.03)
+        axes.set_title(f"gate {name}")
+    figure.suptitle(title)
+    _save(plt, figure, path)
+
+
+def state(blocks: Sequence[BlockFeatures], path: pathlib.Path, *, image: int = 0, title: str = "") -> None:
+    """The regulator's state over its time, the blocks: maps for one image, and all values of all images below.
+
+    Args:
+      blocks: from `features.inspect`; those without a regulator are left out.
+      path: the picture to write.
+      image: of the N, for the maps: the root of the mean square over the channels, on one scale a stage.
+      title: above it.
+
+    Raises:
+      ValueError: no block has a regulator.
+    """
+    blocks = _regulated(blocks)
+    plt = pyplot()
+    names = list(blocks[0].state)
+    figure = plt.figure(figsize=(0.8 + 0.95 * len(blocks), 1.3 * len(names) + 2.9), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=[1.3 * len(names), 2.6])
+    grid = above.subplots(len(names), len(blocks), squeeze=False)
+    for row, name in enumerate(names):
+        maps = [np.sqrt((block.state[name][image] ** 2).mean(-1)) for block in blocks]
+        for places in _by_stage(blocks):
+            top = max(maps[place].max() for place in places) or 1.0
+            for place in places:
+                _image(grid[row, place], maps[place], cmap=MAP, vmin=0, vmax=top)
+                if row == 0:
+                    grid[row, place].set_title(f"block {blocks[place].name}", fontsize="small")
+        grid[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="large")
+    for index, (axes, name) in enumerate(zip(below.subplots(1, len(names), squeeze=False)[0], names, strict=True)):
+        _bands(axes, blocks, [block.state[name] for block in blocks], f"C{index}")
+        axes.set_title(f"{name}, all values", fontsize="medium")
+    figure.suptitle(title)
+    _save(plt, figure, path)
+
+
+def _regulated(blocks: Sequence[BlockFeatures]) -> list[BlockFeatures]:
+    kept = [block for block in blocks if block.gates]
+    if not kept:
+        raise ValueError("no block has a regulator: take a RegNet's blocks, not a ResNet's")
+    return kept
