@@ -82,8 +82,17 @@ def test_cell(name, kernel, dtype, parity):
         compare_cell(CELLS[name](n, kernel, dtype=jnp.dtype(dtype)), theirs, names, dtype, device)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("case", BLOCKS, ids=block_id)
+def block_tests():
+    """Every block in both types; in float32, those that only put tested parts together otherwise wait for --slow."""
+    for case in BLOCKS:
+        options = case[2]
+        mixed = "se" in options or ("kernel" in options and "style" not in options)
+        yield pytest.param(case, "float64", id=f"{block_id(case)}-float64")
+        marks = pytest.mark.slow if mixed else ()
+        yield pytest.param(case, "float32", id=f"{block_id(case)}-float32", marks=marks)
+
+
+@pytest.mark.parametrize("case, dtype", block_tests())
 def test_block(case, dtype, parity):
     with parity(dtype) as device:
         compare_block(*case, dtype, device)

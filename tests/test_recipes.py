@@ -11,13 +11,14 @@ import pytest
 from PIL import Image
 
 from regnet_flax import create_model, main
-from regnet_flax.config import flatten
+from regnet_flax.config import check_config, flatten, model_options
 from regnet_flax.models.registry import IMAGENET_STAGES
 from regnet_flax.models.regnet import RegNet
 from regnet_flax.training.program import build_optimizer
 
 ROOT = pathlib.Path(main.__file__).resolve().parent.parent
-RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
+CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
+RECIPES = [name for name in CONFIGS if not name.startswith("compare_")]
 KEPT = ("dataset.augment", "dataset.mean", "dataset.std", "optimizer.", "train.epochs", "seed", "dtype")
 
 
@@ -80,6 +81,10 @@ CIFAR = {"batch": 128, "epochs": 200, "decay": 1e-4, "rates": {0: 0.1, 99: 0.1, 
 CIFAR |= {"augment": ("crop", "flip"), "mean": (), "std": (), "image_size": 0}
 RNN = {"batch": 64, "epochs": 150, "decay": 1e-4, "rates": {0: 0.1, 79: 0.1, 80: 0.01, 149: 0.01}}
 RNN |= {"augment": (), "mean": (0.5,), "std": (0.5,), "image_size": 0}
+IMAGENET = {"batch": 256, "epochs": 100, "decay": 1e-4, "augment": ("random_resized_crop", "flip")}
+IMAGENET |= {"rates": {0: 0.1, 29: 0.1, 30: 0.01, 59: 0.01, 60: 1e-3, 89: 1e-3, 90: 1e-4}, "image_size": 224}
+IMAGENET |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+PHOTOS = {"augment": ("flip", "rotate", "color", "translate"), "image_size": 32}
 PROJ = {"epochs": 10, "decay": 5e-4, "rates": {0: 0.1, 9: 0.1}}
 PROJ |= {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
 RNN_REGNETY = {"epochs": 10, "decay": 0.0, "rates": {0: 0.1, 7: 0.1, 8: 0.01, 9: 0.01}, "image_size": 224}
@@ -93,6 +98,8 @@ RNN_REGNETY = {"epochs": 10, "decay": 0.0, "rates": {0: 0.1, 7: 0.1, 8: 0.01, 9:
         ("proj_cifar10", CIFAR | PROJ),
         ("rnn_cifar10", RNN),
         ("rnn_regnety_cifar10", RNN | RNN_REGNETY),
+        ("imagenet", IMAGENET),
+        ("folder", RNN | PHOTOS),
     ],
 )
 def test_values_are_those_of_the_sources(recipe, expected):
@@ -111,7 +118,8 @@ def test_values_are_those_of_the_sources(recipe, expected):
     assert expected == found
     settings = config.optimizer
     assert settings.momentum == 0.9 and not settings.nesterov and not settings.label_smoothing
-    assert config.dataset.name == ("cifar100" if recipe == "cifar100" else "cifar10")
+    other = {"cifar100": "cifar100", "imagenet": "imagenet2012", "folder": "folder"}
+    assert config.dataset.name == other.get(recipe, "cifar10")
 
 
 @pytest.mark.parametrize(
@@ -125,8 +133,15 @@ def test_values_are_those_of_the_sources(recipe, expected):
     ],
 )
 def test_models_start_from_their_own_initial_values(recipe, model, initial):
-    from regnet_flax.config import model_options
-
     config = get_config(recipe) if recipe != "rnn_cifar10" else get_config(recipe, model)
     assert config.model.name == model
     assert getattr(create_model(model, **model_options(config)), "initial", None) == initial
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in RECIPES])
+def test_comparisons_are_of_models_that_there_are(name):
+    config = get_config(name)
+    check_config(config)
+    assert len(config.compare.models) > 1 and len(set(config.compare.seeds)) > 1
+    for entry in config.compare.models:
+        create_model(entry.split()[0], **model_options(config))

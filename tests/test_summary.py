@@ -130,8 +130,8 @@ def test_summary_of_every_model(capsys):
         model = create_model(name)
         imagenet = getattr(model, "stem", "imagenet") == "imagenet"
         size, classes = (224, 1000) if imagenet else (32, 10)
-        arguments = [f"--config=configs/cifar10.py:{name}", f"--config.dataset.image_size={size}"]
-        assert main.main(["--mode=summary", *arguments, f"--config.dataset.num_classes={classes}"]) == 0
+        recipe = "imagenet" if imagenet else "cifar10"
+        assert main.main(["--mode=summary", f"--config=configs/{recipe}.py:{name}"]) == 0
         out = " ".join(capsys.readouterr().out.split())  # a long title is wrapped
         with torch.device("meta"):
             parameters = sum(p.numel() for p in torch_reference.build(name, num_classes=classes).parameters())
