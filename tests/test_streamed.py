@@ -174,6 +174,7 @@ def test_a_stream_takes_one_step_a_call(folder, tmp_path):  # noqa: F811
 
 def test_faults_are_one_line_and_exit_2(folder, tmp_path, capfd):  # noqa: F811
     def fails(code, **overrides):
+        overrides |= {"train.batch_size": 8}  # of as many devices
         assert main.main(arguments_of(folder, tmp_path / "run", **overrides)) == code
         (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
         return line
