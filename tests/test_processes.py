@@ -211,7 +211,12 @@ def test_a_workdir_in_use_is_refused_by_both(two):
     assert second.count("\n") == 1 and "process 0 failed" in second
 
 
-@pytest.mark.parametrize("where", ["auto", "1234", "node1:1234,2,2", "node1:1234,2"])
+def test_no_cluster_around_is_one_line(program, tmp_path):
+    done = program("--distributed=auto", cwd=tmp_path, check=2)
+    assert done.stderr.count("\n") == 1 and "HOST:PORT,PROCESSES,INDEX" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["1234", "node1:1234,2,2", "node1:1234,2"])
 def test_a_place_that_cannot_be_is_one_line(where, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main.main([f"--distributed={where}"]) == 2
