@@ -17,7 +17,8 @@ from regnet_flax.analysis.plots import comparison
 MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
 _NUMBERS = 2  # the columns from here on are numbers, but for the last two
 _CAPTIONS = {
-    "curves": "Training loss and test error: the mean over the seeds, in a band from the lowest to the highest.",
+    "curves": "Training loss and test error: the mean over the seeds, in a band from the lowest to the highest. "
+    "The error of the first epochs lies above the picture.",
     "costs": "Test error at the end of training against parameters and multiply-adds: mean ± standard deviation.",
 }
 
