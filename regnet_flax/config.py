@@ -10,7 +10,7 @@ from typing import Any
 
 from regnet_flax.data import streaming
 from regnet_flax.data.augment import AUGMENTATIONS
-from regnet_flax.data.sources import SOURCES, Dataset
+from regnet_flax.data.sources import IMAGES, SOURCES, Dataset
 from regnet_flax.models.registry import OPTIONS, create_model, parse_variant
 from regnet_flax.training.optimizer import SCHEDULES, boundary_steps
 
@@ -180,6 +180,13 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def model_options(config: Any) -> dict[str, Any]:
     """`model.overrides` as create_model's options."""
     return {name: getattr(config.model.overrides, name) for name in OPTIONS}
+
+
+def image_shape(config: Any) -> tuple[tuple[int, int, int], int]:
+    """Height, width and channels of the images that a config trains on, and the number of classes, with none read."""
+    shape, classes = IMAGES.get(config.dataset.name, ((32, 32, 3), 10))
+    size = config.dataset.image_size
+    return (size, size, shape[-1]) if size else shape, config.dataset.num_classes or classes
 
 
 def check_config(config: Any, devices: int = 1) -> None:

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "configs/digits.py"
 _IN_CONFIG = "Error whilst parsing config file"  # ml_collections, before a traceback
-MODES = ("train", "eval", "predict", "summary", "compare", "export")
+MODES = ("train", "eval", "predict", "summary", "benchmark", "compare", "export")
 
 
 class UsageError(ValueError):
@@ -151,16 +151,13 @@ def _summary(config: Any) -> None:
     from rich.console import Console
 
     from regnet_flax.analysis import summary
-    from regnet_flax.config import check_config, model_options
-    from regnet_flax.data.sources import IMAGES
+    from regnet_flax.config import check_config, image_shape, model_options
     from regnet_flax.models.registry import create_model
 
     config.dataset.data_dir = config.dataset.data_dir or "."  # nothing is read
     check_config(config)
-    shape, classes = IMAGES.get(config.dataset.name, ((32, 32, 3), 10))
-    size = config.dataset.image_size
-    shape = (size, size, shape[-1]) if size else shape
-    model = create_model(config.model.name, num_classes=config.dataset.num_classes or classes, **model_options(config))
+    shape, classes = image_shape(config)
+    model = create_model(config.model.name, num_classes=classes, **model_options(config))
     title = f"{config.model.name}, images of {'×'.join(map(str, shape))}, {model.num_classes} classes"
     Console().print(summary.table(summary.summarize(model, shape), title))
 
@@ -206,6 +203,15 @@ def run(argv: Sequence[str]) -> None:
         from regnet_flax import compare
 
         compare.compare(config, values.workdir, loop.train_and_evaluate)
+    elif values.mode == "benchmark":
+        import json
+
+        import jax
+
+        from regnet_flax import benchmark
+
+        config.dataset.data_dir = config.dataset.data_dir or "."  # nothing is read
+        print(json.dumps(benchmark.benchmark(config, loop.pmap, jax.local_devices())))
     elif values.mode == "export":
         from regnet_flax import export
 

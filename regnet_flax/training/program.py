@@ -109,6 +109,7 @@ class Program:
 
     Attributes:
       devices: as given.
+      model: of the config.
       seeds: of the run, one.
       steps_per_epoch: whole batches in the training split.
       total_steps: of the run, which `train.max_steps` may cut short.
@@ -146,7 +147,7 @@ class Program:
         self.schedule, self._tx = build_optimizer(config, self.steps_per_epoch)
         drops = optimizer.boundary_steps(settings.boundaries, train.epochs, self.steps_per_epoch)
         self.drops = [step / self.steps_per_epoch for step in drops] if settings.schedule == "step" else []
-        self._model = build_model(config, AXIS if train.batch_norm == "sync" else None)
+        self.model = build_model(config, AXIS if train.batch_norm == "sync" else None)
         self._image_shape = dataset.image_shape
         self.like = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated),
@@ -165,7 +166,7 @@ class Program:
 
     def _initial_state(self, seed: jax.Array) -> steps.TrainState:
         ema = self._config.optimizer.ema_decay > 0
-        return build_state(self._model, self._tx, self._image_shape, seed, ema)
+        return build_state(self.model, self._tx, self._image_shape, seed, ema)
 
     def initial_state(self) -> steps.TrainState:
         """The state before the first step."""
@@ -222,7 +223,7 @@ class Program:
         return steps.train_step(
             state,
             {"images": images, "labels": labels},
-            apply_fn=self._model.apply,
+            apply_fn=self.model.apply,
             tx=self._tx,
             label_smoothing=settings.label_smoothing,
             ema_decay=settings.ema_decay,
@@ -230,6 +231,11 @@ class Program:
             unroll=self.devices[0].platform == "cpu",
             axis_name=AXIS,
         )
+
+    def lower_training(self, state: steps.TrainState) -> Any:
+        """The training step lowered, as by jax.jit: compiled, it tells the memory that it takes."""
+        order = self.place(in_memory.epoch_order(self._config.seed, 0, self._size))
+        return self._p_train.lower(state, self._shards, self._train_data, order, self._seed, self.steps_per_call)
 
     def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]:
         """Takes `count` steps of one epoch from `step`; the state given is used up.
@@ -250,7 +256,7 @@ class Program:
 
     def _count(self, variables, batch):
         batch = batch | {"images": self._normalize(batch["images"])}
-        return steps.eval_step(variables, batch, apply_fn=self._model.apply, axis_name=AXIS)
+        return steps.eval_step(variables, batch, apply_fn=self.model.apply, axis_name=AXIS)
 
     @property
     def _eval_batch_size(self) -> int:

@@ -1,0 +1,119 @@
+"""What a training step of a config costs on this machine: --mode benchmark."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regnet_flax import config as config_lib
+from regnet_flax.analysis import summary
+from regnet_flax.data import streaming
+from regnet_flax.data.sources import Dataset, Split
+from regnet_flax.training.program import Program
+
+logger = logging.getLogger("regnet_flax")
+
+SECONDS, CALLS = 3.0, 5  # measured for at least so long, and so many calls
+# Sides of the square matrices whose product tells the machine's rate.
+MATRIX = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+
+
+def benchmark(config: Any, parallelize: Callable[..., Any], devices: list[Any]) -> dict[str, Any]:
+    """Measures the training step of a config on random images of its data set's size; no data set is read.
+
+    Args:
+      config: a nested config with the fields of configs/base.py.
+      parallelize: loop.pmap, or what takes its place.
+      devices: over which each batch is divided.
+
+    Returns:
+      "model", "batch_size", "image_shape", "dtype", "device", "devices" and "steps_per_call"; "images_per_second" and
+      "step_ms", from the median of the calls; "compile_s", of lowering and compiling, which a compilation cache
+      shortens; "peak_bytes" on the first device, from the compiled step's own analysis where the device keeps no count;
+      "flops_per_second", two for each multiply-add and three times those of a forward pass;
+      "matmul_flops_per_second", that of a large matrix product in the same dtype on the first device, and
+      "share_of_matmul", by device.
+
+    Raises:
+      ConfigError: a value is wrong.
+    """
+    config_lib.check_config(config, len(devices))
+    shape, classes = config_lib.image_shape(config)
+    config = copy.deepcopy(config)
+    # That crop is the host's work, while photographs are decoded.
+    config.dataset.augment = tuple(name for name in config.dataset.augment if name != streaming.CROP)
+    dataset = _random_images(2 * config.train.batch_size, shape, classes)
+    config = config_lib.resolve(config, dataset)
+    program = Program(config, dataset, devices, parallelize)
+    state = program.initial_state()
+    began = time.perf_counter()
+    analysis = program.lower_training(state).compile().memory_analysis()
+    compile_s = time.perf_counter() - began
+
+    times, count = [], program.steps_per_call
+    deadline = float("inf")
+    while len(times) < CALLS or time.perf_counter() < deadline:
+        began = time.perf_counter()
+        state, done = program.train(state, 0, count)
+        jax.block_until_ready(done)
+        if deadline < float("inf"):
+            times.append((time.perf_counter() - began) / count)
+        else:  # the first call places what was compiled
+            deadline = time.perf_counter() + SECONDS
+    seconds = float(np.median(times))
+    images_per_second = config.train.batch_size / seconds
+    parts = summary.summarize(program.model, shape)
+    flops = 3 * 2 * sum(part.multiply_adds for part in parts) * images_per_second
+    matmul = matmul_rate(devices[0], config.dtype)
+    return {
+        "model": config.model.name,
+        "batch_size": config.train.batch_size,
+        "image_shape": list(shape),
+        "dtype": config.dtype,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "steps_per_call": count,
+        "images_per_second": round(images_per_second, 1),
+        "step_ms": round(1000 * seconds, 3),
+        "compile_s": round(compile_s, 2),
+        "peak_bytes": _peak_bytes(devices[0], analysis),
+        "flops_per_second": round(flops),
+        "matmul_flops_per_second": round(matmul),
+        "share_of_matmul": round(flops / matmul / len(devices), 4),
+    }
+
+
+def _random_images(count: int, shape: tuple[int, int, int], classes: int) -> Dataset:
+    random = np.random.default_rng(0)
+    labels = np.arange(count, dtype=np.int32) % classes
+    split = Split(random.integers(0, 256, (count, *shape), np.uint8), labels)
+    return Dataset("random images", split, split, tuple(map(str, range(classes))))
+
+
+def _peak_bytes(device: Any, analysis: Any) -> int:
+    counted = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if counted is not None:
+        return int(counted)
+    sizes = analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes
+    return int(sum(sizes) - analysis.alias_size_in_bytes)
+
+
+def matmul_rate(device: Any, dtype: str, rounds: int = 5) -> float:
+    """Floating-point operations a second of a large product of square matrices, the best of some rounds."""
+    side = MATRIX.get(device.platform, MATRIX["gpu"])
+    a = jax.device_put(jnp.ones((side, side), dtype), device)
+    product = jax.jit(jnp.matmul)
+    jax.block_until_ready(product(a, a))
+    best = float("inf")
+    for _ in range(rounds):
+        began = time.perf_counter()
+        jax.block_until_ready(product(a, a))
+        best = min(best, time.perf_counter() - began)
+    return 2 * side**3 / best

@@ -1,0 +1,73 @@
+"""--mode benchmark, and the comparison with PyTorch's speed."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from conftest import ROOT
+from regnet_flax import benchmark
+from regnet_flax.training.loop import pmap
+
+TINY = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.batch_size=8"]
+
+
+def test_the_last_line_is_one_object_with_figures_that_fit_together(program):
+    done = program("--mode", "benchmark", *TINY, check=0)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["images_per_second"] == pytest.approx(8 / (found["step_ms"] / 1000), rel=0.01)
+    assert found["compile_s"] > 0 and found["peak_bytes"] > 1000
+    # 8×8×1 digits: 9·4 taps for the stem's 64 pixels, and so on; counted by hand for each layer.
+    stem, stage1 = 64 * 9 * 4, 64 * 2 * 9 * 4 * 4
+    stage2 = 16 * (9 * 4 * 8 + 9 * 8 * 8 + 4 * 8)
+    stage3 = 4 * (9 * 8 * 16 + 9 * 16 * 16 + 8 * 16)
+    flops = 6 * (stem + stage1 + stage2 + stage3 + 16 * 10)
+    assert found["flops_per_second"] == pytest.approx(flops * found["images_per_second"], rel=0.01)
+    share = found["flops_per_second"] / found["matmul_flops_per_second"]
+    assert found["share_of_matmul"] == pytest.approx(share, abs=1e-4)
+
+
+def test_a_wrong_config_is_told_in_one_line(program):
+    done = program("--mode", "benchmark", "--config.train.batch_size=0", check=2)
+    assert "train.batch_size is 0" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_matrix_product_is_what_is_timed(monkeypatch):
+    monkeypatch.setitem(benchmark.MATRIX, "cpu", 64)
+    clock = iter([0.0, 3.0, 10.0, 12.0])
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
+    assert benchmark.matmul_rate(jax.devices()[0], "float32", rounds=2) == 2 * 64**3 / 2
+
+
+def test_photographs_are_random_images_of_their_size(monkeypatch):
+    """No data set is read, and the crop that is done while decoding is left out."""
+    from configs import imagenet
+
+    config = imagenet.get_config("resnet18")
+    config.dataset.image_size, config.dataset.num_classes, config.train.batch_size = 32, 5, 4
+    config.model.overrides.width = 4
+    monkeypatch.setattr(benchmark, "SECONDS", 0.0)
+    monkeypatch.setitem(benchmark.MATRIX, "cpu", 64)
+    found = benchmark.benchmark(config, pmap, jax.devices()[:1])
+    assert found["image_shape"] == [32, 32, 3] and found["images_per_second"] > 0
+    assert config.dataset.augment[0] == "random_resized_crop", "the caller's config is left as it is"
+
+
+@pytest.mark.slow
+def test_versus_torch_takes_turns(tmp_path):
+    out = tmp_path / "out.json"
+    variants = ["--variants", "ours", "torch eager, channels first", "torch eager, channels last"]
+    sizes = ["--models", "resnet8", "--batch", "4", "--size", "8", "--rounds", "3", "--seconds", "0.01"]
+    subprocess.run(
+        [sys.executable, "benchmarks/versus_torch.py", *sizes, *variants, "--out", out],
+        cwd=ROOT,
+        check=True,
+        timeout=300,
+    )
+    (result,) = json.loads(out.read_text())["results"]
+    for what in ("train", "infer"):
+        theirs = [result["variants"][name][what] for name in variants[2:]]
+        assert max(found["ratio"] for found in theirs) == 1.0
+        assert all(len(found[what]["seconds_a_step"]) == 3 for found in result["variants"].values())
