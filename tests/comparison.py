@@ -87,11 +87,20 @@ def check_all(row, found, expected):
 
 
 def write_report(file):
-    """Puts the errors into a file as a Markdown table: between the markers if it has them, or as the whole file."""
+    """Puts the errors into a file as a Markdown table, between the markers if it has them, or as the whole file.
+
+    A row that was not run stays as it is in the file, so that a run of some tests alone brings their rows up to date.
+    """
+    text = file.read_text() if file.exists() else ""
+    before = {tuple(line.strip("| ").split(" | ")[:4]): line for line in text.splitlines()}
     lines = ["| compared | | type | at most | largest seen | in |", "| --- " * 6 + "|"]
     for row, bound in BOUNDS.items():
-        error, where = ERRORS.get(row, (math.nan, ""))
-        lines.append(f"| {' | '.join(row)} | {bound:g} | {error:.1e} | {f'`{where}`' if where else 'not run'} |")
+        words = (*row, f"{bound:g}")
+        line = before.get(words, f"| {' | '.join(words)} | nan | not run |")
+        if row in ERRORS:
+            error, where = ERRORS[row]
+            line = f"| {' | '.join(words)} | {error:.1e} | `{where}` |"
+        lines.append(line)
     if WHOLE_RUN.exists():
         run = json.loads(WHOLE_RUN.read_text())
         for dtype in ("float32", "float64"):
@@ -102,7 +111,6 @@ def write_report(file):
             )
     place = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     table = "\n".join([BEGIN, *lines, END])
-    text = file.read_text() if file.exists() else ""
     file.write_text(place.sub(lambda _: table, text) if place.search(text) else table + "\n")
 
 

@@ -14,6 +14,7 @@ from regnet_flax import create_model, main
 from regnet_flax.config import check_config, flatten, model_options
 from regnet_flax.models.registry import IMAGENET_STAGES
 from regnet_flax.models.regnet import RegNet
+from regnet_flax.training.loop import train_and_evaluate
 from regnet_flax.training.program import build_optimizer
 
 ROOT = pathlib.Path(main.__file__).resolve().parent.parent
@@ -47,9 +48,8 @@ def photographs(directory):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_runs_on_synthetic_images(recipe, tmp_path, monkeypatch):
+def test_runs_on_synthetic_images(recipe, tmp_path):
     """Two steps of the recipe, its model and images made small, and an evaluation."""
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
     config = get_config(recipe)
     model = smallest(config.model.name)
     small = ["--config.train.batch_size=8", "--config.train.max_steps=2", "--config.eval.batch_size=256"]
@@ -63,7 +63,8 @@ def test_runs_on_synthetic_images(recipe, tmp_path, monkeypatch):
     imagenet = getattr(create_model(model), "stem", "imagenet") == "imagenet"
     small += [f"--config.dataset.image_size={32 if imagenet else 8}"]
     workdir = tmp_path / "run"
-    assert main.main(["--config", f"configs/{recipe}.py:{model}", "--workdir", str(workdir), *small]) == 0
+    parsed, _ = main.parse(["--config", f"configs/{recipe}.py:{model}", *small])
+    train_and_evaluate(parsed, workdir, jax.devices()[:1])
 
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 2 and np.isfinite([line["train_loss"] for line in lines]).all()
