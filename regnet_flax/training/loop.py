@@ -138,8 +138,8 @@ def train_and_evaluate(config: Any, path: str | pathlib.Path, devices: list[Any]
         batch, images = config.train.batch_size, len(dataset.train.labels)
         if batch > images:
             raise config_lib.ConfigError(
-                f"train.batch_size is {batch}: {dataset.name} has {images} training images, so it must be at most that, "
-                f"as with --config.train.batch_size={2 ** (images.bit_length() - 1)}"
+                f"train.batch_size is {batch}: {dataset.name} has {images} training images, so it must be at most "
+                f"that, as with --config.train.batch_size={2 ** (images.bit_length() - 1)}"
             )
         fingerprint = dataset.fingerprint()
         if stored and stored["dataset_fingerprint"] != fingerprint:
