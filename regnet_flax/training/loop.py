@@ -204,8 +204,8 @@ def train_and_evaluate(
         batch, images = config.train.batch_size, dataset.train_size
         if batch > images:
             raise config_lib.ConfigError(
-                f"train.batch_size is {batch}: {dataset.name} has {images} training images: it must be at most that, "
-                f"such as --config.train.batch_size={2 ** (images.bit_length() - 1)}"
+                f"train.batch_size is {batch}: {dataset.name} has {images} training images, so it must be at most "
+                f"that, as with --config.train.batch_size={2 ** (images.bit_length() - 1)}"
             )
         streamed = isinstance(dataset, streaming.StreamedDataset)
         if stored and stored.get("streamed", False) != streamed:
