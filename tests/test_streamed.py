@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from test_loop import checksums, read_lines
+from test_processes import finish, start
 from test_streaming import alive, children, folder, imagenet, wait_until  # noqa: F401
 
 from configs import folder as folder_config
@@ -30,6 +31,7 @@ OPTIONS = {
     "train.batch_size": 4,
     "train.epochs": 2,
     "optimizer.learning_rate": 0.02,
+    "optimizer.schedule": "constant",
     "eval.batch_size": 3,
     "eval.every_epochs": 2,
     "log.every_steps": 2,
@@ -229,6 +231,18 @@ def test_a_dead_worker_ends_the_run_and_a_signal_stops_it_and_neither_leaves_a_p
         assert errors.count("\n") == 1
         assert len(workers) == 2 and not alive(workers)
     shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_two_processes_read_their_parts_and_train_as_one(folder, tmp_path):  # noqa: F811
+    options = OPTIONS | {"dataset.data_dir": str(folder), "train.max_steps": 3, "optimizer.warmup_epochs": 0.0}
+    finish(start(tmp_path / "two", "--config=configs/folder.py", **options), 0)
+    results = train(folder, tmp_path / "one", devices=4, **{"train.max_steps": 3})
+    found = json.loads((tmp_path / "two/results.json").read_text())
+    assert (found["hardware"]["processes"], found["hardware"]["devices"]) == (2, 4)
+    (one,), (two,) = ([line for line in read_lines(tmp_path / name) if line["step"] == 3] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)
+    assert found["last"]["eval_accuracy"] == results["last"]["eval_accuracy"]
 
 
 def lines_of(workdir):
