@@ -12,7 +12,6 @@ import jax
 import numpy as np
 import pytest
 from test_loop import checksums, read_lines
-from test_processes import finish, start
 from test_streaming import alive, children, folder, imagenet, wait_until  # noqa: F401
 
 from configs import folder as folder_config
@@ -201,6 +200,7 @@ def test_imagenet_trains_as_tfds_wrote_it(imagenet, tmp_path, program):  # noqa:
     assert "over 7 images" in out
 
 
+@pytest.mark.slow
 def test_a_dead_worker_ends_the_run_and_a_signal_stops_it_and_neither_leaves_a_process(folder, tmp_path):  # noqa: F811
     options = {"train.epochs": 2000, "eval.every_epochs": 0, "checkpoint.every_steps": 5, "dataset.workers": 2}
     command = [sys.executable, "-m", "regnet_flax.main", *arguments_of(folder, tmp_path / "run", **options)]
@@ -231,18 +231,6 @@ def test_a_dead_worker_ends_the_run_and_a_signal_stops_it_and_neither_leaves_a_p
         assert errors.count("\n") == 1
         assert len(workers) == 2 and not alive(workers)
     shutil.rmtree(tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_two_processes_read_their_parts_and_train_as_one(folder, tmp_path):  # noqa: F811
-    options = OPTIONS | {"dataset.data_dir": str(folder), "train.max_steps": 3, "optimizer.warmup_epochs": 0.0}
-    finish(start(tmp_path / "two", "--config=configs/folder.py", **options), 0)
-    results = train(folder, tmp_path / "one", devices=4, **{"train.max_steps": 3})
-    found = json.loads((tmp_path / "two/results.json").read_text())
-    assert (found["hardware"]["processes"], found["hardware"]["devices"]) == (2, 4)
-    (one,), (two,) = ([line for line in read_lines(tmp_path / name) if line["step"] == 3] for name in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-4)
-    assert found["last"]["eval_accuracy"] == results["last"]["eval_accuracy"]
 
 
 def lines_of(workdir):
