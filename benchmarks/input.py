@@ -31,7 +31,7 @@ from PIL import Image
 from regnet_flax.data import decode, host_batches, streaming
 from regnet_flax.data.records import FolderRecords
 
-SIZE, BATCH, EPOCHS = 224, 32, 2
+SIZE, BATCH, EPOCHS = 224, 32, 1
 
 
 def grain_batches(files, seed):

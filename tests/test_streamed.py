@@ -30,6 +30,7 @@ OPTIONS = {
     "train.batch_size": 4,
     "train.epochs": 2,
     "optimizer.learning_rate": 0.02,
+    "optimizer.schedule": "constant",
     "eval.batch_size": 3,
     "eval.every_epochs": 2,
     "log.every_steps": 2,
@@ -199,6 +200,7 @@ def test_imagenet_trains_as_tfds_wrote_it(imagenet, tmp_path, program):  # noqa:
     assert "over 7 images" in out
 
 
+@pytest.mark.slow
 def test_a_dead_worker_ends_the_run_and_a_signal_stops_it_and_neither_leaves_a_process(folder, tmp_path):  # noqa: F811
     options = {"train.epochs": 2000, "eval.every_epochs": 0, "checkpoint.every_steps": 5, "dataset.workers": 2}
     command = [sys.executable, "-m", "regnet_flax.main", *arguments_of(folder, tmp_path / "run", **options)]

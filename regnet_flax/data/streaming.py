@@ -17,6 +17,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
@@ -165,13 +166,14 @@ class Stream(Iterator[Any]):
         if workers:
             if not flags.FLAGS.is_parsed():  # absl's own, which are not this program's, and which Grain looks at
                 flags.FLAGS.mark_as_parsed()
+            _start_tracker()
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
             batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
         batches = grain.experimental.ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=ON_DEVICES)
-        self._iterator: Any = iter(batches)
         # What is started here inherits the mask: a signal to all processes, such as Ctrl-C, is the run's to handle.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
         try:
+            self._iterator: Any = iter(batches)
             self._iterator.start_prefetch()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
@@ -202,6 +204,18 @@ def _cores() -> int:
 def _refuse_bombs() -> None:
     # Not within a context, which would be that of all threads.
     warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+
+def _start_tracker() -> None:
+    """Starts the process that clears away what a killed worker left in shared memory, without a word of it."""
+    before = os.environ.get("PYTHONWARNINGS")
+    os.environ["PYTHONWARNINGS"] = "ignore"
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        os.environ.pop("PYTHONWARNINGS")
+        if before is not None:
+            os.environ["PYTHONWARNINGS"] = before
 
 
 def _start_worker(index: int, count: int) -> None:
