@@ -83,7 +83,7 @@ class StreamedProgram(Program):
             if line not in self._reported:
                 self._reported.add(line)
                 logger.warning("left out %s", line)
-        devices = len(self.devices)
+        devices = sum(device.process_index == jax.process_index() for device in self.devices)
 
         def put(array: np.ndarray) -> jax.Array:
             parts = array.reshape(devices, len(array) // devices, *array.shape[1:])
