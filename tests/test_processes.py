@@ -80,7 +80,8 @@ def finish(processes, code):
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [code, code], outputs
+    print(*[text for texts in outputs for text in texts], sep="\n--\n")  # for pytest to show
+    assert [process.returncode for process in processes] == [code, code]
     return outputs
 
 
