@@ -80,7 +80,8 @@ def finish(processes, code):
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [code, code], outputs
+    print(*[text for texts in outputs for text in texts], sep="\n--\n")  # for pytest to show
+    assert [process.returncode for process in processes] == [code, code]
     return outputs
 
 
@@ -127,6 +128,27 @@ def test_only_process_0_writes(two):
     assert (workdir / "figures" / "curves.png").exists()
     log = (workdir / "train.log").read_text()
     assert log.count("step 6/6") == log.count("results: ") == 1
+
+
+@pytest.mark.slow
+def test_what_is_streamed_is_read_in_parts_and_trains_to_the_same_parameters(tmp_path):
+    """Nine test images, which neither processes nor devices divide."""
+    rng = np.random.default_rng(0)
+    for name, count in (("train/one", 9), ("train/two", 8), ("test/one", 5), ("test/two", 4)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for index in range(count):
+            image = Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8))
+            image.save(tmp_path / "data" / name / f"{index}.png")
+    fields = {"dataset.name": "folder", "dataset.data_dir": str(tmp_path / "data"), "dataset.in_memory": "never"}
+    fields |= {"dataset.image_size": 16, "dataset.augment": ("random_resized_crop", "flip"), "train.batch_size": 8}
+    fields |= {"train.mixup": 0.2, "eval.batch_size": 4, "train.max_steps": 3, "model.name": "resnet8"}
+    finish(start(tmp_path / "two", **fields), 0)
+    loop.train_and_evaluate(tiny_config(**FIELDS | fields), tmp_path / "one", devices=jax.devices()[:4])
+    for line, other in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        assert line == pytest.approx(other, rel=1e-4)
+    fields |= {"eval.checkpoint": "last", "dataset.num_classes": 2}
+    found = [loop.load_trained(tiny_config(**FIELDS | fields), tmp_path / name)[1] for name in ("two", "one")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 
 @pytest.mark.slow

@@ -16,8 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 class ProcessError(RuntimeError):
@@ -42,6 +44,7 @@ def initialize(where: str) -> None:
                 "--distributed=auto finds no cluster (Slurm, Kubernetes, Open MPI or TPU) around: "
                 "name the processes with --distributed=HOST:PORT,PROCESSES,INDEX"
             ) from error
+        _connect()
         return
     parts = re.fullmatch(r"(\S+:\d+),(\d+),(\d+)", where)
     if parts is None or int(parts[3]) >= int(parts[2]):
@@ -50,6 +53,18 @@ def initialize(where: str) -> None:
             "such as node1:1234,2,0"
         )
     jax.distributed.initialize(parts[1], int(parts[2]), int(parts[3]), cluster_detection_method="deactivate")
+    _connect()
+
+
+def _connect() -> None:
+    # Gloo gives up on a group of devices whose first exchange not all processes reach within 30 s, as where some
+    # compile or read data for longer than others. So the groups used later connect while all are here.
+    every = Mesh(np.array(jax.devices()), ("devices",))
+    ones = jax.make_array_from_callback(
+        (every.size,), NamedSharding(every, PartitionSpec("devices")), lambda index: np.ones(every.size)[index]
+    )
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(every, PartitionSpec()))(ones))
+    all_agree(True)
 
 
 def joined() -> bool:
