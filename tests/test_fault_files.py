@@ -146,7 +146,7 @@ def test_what_is_no_checkpoint_is_left_alone(workdir, uninterrupted, fault):  # 
     assert "going on from the checkpoint at step 22" in done.stdout
     assert all(file.read_text() == "mine" for file in foreign)
     assert not (path / "24.orbax-checkpoint-tmp").exists() and (workdir / "config.json").exists()
-    (path / "28.orbax-checkpoint-tmp").unlink()
+    (path / "28.orbax-checkpoint-tmp").unlink(missing_ok=True)  # named as what a save leaves
     assert_ends_alike(workdir, uninterrupted)
 
 
