@@ -34,6 +34,7 @@ import jax  # noqa: E402
 from regnet_flax import main  # noqa: E402
 from regnet_flax.analysis import plots  # noqa: E402
 from regnet_flax.data import sources  # noqa: E402
+from regnet_flax.training import loop  # noqa: E402
 from regnet_flax.training.checkpoint import Checkpoints  # noqa: E402
 from regnet_flax.training.program import Program  # noqa: E402
 
@@ -56,7 +57,8 @@ def train_or_compile(*args, **kwargs):
 Program.train = train_or_compile
 Program.evaluate = announcing(Program.evaluate, "evaluate")
 Checkpoints.save = announcing(Checkpoints.save, "save")
-plots.curves = announcing(plots.curves, "figures")
+loop.write_figures = announcing(loop.write_figures, "figures")
+plots.curves = announcing(plots.curves, "curves")
 sources.load_dataset = announcing(sources.load_dataset, "data")
 
 sys.argv[1:] = sys.argv[2:]

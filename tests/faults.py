@@ -8,6 +8,7 @@ import random
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 
 import jax
@@ -85,13 +86,13 @@ class Started:
         self._reader, writer = os.pipe()
         os.set_blocking(self._reader, False)
         command = [*before, sys.executable, ROOT / "tests/announced.py", writer, *arguments]
+        self._out = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop the program once it is full
         options.setdefault("env", environment())
         self.process = subprocess.Popen(
             list(map(str, command)),
             pass_fds=[writer],
-            stdout=subprocess.PIPE,
+            stdout=self._out,
             stderr=subprocess.STDOUT,
-            text=True,
             **options,
         )
         os.close(writer)
@@ -103,7 +104,8 @@ class Started:
     def __exit__(self, *_):
         if self.process.poll() is None:
             self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self._out.close()
         os.close(self._reader)
 
     def read(self):
@@ -136,8 +138,10 @@ class Started:
 
     def end(self, timeout=300):
         """Its exit code and output, once it has ended."""
-        out = self.process.communicate(timeout=timeout)[0]
+        self.process.wait(timeout)
         self.read()
+        self._out.seek(0)
+        out = self._out.read()
         assert "Traceback" not in out, out
         return self.process.returncode, out
 

@@ -8,6 +8,7 @@ import collections
 import os
 import pathlib
 import platform
+import re
 import time
 
 import jax
@@ -46,6 +47,8 @@ class _Report:
         # A test that fails or is skipped before it is called has no report of its call.
         if report.when == "call" or (report.when == "setup" and not report.passed):
             place = report.nodeid.partition("[")[0].removeprefix("tests/")
+            if report.skipped and "slow: give --slow" in str(report.longrepr):
+                return
             for key, what in report.user_properties:
                 if key == _KEY:
                     self._rows[what, place][report.outcome] += 1
@@ -53,24 +56,44 @@ class _Report:
                 self._reasons[place] = str(report.longrepr[2]).removeprefix("Skipped: ")
 
     def pytest_sessionfinish(self):
-        lines = [
-            "# Faults",
-            "",
-            "What the tests do to the program, how often they did it, and what was lost. The table is of one run",
-            "of the tests, and written by it: `pytest --slow --faults-report tests/FAULTS.md`.",
-            "",
-            f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, Python "
-            f"{platform.python_version()}, jax {jax.__version__}; {(time.monotonic() - self._began) / 60:.0f} minutes.",
-            "",
-            "| fault | test | inflicted | lost |",
-            "| --- | --- | --- | --- |",
-        ]
-        for (what, place), outcomes in sorted(self._rows.items(), key=lambda row: row[0][::-1]):
+        rows = self._earlier()
+        for (what, place), outcomes in self._rows.items():
             count = outcomes["passed"] + outcomes["failed"]
             lost = "nothing" if not outcomes["failed"] else f"**{outcomes['failed']} tests failed**"
             if not count:
                 lost = f"not inflicted: {self._reasons.get(place, 'skipped')}"
+            rows[what, place] = count, lost
+        minutes = (time.monotonic() - self._began) / 60
+        tests = len({place for _, place in self._rows})
+        lines = [
+            "# Faults",
+            "",
+            "What the tests do to the program, how often they did it, and what was lost. Written by the tests:",
+            "`pytest --slow --faults-report tests/FAULTS.md`. A run of some of them replaces their rows alone.",
+            "",
+            f"Last run: {tests} tests of faults in {minutes:.0f} minutes; {platform.system()} {platform.machine()}, "
+            f"{os.cpu_count()} CPU cores, Python",
+            f"{platform.python_version()}, jax {jax.__version__}.",
+            "",
+            "| fault | test | inflicted | lost |",
+            "| --- | --- | --- | --- |",
+        ]
+        for (what, place), (count, lost) in sorted(rows.items(), key=lambda row: row[0][::-1]):
             lines.append(f"| {what} | `{place}` | {count} | {lost} |")
-        total = sum(outcomes["passed"] + outcomes["failed"] for outcomes in self._rows.values())
-        lines += ["", f"{len(self._rows)} kinds of faults, inflicted {total} times.", ""]
+        total = sum(count for count, _ in rows.values())
+        lines += ["", f"{len(rows)} kinds of faults, inflicted {total:,} times.", ""]
         self._path.write_text("\n".join(lines))
+
+    def _earlier(self):
+        """The rows of tests that there still are and that did not run now."""
+        if not self._path.exists():
+            return {}
+        found = re.findall(r"^\| (.+) \| `(.+)` \| (\d+) \| (.+) \|$", self._path.read_text(), re.MULTILINE)
+        ran = {place for _, place in self._rows}
+        rows = {}
+        for what, place, count, lost in found:
+            file, _, test = place.partition("::")
+            path = pathlib.Path(__file__).parent / file
+            if place not in ran and path.exists() and f"def {test}(" in path.read_text():
+                rows[what, place] = int(count), lost
+        return rows

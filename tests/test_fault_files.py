@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint(how, case, workdir, uninterrupted, fault):  # noqa
     done = run(*TINY, "--workdir", workdir, check=0, before=POWERLESS)
     fault(DAMAGE[how])
     named = [line for line in done.stdout.splitlines() if "is damaged and is skipped: " in line]
-    if how is flip and not named:  # a bit that no array depends on
+    if how in (truncate, flip) and not named:  # bytes that no array depends on, as the checksums tell
         assert "going on from the checkpoint at step 22" in done.stdout
     else:
         (line,) = named
@@ -146,7 +146,7 @@ def test_what_is_no_checkpoint_is_left_alone(workdir, uninterrupted, fault):  # 
     assert "going on from the checkpoint at step 22" in done.stdout
     assert all(file.read_text() == "mine" for file in foreign)
     assert not (path / "24.orbax-checkpoint-tmp").exists() and (workdir / "config.json").exists()
-    (path / "28.orbax-checkpoint-tmp").unlink()
+    (path / "28.orbax-checkpoint-tmp").unlink(missing_ok=True)  # named as what a save leaves
     assert_ends_alike(workdir, uninterrupted)
 
 

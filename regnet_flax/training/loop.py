@@ -415,7 +415,11 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     if processes.is_primary():
         figures = path / workdir.FIGURES / "eval"
         title = f"{config.model.name} on {dataset.name}, {config.model.init_from or f'step {step}'}"
-        by_class = write_figures(figures, dataset, outcomes, title, config.seed)
-        workdir.write_json(path / workdir.EVAL, metrics | {"per_class": by_class})
-        logger.info("by class: %s, pictures: %s", path / workdir.EVAL, figures)
+        try:
+            by_class = write_figures(figures, dataset, outcomes, title, config.seed)
+            workdir.write_json(path / workdir.EVAL, metrics | {"per_class": by_class})
+        except OSError as error:  # as in a workdir that another user owns, or on a full disk
+            logger.warning("%s and the pictures cannot be written: %s", path / workdir.EVAL, error.strerror)
+        else:
+            logger.info("by class: %s, pictures: %s", path / workdir.EVAL, figures)
     return metrics
