@@ -118,7 +118,8 @@ def probabilities(
 
     @jax.jit
     def predict(batch):
-        return jax.nn.softmax(model.apply(variables, augment.normalize(batch, mean, std), train=False))
+        logits: Any = model.apply(variables, augment.normalize(batch, mean, std), train=False)
+        return jax.nn.softmax(logits)
 
     results = []
     for start in range(0, len(images), batch_size):

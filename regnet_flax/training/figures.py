@@ -36,6 +36,7 @@ def write_figures(
     title = f"{title}\n{right:,} of {count:,} test images right ({right / count:.2%})"
     there = np.flatnonzero(outcomes[:, 0] >= 0)
     chosen = np.random.default_rng(seed).choice(there, min(EXAMPLES, len(there)), replace=False)
-    plots.predictions(dataset.test.images[chosen], *outcomes[chosen].T, names, directory / "predictions.png", title)
+    labels, predicted = outcomes[chosen].T
+    plots.predictions(dataset.test.images[chosen], labels, predicted, names, directory / "predictions.png", title)
     plots.confusion(confusion, names, directory / "confusion.png", title)
     return per_class(confusion, names)
