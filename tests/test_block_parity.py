@@ -92,7 +92,7 @@ def block_tests():
         yield pytest.param(case, "float32", id=f"{block_id(case)}-float32", marks=marks)
 
 
-@pytest.mark.parametrize("case, dtype", block_tests())
+@pytest.mark.parametrize("case, dtype", list(block_tests()))
 def test_block(case, dtype, parity):
     with parity(dtype) as device:
         compare_block(*case, dtype, device)

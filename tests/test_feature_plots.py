@@ -5,7 +5,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from regnet_flax.analysis import feature_plots as plots
+from regnet_flax.analysis.plots import features as plots
 from regnet_flax.analysis import features
 
 
