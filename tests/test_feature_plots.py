@@ -5,8 +5,8 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from regnet_flax.analysis.plots import features as plots
 from regnet_flax.analysis import features
+from regnet_flax.analysis.plots import features as plots
 
 
 @pytest.fixture
