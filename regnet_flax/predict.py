@@ -20,7 +20,7 @@ from rich.table import Table
 
 from regnet_flax.analysis import plots
 from regnet_flax.config import ConfigError
-from regnet_flax.data import augment
+from regnet_flax.data import augment, decode, streaming
 from regnet_flax.data.image_folder import EXTENSIONS, DataError, one_line, read_image
 from regnet_flax.training import workdir
 
@@ -61,23 +61,25 @@ def _is_image(file: pathlib.Path) -> bool:
     return file.name.lower().endswith(EXTENSIONS) and not file.name.startswith(".") and file.is_file()
 
 
-def to_input(image: Image.Image, shape: Sequence[int]) -> np.ndarray:
-    """What the model is given of an image: resized as image folders are for training and evaluation.
+def to_input(image: Image.Image, shape: Sequence[int], crop: bool = False) -> np.ndarray:
+    """What the model is given of an image: resized as image folders are for evaluation.
 
     Args:
       image: upright RGB, of any size.
       shape: (height, width, channels); of one channel, the image is made grey.
+      crop: take the centre, as for a model that was trained on random crops.
 
     Returns:
       uint8 of this shape.
     """
     height, width, channels = shape
     image = image.convert("L") if channels == 1 else image
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR)).reshape(height, width, channels)
+    box = decode.centre_box(*image.size, size=height) if crop else None
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box)).reshape(height, width, channels)
 
 
 def _read(
-    files: Sequence[pathlib.Path], shape: Sequence[int]
+    files: Sequence[pathlib.Path], shape: Sequence[int], crop: bool
 ) -> tuple[list[pathlib.Path], np.ndarray, list[np.ndarray], list[dict[str, str]]]:
     """The files that can be read, the model's inputs, thumbnails of the first, and the files that cannot, with why."""
     readable, inputs, thumbnails, skipped = [], [], [], []
@@ -89,7 +91,7 @@ def _read(
             logger.warning("left out %s: %s", file, skipped[-1]["reason"])
             continue
         readable.append(file)
-        inputs.append(to_input(image, shape))
+        inputs.append(to_input(image, shape, crop))
         if len(thumbnails) < SHOWN:
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             thumbnails.append(np.asarray(image))
@@ -152,8 +154,9 @@ def predict_images(
     """
     record = workdir.read_json(pathlib.Path(path) / workdir.CONFIG)
     names = record["class_names"]
-    files, images, thumbnails, skipped = _read(find_images(config.predict.images), record["image_shape"])
     settings = config.dataset
+    crop = streaming.CROP in settings.augment
+    files, images, thumbnails, skipped = _read(find_images(config.predict.images), record["image_shape"], crop)
     shares = probabilities(model, variables, images, settings.mean, settings.std, config.eval.batch_size)
     best = np.argsort(-shares, axis=1, kind="stable")[:, : config.predict.top]
     tops = [

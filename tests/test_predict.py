@@ -1,5 +1,6 @@
 """--mode predict, on image files that no training has seen."""
 
+import functools
 import json
 
 import flax.linen as nn
@@ -12,6 +13,7 @@ from PIL import Image
 from configs import folder
 from regnet_flax import main, predict
 from regnet_flax.config import ConfigError
+from regnet_flax.data import decode
 from regnet_flax.data.image_folder import read_image
 from regnet_flax.data.sources import load_dataset
 from regnet_flax.training import loop
@@ -145,6 +147,14 @@ def test_images_are_resized_as_for_evaluation(trained):
     grey = predict.to_input(read_image(files[0]), (5, 7, 1))
     assert grey.shape == (5, 7, 1) and grey.dtype == np.uint8
     assert abs(grey.mean() - (0.299 * 170 + 0.587 * 60 + 0.114 * 40)) < 5
+
+
+def test_the_centre_is_cropped_as_for_evaluation(trained):
+    _, data = trained
+    file = sorted(data.glob("val/*/*.png"))[0]
+    expected = decode.read_crop(file, 6, functools.partial(decode.centre_box, size=6))
+    found = predict.to_input(read_image(file), (6, 6, 3), crop=True)
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
