@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import sys
@@ -148,7 +149,7 @@ def log_to_console(level: int = logging.INFO) -> None:
     # its threads says it again.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
+    sys.unraisablehook = _without_orbax(sys.unraisablehook)
     if isinstance(sys.stdout, io.TextIOWrapper):  # A file's name may have characters that a terminal cannot show.
         sys.stdout.reconfigure(errors="backslashreplace")
     if not console_handlers():
@@ -157,9 +158,9 @@ def log_to_console(level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
-def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _without_orbax(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def say(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        if not inspect.iscoroutine(unraisable.object) and str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
     return say
