@@ -64,12 +64,13 @@ def export_model(
         part.replace(path)
         beside = metadata | {"image_shape": record["image_shape"], "class_names": record["class_names"]}
         path.with_name(path.name + ".json").write_text(json.dumps(beside, indent=2) + "\n")
-        logger.info("%s: %s at step %d for %s", path, config.model.name, step, ", ".join(PLATFORMS))
+        said = f"for {', '.join(PLATFORMS)}"
     else:
         arrays = to_torch(variables, model)
         write_weights(path, arrays, metadata)
-        logger.info("%s: %d arrays of %s at step %d", path, len(arrays), config.model.name, step)
+        said = f"{len(arrays)} arrays"
     logger.info("%s: the model card", model_card.write(path, config, variables, step, workdir))
+    logger.info("%s: %s at step %d, %s", path, config.model.name, step, said)
     return path
 
 
