@@ -97,24 +97,25 @@ def trained(tmp_path_factory):
     return workdir
 
 
-def last_line(capsys):
-    return capsys.readouterr().out.strip().splitlines()[-1]
+def last_line(capsys, having=""):
+    return [line for line in capsys.readouterr().out.splitlines() if having in line and line][-1]
 
 
 @pytest.mark.parametrize("kind, suffix", [("safetensors", ".safetensors"), ("torch", ".pth")])
 def test_exported_and_evaluated_again(kind, suffix, trained, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main.main(["--mode=eval", "--workdir", str(trained), "--config.eval.checkpoint=last"]) == 0
-    expected = last_line(capsys)
+    expected = last_line(capsys, "test loss")
     export = ["--mode=export", "--workdir", str(trained), "--config.eval.checkpoint=last"]
     assert main.main([*export, f"--config.export.format={kind}"]) == 0
     file = trained / f"weights{suffix}"
     assert str(file) in last_line(capsys)
-    assert main.main([*TINY, "--mode=eval", f"--config.model.init_from={file}"]) == 0
-    assert last_line(capsys).partition(":")[2] == expected.partition(":")[2]
+    evaluate = [*TINY, "--mode=eval", f"--config.model.init_from={file}", "--workdir", str(tmp_path / "evaluated")]
+    assert main.main(evaluate) == 0
+    assert last_line(capsys, "test loss").partition(":")[2] == expected.partition(":")[2]
     _, metadata = read_weights(file)
     assert metadata["model"] == "regnet8_convgru" and metadata["num_classes"] == "10"
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluated"]
 
 
 def test_training_starts_from_a_file_and_takes_a_new_head(tmp_path, capsys):
