@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import pathlib
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +19,9 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 def pyplot() -> Any:
     import matplotlib
 
-    matplotlib.use("Agg")
+    # A notebook, or whoever has drawn before, has chosen how to show figures.
+    if "MPLBACKEND" not in os.environ and "matplotlib.pyplot" not in sys.modules:
+        matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot
