@@ -4,6 +4,7 @@ JAX_COMPILATION_CACHE_DIR names a cache that outlives the run.
 """
 
 import contextlib
+import json
 import logging
 import os
 import pathlib
@@ -41,6 +42,12 @@ LINE = {
     "eval_accuracy": 0.4321,
     "eval_top5_accuracy": 0.9,
 }
+
+
+def checksums(workdir, step):
+    """Of every array of a checkpoint; but not of its record, which has the wall time."""
+    record = json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())
+    return {name: value for name, value in record["checksums"].items() if name != "record"}
 
 
 def pytest_addoption(parser):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from configs import digits
+from conftest import checksums
 from regnet_flax import create_model
 from regnet_flax.analysis.summary import count_parameters
 from regnet_flax.config import ConfigError
@@ -44,11 +45,6 @@ def train(workdir, **overrides):
 def read_lines(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-
-
-def checksums(workdir, step):
-    """CRC-32 of every array of a checkpoint, optimiser state included."""
-    return json.loads((workdir / CHECKPOINTS / str(step) / "record" / "metadata").read_text())["checksums"]
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from conftest import checksums
 from regnet_flax import main
 
 TINY = [
@@ -102,10 +103,6 @@ def test_a_model_for_a_config_that_takes_none(capsys):
 def test_summary_of_a_folder_needs_no_folder(capsys):
     assert main.main(["--mode", "summary", "--config", "configs/folder.py:resnet20"]) == 0
     assert "272,474" in capsys.readouterr().out
-
-
-def checksums(workdir, step):
-    return json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())["checksums"]
 
 
 def metrics(workdir):

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_loop import checksums, tiny_config
+from test_loop import tiny_config
 
+from conftest import checksums
 from regnet_flax import main
 from regnet_flax.training import loop
 from regnet_flax.training.checkpoint import CHECKPOINTS

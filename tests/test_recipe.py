@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_loop import checksums, tiny_config
+from test_loop import tiny_config
 from test_parallel import dataset, initial_state, relative
 
 from configs import digits
+from conftest import checksums
 from regnet_flax import create_model
 from regnet_flax.config import resolve
 from regnet_flax.training import loop, steps

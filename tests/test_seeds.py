@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from configs import digits
+from conftest import checksums
 from regnet_flax import create_model
 from regnet_flax.config import ConfigError, resolve
 from regnet_flax.data.sources import Dataset, Split
@@ -165,10 +166,6 @@ def run(workdir, seeds=(4, 1), **overrides):
 def read_lines(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-
-
-def checksums(workdir, step):
-    return json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())["checksums"]
 
 
 @pytest.fixture(scope="module")
