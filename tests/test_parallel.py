@@ -114,7 +114,7 @@ def _one_half(program, state, data, order, shard):
     return steps.train_step(
         state,
         {"images": program._normalize(images), "labels": batch["labels"]},
-        apply_fn=program._model.apply,
+        apply_fn=program.model.apply,
         tx=program._tx,
     )
 
