@@ -195,7 +195,7 @@ def test_in_bfloat16_parameters_statistics_and_sums_stay_float32():
     (state,) = states(program, 1)
     floats = [a for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.floating)]
     assert len(floats) > 50 and {a.dtype for a in floats} == {np.dtype("float32")}
-    arithmetic = str(jax.make_jaxpr(lambda v: program._model.apply(v, BATCH["images"], train=False))(state.variables))
+    arithmetic = str(jax.make_jaxpr(lambda v: program.model.apply(v, BATCH["images"], train=False))(state.variables))
     assert "bf16[8,8,8,4] = conv_general_dilated" in arithmetic
 
 
