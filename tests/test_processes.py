@@ -113,13 +113,14 @@ def test_two_processes_train_to_the_parameters_of_one(two, tmp_path):
         other = one
         for key in path:
             other = other[key.key]
-        np.testing.assert_allclose(array, other, rtol=1e-4, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+        # Six steps in float32 amplify rounding; a reduction left out is seen in the second digit.
+        np.testing.assert_allclose(array, other, rtol=2e-3, atol=1e-4, err_msg=jax.tree_util.keystr(path))
     found = json.loads((workdir / "results.json").read_text())
     assert (found["hardware"]["processes"], found["hardware"]["devices"]) == (2, 4)
-    assert found["last"]["eval_accuracy"] == expected["last"]["eval_accuracy"]
+    assert found["last"]["eval_accuracy"] == pytest.approx(expected["last"]["eval_accuracy"], abs=0.01)
     assert len(metrics(workdir)) == 2
     for line, other in zip(metrics(workdir), metrics(tmp_path), strict=True):
-        assert line == pytest.approx(other, rel=1e-4)
+        assert line == pytest.approx(other, rel=2e-3, abs=0.01)
 
 
 def test_only_process_0_writes(two):
