@@ -1,4 +1,4 @@
-"""The table of faults, from a test run: pytest --slow --faults-report tests/FAULTS.md.
+"""The table of faults, from a test run: pytest -n 0 --slow --faults-report tests/FAULTS.md.
 
 A test's marker `fault("what")` counts one fault for each time the test runs; its fixture `fault` counts those that it
 inflicts itself: fault("what").
@@ -69,7 +69,7 @@ class _Report:
             "# Faults",
             "",
             "What the tests do to the program, how often they did it, and what was lost. Written by the tests:",
-            "`pytest --slow --faults-report tests/FAULTS.md`. A run of some of them replaces their rows alone.",
+            "`pytest -n 0 --slow --faults-report tests/FAULTS.md`. A run of some of them replaces their rows alone.",
             "",
             f"Last run: {tests} tests of faults in {minutes:.0f} minutes; {platform.system()} {platform.machine()}, "
             f"{os.cpu_count()} CPU cores, Python",

@@ -45,7 +45,7 @@ def test_photographs_are_random_images_of_their_size(monkeypatch):
     """No data set is read, and the crop that is done while decoding is left out."""
     from configs import imagenet
 
-    config = imagenet.get_config("resnet18")
+    config = imagenet.get_config("resnet8")
     config.dataset.image_size, config.dataset.num_classes, config.train.batch_size = 32, 5, 4
     config.model.overrides.width = 4
     monkeypatch.setattr(benchmark, "SECONDS", 0.0)

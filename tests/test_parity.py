@@ -6,6 +6,7 @@ them, in float64 too, and some at their own depth.
 
 import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -106,9 +107,15 @@ def test_network_in_float64(case, parity):
         compare_network(*case, "float64", device, image_size(case[0]))
 
 
-def test_every_registered_model_has_a_reference():
+DEEP = [name for name in MODELS if re.search("44|56|101|110", name)]
+
+
+@pytest.mark.parametrize(
+    "names", [[name for name in MODELS if name not in DEEP], pytest.param(DEEP, marks=pytest.mark.slow)], ids=len
+)
+def test_every_registered_model_has_a_reference(names):
     """Of the same names and shapes at its full size; both sides' weights are shapes alone."""
-    for name in MODELS:
+    for name in names:
         with torch.device("meta"):
             state = torch_reference.build(name, num_classes=CLASSES).state_dict()
         shapes = {key: np.broadcast_to(np.float32(0), tuple(t.shape)) for key, t in state.items()}
