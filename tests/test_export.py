@@ -68,7 +68,7 @@ def test_a_program_computes_what_the_model_does(name, options):
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        patch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
         assert main.main([*TINY, "--workdir", str(workdir)]) == 0
     return workdir
 
@@ -91,7 +91,7 @@ def code_of(card, language="python"):
 
 
 def test_a_stranger_runs_the_program_as_its_card_says(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     file = tmp_path / "deep" / "digits.stablehlo"
     command = ["--mode=export", "--workdir", str(trained), "--config.export.format=stablehlo"]
     assert main.main([*command, f"--config.export.path={file}", "--config.eval.checkpoint=last"]) == 0

@@ -1,7 +1,6 @@
 """Whole runs on streamed data: exact evaluation, exact resumption, devices, faults; a width-4 network at 16×16."""
 
 import json
-import logging
 import os
 import shutil
 import signal
@@ -127,8 +126,7 @@ def test_evaluation_counts_every_photograph_that_decodes_once(folder, program_on
     assert metrics["accuracy"] == np.mean(np.asarray(logits.argmax(-1)) == batch["labels"][kept])
 
 
-def test_what_does_not_decode_is_said_once(folder, program_on, caplog, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(logging.getLogger("regnet_flax"), "propagate", True)
+def test_what_does_not_decode_is_said_once(folder, program_on, caplog, logger):  # noqa: F811
     path = folder / "train/a/04.jpg"
     path.write_bytes(b"no photograph")
     program = program_on()

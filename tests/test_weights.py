@@ -22,7 +22,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
@@ -92,7 +92,7 @@ def test_a_pth_file_that_holds_no_state_dict(tmp_path):
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        patch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
         assert main.main([*TINY, "--workdir", str(workdir)]) == 0
     return workdir
 

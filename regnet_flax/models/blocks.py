@@ -145,11 +145,10 @@ class Block(nn.Module):
 
     def regulate(self, x: Array, state: State, shared: Any) -> State:
         assert self.cell is not None
-        sown = self.is_mutable_collection("intermediates")
         if shared is None:
-            state, gates = self.cell(name="regulator")(x, state, sown)
+            state, gates = self.cell(name="regulator")(x, state)
         else:
-            state, gates = self.cell(parent=None).apply({"params": shared}, x, state, sown)
+            state, gates = self.cell(parent=None).apply({"params": shared}, x, state)
         h = nn.relu(self.norm(name="bn_h")(state[0])) if self.normalize_state else state[0]
         self.sow("intermediates", "gates", gates)
         self.sow("intermediates", "state", (h, *state[1:]))

@@ -2,16 +2,15 @@
 
 XLA:CPU takes a filter gradient as a convolution of arrays whose batch is their last axis, and computes anew, in that
 order, all that leads to them; inside a loop it is worse still. As a matrix product of shifted copies it takes a third
-of the time. What a regulator's step computes beside its state is 36 times the size of its input, so it is done for
-parts of the batch whose arrays stay in the processor's cache, and again in the backward pass. The results are those of
-the plain forms, to rounding; only reverse-mode differentiation is defined. See benchmarks/README.md for what was
-measured.
+of the time. The gradient of a regulator's depthwise taps is nine reductions, for each of which XLA writes out a shifted
+copy of an array four times the size of the input; here it is one reduction. The results are those of the plain forms,
+to rounding; only reverse-mode differentiation is defined. See benchmarks/README.md for what was measured.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,9 +19,6 @@ from jax import lax
 
 Array = jax.Array
 Padding = tuple[tuple[int, int], ...]
-
-# Bytes of the largest array of a part: a second core's cache of 1 MiB is common.
-PART_BYTES = 2**20
 
 
 def conv_general_dilated(
@@ -126,30 +122,3 @@ def _depthwise_backward(saved, d):
 
 
 depthwise.defvjp(lambda x, kernel: (plain_depthwise(x, kernel), (x, kernel)), _depthwise_backward)
-
-
-def in_parts(function: Callable[..., Any], arrays: Any, bytes_per_example: int) -> Any:
-    """`function(arrays)` for one part of the batch after the other; nothing in between is kept for the backward pass.
-
-    Args:
-      function: examples do not depend on each other in it.
-      arrays: a tree of arrays (N, …).
-      bytes_per_example: of the largest array in `function`.
-
-    Returns:
-      What the function does for the whole batch.
-    """
-    batch = jax.tree.leaves(arrays)[0].shape[0]
-    part = _part_size(batch, max(2, PART_BYTES // bytes_per_example))
-    if part == batch:
-        return function(arrays)
-    arrays = jax.tree.map(lambda a: a.reshape(batch // part, part, *a.shape[1:]), arrays)
-    step = jax.checkpoint(lambda carry, part: (carry, function(part)), prevent_cse=False)
-    _, out = lax.scan(step, None, arrays)
-    return jax.tree.map(lambda a: a.reshape(batch, *a.shape[2:]), out)
-
-
-def _part_size(batch: int, wished: int) -> int:
-    """The divisor of `batch` nearest to `wished`, if it is within a factor of two; otherwise the whole batch."""
-    sizes = [n for n in range(-(-wished // 2), 2 * wished + 1) if batch % n == 0]
-    return min(sizes, key=lambda n: abs(n - wished), default=batch) if batch > wished else batch

@@ -90,32 +90,23 @@ class Regulator(nn.Module):
         return tuple(jnp.zeros(shape, dtype) for _ in cls.state_names)
 
     @nn.compact
-    def __call__(self, x: Array, state: State, gates: bool = True) -> tuple[State, Gates]:
+    def __call__(self, x: Array, state: State) -> tuple[State, Gates]:
         """One step.
 
         Args:
           x: X, (N, height, width, n).
           state: H, and C for the LSTM, each of x's shape.
-          gates: whether they are asked for.
 
         Returns:
-          The new state, and the gates by name, (N, height, width, n) in float32 or wider; none where not asked for.
+          The new state, and the gates by name, (N, height, width, n) in float32 or wider.
         """
         for name, array in zip(self.state_names, state, strict=True):
             if array.shape != x.shape:
                 raise ValueError(f"{type(self).__name__}: X has shape {x.shape} but {name} has shape {array.shape}")
         x = x.astype(self.dtype)
         state = tuple(array.astype(self.dtype) for array in state)
-        weights = self._weights()
-
-        def step(arrays: tuple[Array, State]) -> tuple[State, Gates]:
-            new_state, found = self.step(*arrays, weights)
-            return tuple(array.astype(self.dtype) for array in new_state), found if gates else {}
-
-        if self.tuned and self.kernel == "separable":
-            wide = jnp.promote_types(self.dtype, jnp.float32)
-            return convolution.in_parts(step, (x, state), x[0].size * len(self.gate_names) * wide.itemsize)
-        return step((x, state))
+        new_state, gates = self.step(x, state, self._weights())
+        return tuple(array.astype(self.dtype) for array in new_state), gates
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
         """The cell's equations."""
