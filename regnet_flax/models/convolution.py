@@ -1,8 +1,8 @@
 """Convolutions in the forms that are fast on a CPU.
 
 XLA:CPU takes a filter gradient as a convolution of arrays whose batch is their last axis, and computes anew, in that
-order, all that leads to them; inside a loop it is worse still. As a matrix product of shifted copies it takes a third
-of the time. The gradient of a regulator's depthwise taps is nine reductions, for each of which XLA writes out a shifted
+order, all that leads to them; inside a loop it is worse still. A matrix product of shifted copies does without. The
+gradient of a regulator's depthwise taps is nine reductions, for each of which XLA writes out a shifted
 copy of an array four times the size of the input; here it is one reduction. The results are those of the plain forms,
 to rounding; only reverse-mode differentiation is defined. See benchmarks/README.md for what was measured.
 """
