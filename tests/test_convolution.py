@@ -57,10 +57,23 @@ def test_convolution_with_other_padding_at_each_side():
 
 
 @pytest.mark.parametrize("height, width", [(3, 6), (1, 1)])
-def test_depthwise(height, width):
-    assert_same(
-        convolution.depthwise, convolution.plain_depthwise, normal(0, 2, height, width, 4, 5), normal(1, 3, 3, 4, 5)
+def test_separable(height, width):
+    x, h = (normal(seed, 2, height, width, 5) for seed in range(2))
+    assert_same(convolution.separable, convolution.plain_separable, x, h, normal(2, 2, 4, 5), normal(3, 3, 3, 4, 5))
+
+
+def test_alone_is_a_computation_of_its_own():
+    """What is around it is not fused into it: the compiled program calls it, and writes its operand out."""
+
+    def program(wrap, x):
+        return wrap(jnp.transpose)(jnp.sin(x)), jnp.sin(x).sum()
+
+    x = normal(0, 64, 64)
+    plain, apart = (
+        jax.jit(functools.partial(program, wrap)).lower(x).compile() for wrap in (lambda f: f, convolution.alone)
     )
+    assert " call(" in apart.as_text() and " call(" not in plain.as_text()
+    np.testing.assert_array_equal(apart(x)[0], plain(x)[0])
 
 
 def test_bfloat16_sums_in_float32():
@@ -113,10 +126,12 @@ def test_seeds_together():
         kernel,
     )
     assert_same(
-        jax.vmap(convolution.depthwise),
-        jax.vmap(convolution.plain_depthwise),
-        normal(2, 3, 8, 4, 4, 2, 2),
-        normal(3, 3, 3, 3, 2, 2),
+        jax.vmap(convolution.separable),
+        jax.vmap(convolution.plain_separable),
+        normal(2, 3, 8, 4, 4, 2),
+        normal(3, 3, 8, 4, 4, 2),
+        normal(4, 3, 2, 3, 2),
+        normal(5, 3, 3, 3, 3, 2),
     )
 
 
@@ -136,4 +151,4 @@ def test_a_regulator_takes_less_memory():
         compiled = jax.jit(jax.grad(loss)).lower(variables["params"], variables["batch_stats"], images).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert temporaries(True) < 0.75 * temporaries(False)
+    assert temporaries(True) < 0.5 * temporaries(False)

@@ -3,22 +3,38 @@
 XLA:CPU takes a filter gradient as a convolution of arrays whose batch is their last axis, and computes anew, in that
 order, all that leads to them; inside a loop it is worse still. A matrix product of shifted copies does without. The
 gradient of a regulator's depthwise taps is nine reductions, for each of which XLA writes out a shifted
-copy of an array four times the size of the input; here it is one reduction. The results are those of the plain forms,
-to rounding; only reverse-mode differentiation is defined. See benchmarks/README.md for what was measured.
+copy of an array four times the size of the input; here it is one reduction. Both stand in computations of their own,
+into which nothing else is fused. The results are those of the plain forms, to rounding; only reverse-mode
+differentiation is defined. See benchmarks/README.md for what was measured.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 Array = jax.Array
 Padding = tuple[tuple[int, int], ...]
+
+
+def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as a computation that XLA does not merge with what is around it.
+
+    Its operands are written out once, in their own order; XLA:CPU would fuse what makes them into each of its uses, and
+    it removes `optimization_barrier` before it fuses.
+    """
+
+    @functools.wraps(function)
+    def call(*operands: Any) -> Any:
+        return set_xla_metadata(jax.jit(function)(*operands), inlineable="false")
+
+    return call
 
 
 def conv_general_dilated(
@@ -56,8 +72,13 @@ def _forward(x, kernel, strides, padding):
 def _backward(strides, padding, saved, d):
     x, kernel = saved
     dx = jax.linear_transpose(lambda x: plain_convolve(x, kernel, strides, padding), x)(d)[0]
+    gradient = functools.partial(_filter_gradient, shape=kernel.shape, strides=strides, padding=padding)
+    return dx, alone(gradient)(x, d).astype(kernel.dtype)
+
+
+def _filter_gradient(x, d, *, shape, strides, padding):
     dot = functools.partial(jnp.matmul, preferred_element_type=jnp.promote_types(d.dtype, jnp.float32))
-    rows, columns, inputs, outputs = kernel.shape
+    rows, columns, inputs, outputs = shape
     height, width = d.shape[1:3]
     if strides == (1, 1) and rows > 1:
         # One product has all taps if one operand is shifted along the width and the other along the height.
@@ -67,12 +88,11 @@ def _backward(strides, padding, saved, d):
         d = jnp.pad(d, ((0, 0), (rows - 1 - top, rows - 1 - bottom), (0, 0), (0, 0)))
         x = _flat([x[:, :, j : j + width] for j in range(columns)])
         d = _flat([d[:, rows - 1 - i : rows - 1 - i + x_height] for i in range(rows)])
-        products = dot(x.T, d).reshape(columns, inputs, rows, outputs)
-        return dx, products.transpose(2, 0, 1, 3).astype(kernel.dtype)
+        return dot(x.T, d).reshape(columns, inputs, rows, outputs).transpose(2, 0, 1, 3)
     down, right = ((n - 1) * stride + 1 for n, stride in zip((height, width), strides, strict=True))
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     taps = [x[:, i : i + down : strides[0], j : j + right : strides[1]] for i in range(rows) for j in range(columns)]
-    return dx, dot(_flat(taps).T, _flat([d])).reshape(kernel.shape).astype(kernel.dtype)
+    return dot(_flat(taps).T, _flat([d])).reshape(shape)
 
 
 def _flat(arrays: list[Array]) -> Array:
@@ -105,20 +125,62 @@ def _shifted(x: Array) -> list[Array]:
     return [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
 
 
+def pairs(x: Array, h: Array, pointwise: Array) -> Array:
+    """Grouped 1×1 convolution of the pairs (x[c], h[c]) for all gates at once.
+
+    Args:
+      x, h: (N, height, width, n).
+      pointwise: (2, gates, n), the weights of x and of h.
+
+    Returns:
+      (N, height, width, gates, n), of x's dtype.
+    """
+    # The pointwise kernel's gradient is a sum over all pixels of what it is multiplied by: that is to be wide too.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    kernels = pointwise.astype(wide)
+    return (x[..., None, :].astype(wide) * kernels[0] + h[..., None, :].astype(wide) * kernels[1]).astype(x.dtype)
+
+
+def plain_separable(x: Array, h: Array, pointwise: Array, kernel: Array) -> Array:
+    """The regulators' efficient convolution: `pairs`, then a depthwise one.
+
+    Args:
+      x, h: (N, height, width, n).
+      pointwise: (2, gates, n).
+      kernel: (3, 3, gates, n).
+
+    Returns:
+      (N, height, width, gates, n), in float32 or wider.
+    """
+    return plain_depthwise(pairs(x, h, pointwise), kernel)
+
+
 @jax.custom_vjp
-def depthwise(x: Array, kernel: Array) -> Array:
-    """`plain_depthwise`, the filter gradient as one reduction of nine products."""
-    return plain_depthwise(x, kernel)
+def separable(x: Array, h: Array, pointwise: Array, kernel: Array) -> Array:
+    """`plain_separable`, the pairs recomputed in the backward pass, and each filter gradient as one reduction."""
+    return plain_separable(x, h, pointwise, kernel)
 
 
-def _depthwise_backward(saved, d):
-    x, kernel = saved
-    dx = plain_depthwise(d, kernel[::-1, ::-1]).astype(x.dtype)
-    # Reduced along a row in one loop for all taps, which XLA does not do for nine reductions; the rest is little.
-    products = tuple(tap.astype(d.dtype) * d for tap in _shifted(x))
-    zero = jnp.zeros((), d.dtype)
-    rows = lax.reduce(products, (zero,) * 9, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (2,))
-    return dx, jnp.stack([row.sum((0, 1)) for row in rows]).reshape(kernel.shape).astype(kernel.dtype)
+def _separable_backward(x, h, pointwise, kernel, d):
+    wide = d.dtype
+    by_tap = _sums([tap.astype(wide) * d for tap in _shifted(pairs(x, h, pointwise))])
+    d = alone(plain_depthwise)(d, kernel[::-1, ::-1]).astype(x.dtype).astype(wide)
+    by_input = _sums([x[..., None, :].astype(wide) * d, h[..., None, :].astype(wide) * d])
+    dx, dh = ((d * weights.astype(wide)).sum(3) for weights in pointwise)
+    return (
+        dx.astype(x.dtype),
+        dh.astype(h.dtype),
+        by_input.astype(pointwise.dtype),
+        by_tap.reshape(kernel.shape).astype(kernel.dtype),
+    )
 
 
-depthwise.defvjp(lambda x, kernel: (plain_depthwise(x, kernel), (x, kernel)), _depthwise_backward)
+def _sums(arrays: list[Array]) -> Array:
+    """Of each array over batch, height and width, stacked."""
+    # Along a row in one loop for all of them, which XLA does not do for a reduction each; the rest is little.
+    zeros = (jnp.zeros((), arrays[0].dtype),) * len(arrays)
+    rows = lax.reduce(tuple(arrays), zeros, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (2,))
+    return jnp.stack([row.sum((0, 1)) for row in rows])
+
+
+separable.defvjp(lambda *args: (plain_separable(*args), args), lambda saved, d: alone(_separable_backward)(*saved, d))

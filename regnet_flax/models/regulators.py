@@ -43,23 +43,6 @@ class GateWeights(nn.Module):
         return kernel, self.param("bias", self.initial.bias(fan_in), self.shape[-1:])
 
 
-def _pairs(x: Array, h: Array, pointwise: Array) -> Array:
-    """Grouped 1×1 convolution of the pairs (x[c], h[c]) for all gates at once.
-
-    Args:
-      x, h: (N, height, width, n).
-      pointwise: (2, gates, n), the weights of x and of h.
-
-    Returns:
-      (N, height, width, gates, n).
-    """
-    # The pointwise kernel's gradient is a sum over all pixels of what it is multiplied by: that is to be wide too.
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    kernels = pointwise.astype(wide)
-    pairs = x[..., None, :].astype(wide) * kernels[0] + h[..., None, :].astype(wide) * kernels[1]
-    return pairs.astype(x.dtype)
-
-
 class Regulator(nn.Module):
     """Base of the cells.
 
@@ -139,8 +122,8 @@ class Regulator(nn.Module):
         *kernels, bias = (w[..., first:last, :] for w in weights)
         kernels = [kernel.astype(self.dtype) for kernel in kernels]
         if self.kernel == "separable":
-            depthwise = convolution.depthwise if self.tuned else convolution.plain_depthwise
-            sums = depthwise(_pairs(x, h, kernels[0]), kernels[1])
+            separable = convolution.separable if self.tuned else convolution.plain_separable
+            sums = separable(x, h, *kernels)
         else:
             sums = self.conv3x3(jnp.concatenate([x, h], -1), kernels[0].reshape(3, 3, 2 * self.features, -1))
             sums = sums.reshape(*x.shape[:-1], last - first, self.features)
