@@ -35,9 +35,10 @@ def our_calls(model, batch, size, dtype, tuned=None):
     import jax
     import jax.numpy as jnp
 
-    from regnet_flax import create_model
+    from regnet_flax import create_model, xla_flags
     from regnet_flax.training import optimizer, steps
 
+    xla_flags.set_defaults()  # as regnet_flax.main does
     network = create_model(model, num_classes=CLASSES, dtype=jnp.dtype(dtype), tuned=tuned)
     images = jax.random.normal(jax.random.key(1), (batch, size, size, 3))
     data = {"images": images, "labels": jnp.arange(batch, dtype=jnp.int32) % CLASSES}
@@ -61,7 +62,8 @@ def our_calls(model, batch, size, dtype, tuned=None):
         state = compiled(state, data)
         return state.step
 
-    return {"train": train, "infer": lambda: infer(fixed, images)}, jax.block_until_ready, facts
+    calls = {"train": train, "infer": lambda: infer(fixed, images), "program": compiled.as_text}
+    return calls, jax.block_until_ready, facts
 
 
 def their_calls(model, batch, size, dtype, channels_last=False, compile=False):
@@ -108,9 +110,9 @@ def work(name, *settings):
     sys.path.insert(0, str(ROOT))
     make = our_calls if name.startswith("ours") else their_calls
     calls, wait, facts = make(*settings, **VARIANTS[name])
-    for call in calls.values():  # what is compiled or chosen at the first calls
+    for what in ("train", "infer"):  # what is compiled or chosen at the first calls
         for _ in range(3):
-            wait(call())
+            wait(calls[what]())
     print(json.dumps(facts), flush=True)
     for line in sys.stdin:
         what, count = line.split()

@@ -13,6 +13,8 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from regnet_flax import xla_flags
+
 # configs/ stands beside the package, in the repository as in an installation.
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "configs/digits.py"
@@ -181,6 +183,7 @@ def run(argv: Sequence[str]) -> None:
     if any(arg in ("-h", "--help", "-help", "--helpfull") for arg in argv):
         print(USAGE, end="")
         return
+    xla_flags.set_defaults()
     config, values = parse(argv)
 
     from regnet_flax.training import processes

@@ -250,6 +250,7 @@ def environment(devices: list[Any]) -> dict[str, Any]:
             "device": devices[0].device_kind,
             "devices": len(devices),
             "processes": jax.process_count(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
         "versions": versions,

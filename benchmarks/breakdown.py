@@ -1,0 +1,100 @@
+"""Where a training step's time goes: milliseconds of a step by part of the model and direction, from XLA's own trace.
+
+    python benchmarks/breakdown.py --out breakdown.json
+
+A traced operation belongs to the part of the model that its root was traced in; what is fused into it goes with it.
+On a CPU, convolutions and products run in Eigen's own threads and are not traced: they are most of what is left of the
+step's time, named "not traced".
+"""
+
+import argparse
+import collections
+import glob
+import gzip
+import json
+import re
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+import versus_torch
+from regnet_flax.training.workdir import environment
+
+STEPS = 5
+PARTS = {  # the first that is found in the name of where an operation was traced
+    "regulator": r"ConvLSTM|ConvGRU|ConvRNN",
+    "batch normalisation, ReLU, shortcuts": r"/bn|norm|relu|/add|/max|select|/sub|/mul",
+    "convolutions": r"conv",
+}
+
+
+def part(where):
+    """Of what operation traced in `where` is."""
+    if "RegNet)" not in where:
+        return "loss and SGD"
+    direction = "backward" if "transpose(" in where else "forward"
+    for name, pattern in PARTS.items():
+        if re.search(pattern, where.partition("RegNet)")[2]):
+            return f"{name}, {direction}"
+    return f"the rest, {direction}"
+
+
+def traced(train, wait):
+    """Milliseconds a step of each operation, by its name in the compiled program."""
+    with tempfile.TemporaryDirectory() as directory:
+        with jax.profiler.trace(directory):
+            for _ in range(STEPS):
+                wait(train())
+        (path,) = glob.glob(f"{directory}/**/*.trace.json.gz", recursive=True)
+        with gzip.open(path) as file:
+            events = json.load(file)["traceEvents"]
+    times = collections.Counter()
+    for event in events:
+        if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
+            times[event["args"]["hlo_op"]] += event["dur"] / 1000 / STEPS
+    return times
+
+
+def breakdown(model, batch, size, dtype):
+    """Milliseconds of a step by part, largest first, and of the whole step without a trace."""
+    calls, wait, facts = versus_torch.our_calls(model, batch, size, dtype)
+    times = []
+    for _ in range(3 + 2 * STEPS):
+        began = time.perf_counter()
+        wait(calls["train"]())
+        times.append(1000 * (time.perf_counter() - began))
+    step = float(np.median(times[3:]))
+    lines = re.findall(r"^ *(?:ROOT )?%(\S+) = .*?([\w-]+)\((.*)$", calls["program"](), re.MULTILINE)
+    programs = {name: (opcode, re.search(r'op_name="([^"]*)"', rest)) for name, opcode, rest in lines}
+    parts = collections.Counter()
+    for name, milliseconds in traced(calls["train"], wait).items():
+        opcode, where = programs.get(name, ("", None))
+        if opcode not in ("call", "while", "conditional"):  # what they call is counted itself
+            parts[part(where[1]) if where else "the rest"] += milliseconds
+    parts["not traced"] = step - sum(parts.values())
+    return {"step_ms": round(step, 1), "parts_ms": {k: round(v, 1) for k, v in parts.most_common()}, "facts": facts}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet20", "regnet20_convlstm"])
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--out", default="")
+    arguments = parser.parse_args()
+    results = {}
+    for model in arguments.models:
+        found = results[model] = breakdown(model, arguments.batch, arguments.size, arguments.dtype)
+        print(f"\n{model}: {found['step_ms']} ms a step\n\n| part | ms | share |\n| --- | --- | --- |")
+        for name, milliseconds in found["parts_ms"].items():
+            print(f"| {name} | {milliseconds} | {milliseconds / found['step_ms']:.0%} |")
+    if arguments.out:
+        with open(arguments.out, "w") as file:
+            file.write(json.dumps({"measured": results} | environment(jax.local_devices()[:1]), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
