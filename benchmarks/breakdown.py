@@ -18,8 +18,8 @@ import time
 
 import jax
 import numpy as np
-
 import versus_torch
+
 from regnet_flax.training.workdir import environment
 
 STEPS = 5
