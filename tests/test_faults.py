@@ -50,8 +50,8 @@ def stop(workdir, number, phase, random):
         else:
             doing = None
         code, out = started.end()
-    if number == signal.SIGKILL and list((workdir / "checkpoints").glob("*tmp*")):
-        doing = "save"
+    if number == signal.SIGKILL and doing != "save" and list((workdir / "checkpoints").glob("*tmp*")):
+        doing = f"{doing}, a save under way"
     return doing, code, out
 
 

@@ -1,5 +1,6 @@
 """Two processes of two CPU devices each, on one machine, against one process of four."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -36,17 +37,18 @@ FIELDS = {  # 360 test images do not divide into batches of 56, and process 1 ha
 }
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return found.getsockname()[1]
+def free_port(ports=(0,)):
+    """One of them that is free; of 0, any."""
+    for port in ports:
+        with contextlib.suppress(OSError), socket.socket() as found:
+            found.bind(("localhost", port))
+            return found.getsockname()[1]
+    raise OSError("no port is free")
 
 
 def slurm():
     """The variables that Slurm gives to each of two tasks."""
-    port = 0
-    while port < 61440:  # JAX takes one of the highest 4096 ports, by the job's number
-        port = free_port()
+    port = free_port(range(61440, 65536))  # JAX takes one of these, by the job's number
     job = {"SLURM_JOB_ID": str(port - 61440), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     return [job | {"SLURM_PROCID": index, "SLURM_LOCALID": index} for index in ("0", "1")]
 
