@@ -17,7 +17,9 @@ def get_config() -> config_dict.ConfigDict:
     model.init_from = ""  # a .safetensors or .pth file of weights by PyTorch's names to start from, or to evaluate
     model.new_head = False  # leave that file's head out, as for another number of classes
     model.overrides = overrides = config_dict.ConfigDict()  # None: the model's own default
-    overrides.kernel = config_dict.placeholder(str)  # of the regulators: "separable" or "dense"
+    overrides.kernel = config_dict.placeholder(
+        str
+    )  # of the regulators: "separable", "dense" or, for a ConvLSTM on a GPU, "pallas"
     overrides.share_regulator = config_dict.placeholder(bool)  # one for all blocks of a stage, or one each
     overrides.regulated_stages = config_dict.placeholder(tuple)  # such as (1, 2); None: all
     overrides.shortcut = config_dict.placeholder(str)  # "B", a 1×1 convolution, or "A", without parameters

@@ -91,7 +91,8 @@ def stablehlo(
     """
     # The plain equations and no loop, whatever the backend that exports would choose for itself.
     if hasattr(model, "scan"):
-        model, variables = model.clone(scan=False, tuned=False), unstack_blocks(variables)
+        kernel = "separable" if model.kernel == "pallas" else model.kernel
+        model, variables = model.clone(scan=False, tuned=False, kernel=kernel), unstack_blocks(variables)
 
     def classify(images: jax.Array) -> Any:
         return model.apply(variables, normalize(images, mean, std), train=False)

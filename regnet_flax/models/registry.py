@@ -36,7 +36,7 @@ OPTIONS = (
     "tuned",
 )
 _CHOICES = {
-    "kernel": ("separable", "dense"),
+    "kernel": ("separable", "dense", "pallas"),
     "shortcut": ("A", "B"),
     "bottleneck_stride": ("1x1", "3x3"),
     "init": ("paper", "torch"),
@@ -176,6 +176,8 @@ def create_model(
         if wrong:
             raise ValueError(f"regulated_stages has {wrong[0]!r}: the stages of {name} are 1 to {stages}")
         fields["regulated_stages"] = tuple(given["regulated_stages"])
+    if fields.get("kernel") == "pallas" and fields.get("regulator") not in (None, "convlstm"):
+        raise ValueError(f"kernel is 'pallas': that is for the ConvLSTM; give {name} 'separable', which is the same")
     if fields.get("bottleneck_stride") == "3x3" and fields.get("regulator"):
         raise ValueError(f"bottleneck_stride '3x3' is for ResNets: in {name}, X2 must have the size of H; use '1x1'")
     return make.func(**fields, num_classes=num_classes, dtype=dtype, axis_name=axis_name)

@@ -91,7 +91,7 @@ class RegNet(nn.Module):
         2 and that max-pool.
       width: channels of the stem and n of the first stage; n doubles from stage to stage.
       regulator: a key of CELLS; None is plain ResNet, and the next five have no effect then.
-      kernel: of the regulators, "separable" or "dense".
+      kernel: of the regulators, "separable" or "dense"; "pallas", the separable ConvLSTM as kernels for a GPU.
       share_regulator: one regulator for all blocks of a stage, or one each; the state is passed on in both.
       regulated_stages: the stages, from 1, that have a regulator; None is all.
       normalize_state, replace: see Block.

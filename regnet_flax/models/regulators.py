@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regnet_flax.models import convolution
+from regnet_flax.models import convolution, fused_lstm
 from regnet_flax.models.initializers import INITIALIZERS, Initializers
 
 Array = jax.Array
@@ -49,7 +49,8 @@ class Regulator(nn.Module):
     Attributes:
       features: n, the channels of X and of the state.
       kernel: "separable", the paper's efficient form of 12n parameters a gate, or "dense", one 3×3 convolution from 2n
-        to n channels, 18n² + n a gate.
+        to n channels, 18n² + n a gate. "pallas" is the ConvLSTM's separable form as kernels for a GPU; elsewhere they
+        are interpreted, which is slow.
       dtype: of the arithmetic between X, H and the gates' sums, which are float32 or wider, and of the new state.
       initial: initial values, a name in INITIALIZERS.
       tuned: use the forms of `convolution` that are fast on a CPU.
@@ -99,18 +100,18 @@ class Regulator(nn.Module):
     def multiply_adds(self) -> int:
         """Of one step, a pixel."""
         n = self.features
-        return len(self.gate_names) * (11 * n if self.kernel == "separable" else 18 * n * n)
+        return len(self.gate_names) * (18 * n * n if self.kernel == "dense" else 11 * n)
 
     def _weights(self) -> tuple[Array, ...]:
         n, gates, init = self.features, len(self.gate_names), INITIALIZERS[self.initial]
-        if self.kernel == "separable":
+        if self.kernel in ("separable", "pallas"):
             (pointwise,) = GateWeights((1, 1, 2, gates * n), False, init, name="pointwise")()
             depthwise, bias = GateWeights((3, 3, 1, gates * n), True, init, name="depthwise")()
             return pointwise.reshape(2, gates, n), depthwise.reshape(3, 3, gates, n), bias.reshape(gates, n)
         if self.kernel == "dense":
             kernel, bias = GateWeights((3, 3, 2 * n, gates * n), True, init, name="conv")()
             return kernel.reshape(3, 3, 2 * n, gates, n), bias.reshape(gates, n)
-        raise ValueError(f"kernel is {self.kernel!r}: it must be 'separable' or 'dense'")
+        raise ValueError(f"kernel is {self.kernel!r}: it must be 'separable', 'dense' or 'pallas'")
 
     def conv3x3(self, x: Array, kernel: Array) -> Array:
         """A convolution at stride 1 with padding 1."""
@@ -121,7 +122,7 @@ class Regulator(nn.Module):
         """W[x, h] + b for the gates from `first` up to `last`, not included, in float32 or wider."""
         *kernels, bias = (w[..., first:last, :] for w in weights)
         kernels = [kernel.astype(self.dtype) for kernel in kernels]
-        if self.kernel == "separable":
+        if self.kernel != "dense":
             separable = convolution.separable if self.tuned else convolution.plain_separable
             sums = separable(x, h, *kernels)
         else:
@@ -168,8 +169,11 @@ class ConvLSTM(Regulator):
         h, c = state
         a, b, d, e = self.convolve(x, h, weights, 0, 4)
         i, f, o, g = nn.sigmoid(a), nn.sigmoid(b), nn.sigmoid(d), jnp.tanh(e)
+        gates = {"i": i, "f": f, "o": o, "g": g}
+        if self.kernel == "pallas":  # the gates by the plain equations are computed only where they are asked for
+            return fused_lstm.step(x, h, c, *weights, interpret=jax.default_backend() != "gpu"), gates
         c = f * c + i * g
-        return (o * jnp.tanh(c), c), {"i": i, "f": f, "o": o, "g": g}
+        return (o * jnp.tanh(c), c), gates
 
 
 class ReplacingConvGRU(Regulator):

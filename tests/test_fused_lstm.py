@@ -1,0 +1,92 @@
+"""The ConvLSTM's Pallas kernels, interpreted, against the plain equations, in value and gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from regnet_flax import create_model
+from regnet_flax.models import fused_lstm
+from regnet_flax.models.regulators import ConvLSTM
+
+
+def cell(kernel, weights, x, h, c):
+    """H' and C' of the package's own cell."""
+    pointwise, taps, bias = weights
+    n = x.shape[-1]
+    params = {"kernel": taps.reshape(3, 3, 1, 4 * n), "bias": bias.reshape(4 * n)}
+    params = {"pointwise": {"kernel": pointwise.reshape(1, 1, 2, 4 * n)}, "depthwise": params}
+    return ConvLSTM(n, kernel=kernel, dtype=x.dtype).apply({"params": params}, x, (h, c))[0]
+
+
+def arrays(height, width, n, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    images = [jnp.asarray(rng.normal(size=(2, height, width, n)), dtype) for _ in range(5)]
+    weights = [jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((2, 4, n), (3, 3, 4, n), (4, n))]
+    return images[:3], tuple(weights), tuple(images[3:])
+
+
+# Sizes that are powers of two and fill several programs, and others.
+@pytest.mark.parametrize("height, width, n", [(16, 16, 16), (5, 7, 3), (1, 1, 8)])
+def test_step(height, width, n):
+    images, weights, d = arrays(height, width, n)
+    expected, plain = jax.vjp(functools.partial(cell, "separable"), weights, *images)
+    found, fused = jax.vjp(functools.partial(cell, "pallas"), weights, *images)
+    pairs = [*zip(found, expected, strict=True)]
+    pairs += zip(jax.tree.leaves(fused(d)), jax.tree.leaves(plain(d)), strict=True)
+    assert len(pairs) == 2 + 3 + 3
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * float(jnp.abs(b).max()))
+
+
+@pytest.mark.slow
+def test_bfloat16():
+    images, weights, d = arrays(8, 8, 4, jnp.bfloat16)
+    found, pull = jax.vjp(functools.partial(cell, "pallas"), weights, *images)
+    wide, wide_pull = jax.vjp(functools.partial(cell, "separable"), weights, *(a.astype(jnp.float32) for a in images))
+    assert all(a.dtype == jnp.bfloat16 for a in found)
+    gradients, expected = pull(d), wide_pull(tuple(a.astype(jnp.float32) for a in d))
+    assert all(a.dtype == jnp.float32 for a in gradients[0])
+    pairs = [*zip(found, wide, strict=True), *zip(*map(jax.tree.leaves, (gradients, expected)), strict=True)]
+    for a, b in pairs:
+        np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.02, atol=0.02 * float(jnp.abs(b).max()))
+
+
+def test_seeds_together():
+    images, weights, _ = arrays(4, 4, 4)
+    stacked = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), (weights, *images))
+    found = jax.vmap(functools.partial(cell, "pallas"))(*stacked)
+    expected = jax.vmap(functools.partial(cell, "separable"))(*stacked)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+
+
+def test_a_model():
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
+    plain, fused = (create_model("regnet8_convlstm", width=4, kernel=kernel) for kernel in ("separable", "pallas"))
+    variables = jax.jit(functools.partial(plain.init, train=False))(jax.random.key(0), images)
+    found, expected = (jax.jit(functools.partial(m.apply, train=False))(variables, images) for m in (fused, plain))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_for_other_cells_it_is_refused():
+    with pytest.raises(ValueError, match="that is for the ConvLSTM; give regnet20_convgru 'separable'"):
+        create_model("regnet20_convgru", kernel="pallas")
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_triton_takes_the_kernels(dtype):
+    """They are translated for a GPU, where there is none."""
+    shapes = [(8, 32, 32, 16)] * 3 + [(2, 4, 16), (3, 3, 4, 16), (4, 16)]
+
+    def loss(*operands):
+        h, c = fused_lstm.step(*operands)
+        return (h * c).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, range(6))).trace(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
+    try:
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    except RuntimeError as error:  # jax 0.12 asks for the device itself
+        pytest.skip(str(error))
+    assert program.count("triton") >= 3
