@@ -80,11 +80,23 @@ def main():
     report = out / "parity.md"
     step(
         "parity",
-        [python, "-m", "pytest", "-q", "--torch-device", arguments.torch_device, "--parity-report", report, *PARITY],
+        [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "-o",
+            "addopts=",
+            "--torch-device",
+            arguments.torch_device,
+            "--parity-report",
+            report,
+            *PARITY,
+        ],
     )
     for dtype in ("float32", "bfloat16"):
         result = out / f"versus_torch_{dtype}.json"
-        command = [python, "benchmarks/versus_torch.py", "--models", *MODELS, "--dtypes", dtype]
+        command = [python, "benchmarks/versus_torch.py", "--models", *MODELS, "--dtypes", dtype, "--variants", "all"]
         step(f"versus_torch_{dtype}", [*command, "--batch", arguments.batch, "--out", result], result)
     result = out / "seeds.json"
     step("seeds", [python, "benchmarks/seeds.py", "--out", result], result)

@@ -22,15 +22,17 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 VARIANTS = {
     "ours": {},
     "ours, plain": {"tuned": False},
+    "ours, pallas": {"kernel": "pallas"},
     "torch eager, channels first": {},
     "torch eager, channels last": {"channels_last": True},
     "torch.compile, channels first": {"compile": True},
     "torch.compile, channels last": {"channels_last": True, "compile": True},
 }
+ON_CPU = [name for name in VARIANTS if name != "ours, pallas"]  # interpreted there
 CLASSES = 10
 
 
-def our_calls(model, batch, size, dtype, tuned=None):
+def our_calls(model, batch, size, dtype, **options):
     """Functions that start a training step and an inference, each returning what to wait for; and how to wait."""
     import jax
     import jax.numpy as jnp
@@ -39,7 +41,7 @@ def our_calls(model, batch, size, dtype, tuned=None):
     from regnet_flax.training import optimizer, steps
 
     xla_flags.set_defaults()  # as regnet_flax.main does
-    network = create_model(model, num_classes=CLASSES, dtype=jnp.dtype(dtype), tuned=tuned)
+    network = create_model(model, num_classes=CLASSES, dtype=jnp.dtype(dtype), **options)
     images = jax.random.normal(jax.random.key(1), (batch, size, size, 3))
     data = {"images": images, "labels": jnp.arange(batch, dtype=jnp.int32) % CLASSES}
     variables = jax.jit(functools.partial(network.init, train=False))(jax.random.key(0), images[:1])
@@ -193,7 +195,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet20", "regnet20_convlstm"])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", default=ON_CPU, choices=["all", *VARIANTS])
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
@@ -204,11 +206,11 @@ def main():
     if arguments.worker:
         work(*json.loads(arguments.worker))
         return
-    results = []
+    results, variants = [], list(VARIANTS) if "all" in arguments.variants else arguments.variants
     for model in arguments.models:
         for dtype in arguments.dtypes:
             settings = model, arguments.batch, arguments.size, dtype
-            found = measure(*settings, arguments.rounds, arguments.seconds, arguments.variants)
+            found = measure(*settings, arguments.rounds, arguments.seconds, variants)
             results.append(dict(zip(("model", "batch", "size", "dtype"), settings, strict=True)) | {"variants": found})
             print(table(results[-1:]), flush=True)
             if arguments.out:
