@@ -23,11 +23,8 @@ import versus_torch
 from regnet_flax.training.workdir import environment
 
 STEPS = 5
-PARTS = {  # the first that is found in the name of where an operation was traced
-    "regulator": r"ConvLSTM|ConvGRU|ConvRNN",
-    "batch normalisation, ReLU, shortcuts": r"/bn|norm|relu|/add|/max|select|/sub|/mul",
-    "convolutions": r"conv",
-}
+REGULATOR = re.compile(r"ConvLSTM|ConvGRU|ConvRNN")
+CONVOLUTION = re.compile(r"/(conv\d*|shortcut_conv)/(jit\(\w+\)/)?\w+$")
 
 
 def part(where):
@@ -35,10 +32,11 @@ def part(where):
     if "RegNet)" not in where:
         return "loss and SGD"
     direction = "backward" if "transpose(" in where else "forward"
-    for name, pattern in PARTS.items():
-        if re.search(pattern, where.partition("RegNet)")[2]):
-            return f"{name}, {direction}"
-    return f"the rest, {direction}"
+    if REGULATOR.search(where):
+        return f"regulator, {direction}"
+    if CONVOLUTION.search(where):
+        return f"convolutions, {direction}"
+    return f"batch normalisation, ReLU, shortcuts, {direction}"
 
 
 def traced(train, wait):

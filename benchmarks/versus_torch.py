@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import pathlib
+import shlex
 import subprocess
 import sys
 import time
@@ -214,9 +215,9 @@ def main():
             results.append(dict(zip(("model", "batch", "size", "dtype"), settings, strict=True)) | {"variants": found})
             print(table(results[-1:]), flush=True)
             if arguments.out:
-                command = "python benchmarks/versus_torch.py " + " ".join(sys.argv[1:])
+                command = shlex.join(["python", "benchmarks/versus_torch.py", *sys.argv[1:]])
                 pathlib.Path(arguments.out).write_text(
-                    json.dumps({"command": command.strip(), "results": results}, indent=1) + "\n"
+                    json.dumps({"command": command, "results": results}, indent=1) + "\n"
                 )
 
 
