@@ -115,6 +115,27 @@ def test_whole_models(name, options):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8 * float(jnp.abs(b).max() + 1e-3))
 
 
+def test_gradients_without_jit_compile_once():
+    arguments = normal(0, 2, 5, 6, 3), normal(1, 2, 5, 6, 3), normal(2, 2, 4, 3), normal(3, 3, 3, 4, 3)
+    compiled = []
+
+    def count(event, *_, **__):
+        compiled.append(event)
+
+    def loss(x, h, pointwise, kernel):
+        y = convolution.conv_general_dilated(x, kernel[:, :, :3], (1, 1), ((1, 1), (1, 1)))
+        return y.sum() + convolution.separable(x, h, pointwise, kernel).sum()
+
+    gradient = jax.grad(loss, range(4))
+    gradient(*arguments)
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        gradient(*arguments)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert not [event for event in compiled if "backend_compile" in event]
+
+
 def test_seeds_together():
     """Under vmap, as seeds that are trained together are."""
     x, kernel = normal(0, 3, 4, 6, 6, 4), normal(1, 3, 3, 3, 4, 4)

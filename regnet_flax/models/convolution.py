@@ -23,16 +23,21 @@ Array = jax.Array
 Padding = tuple[tuple[int, int], ...]
 
 
-def alone(function: Callable[..., Any]) -> Callable[..., Any]:
+def alone(function: Callable[..., Any], static: Sequence[str] = ()) -> Callable[..., Any]:
     """`function` as a computation that XLA does not merge with what is around it.
 
     Its operands are written out once, in their own order; XLA:CPU would fuse what makes them into each of its uses, and
     it removes `optimization_barrier` before it fuses.
+
+    Args:
+      function: of arrays.
+      static: names of arguments that are no arrays, to be given by name.
     """
+    compiled = jax.jit(function, static_argnames=static)
 
     @functools.wraps(function)
-    def call(*operands: Any) -> Any:
-        return set_xla_metadata(jax.jit(function)(*operands), inlineable="false")
+    def call(*operands: Any, **options: Any) -> Any:
+        return set_xla_metadata(compiled(*operands, **options), inlineable="false")
 
     return call
 
@@ -72,10 +77,10 @@ def _forward(x, kernel, strides, padding):
 def _backward(strides, padding, saved, d):
     x, kernel = saved
     dx = jax.linear_transpose(lambda x: plain_convolve(x, kernel, strides, padding), x)(d)[0]
-    gradient = functools.partial(_filter_gradient, shape=kernel.shape, strides=strides, padding=padding)
-    return dx, alone(gradient)(x, d).astype(kernel.dtype)
+    return dx, _filter_gradient(x, d, shape=kernel.shape, strides=strides, padding=padding).astype(kernel.dtype)
 
 
+@functools.partial(alone, static=("shape", "strides", "padding"))
 def _filter_gradient(x, d, *, shape, strides, padding):
     dot = functools.partial(jnp.matmul, preferred_element_type=jnp.promote_types(d.dtype, jnp.float32))
     rows, columns, inputs, outputs = shape
@@ -161,10 +166,14 @@ def separable(x: Array, h: Array, pointwise: Array, kernel: Array) -> Array:
     return plain_separable(x, h, pointwise, kernel)
 
 
+_depthwise_alone = alone(plain_depthwise)
+
+
+@alone
 def _separable_backward(x, h, pointwise, kernel, d):
     wide = d.dtype
     by_tap = _sums([tap.astype(wide) * d for tap in _shifted(pairs(x, h, pointwise))])
-    d = alone(plain_depthwise)(d, kernel[::-1, ::-1]).astype(x.dtype).astype(wide)
+    d = _depthwise_alone(d, kernel[::-1, ::-1]).astype(x.dtype).astype(wide)
     by_input = _sums([x[..., None, :].astype(wide) * d, h[..., None, :].astype(wide) * d])
     dx, dh = ((d * weights.astype(wide)).sum(3) for weights in pointwise)
     return (
@@ -183,4 +192,4 @@ def _sums(arrays: list[Array]) -> Array:
     return jnp.stack([row.sum((0, 1)) for row in rows])
 
 
-separable.defvjp(lambda *args: (plain_separable(*args), args), lambda saved, d: alone(_separable_backward)(*saved, d))
+separable.defvjp(lambda *args: (plain_separable(*args), args), lambda saved, d: _separable_backward(*saved, d))
