@@ -21,7 +21,8 @@ from rich.table import Table
 from regnet_flax.analysis import plots
 from regnet_flax.config import ConfigError
 from regnet_flax.data import augment, decode, streaming
-from regnet_flax.data.image_folder import EXTENSIONS, DataError, one_line, read_image
+from regnet_flax.data.image_folder import EXTENSIONS, DataError, read_image
+from regnet_flax.text import one_line
 from regnet_flax.training import workdir
 
 SHOWN = 16  # images in the picture

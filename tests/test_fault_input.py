@@ -254,6 +254,7 @@ def test_a_spoilt_image_is_listed_and_left_out(how, folder, fault):
 
 TRAIN = ["--config", "configs/folder.py:resnet8", "--config.model.overrides.width=4", "--config.dataset.image_size=8"]
 TRAIN += ["--config.train.batch_size=4", "--config.train.epochs=1", "--config.dataset.augment=()"]
+TRAIN += ["--config.optimizer.boundaries=(0.5,)"]
 
 
 @pytest.mark.slow

@@ -1,8 +1,12 @@
 """The program stopped at any moment, in a subprocess, by the real signal; and what long runs and bad numbers do."""
 
+import contextlib
 import os
+import pathlib
 import signal
 import statistics
+import subprocess
+import sys
 import time
 
 import jax
@@ -22,6 +26,7 @@ from faults import (
     run,
     uninterrupted,  # noqa: F401
 )
+from PIL import Image
 
 from regnet_flax import create_model
 from regnet_flax.training.optimizer import make_optimizer
@@ -115,6 +120,47 @@ def test_a_second_signal_stops_it_at_once_while_xla_compiles(tmp_path, fault):
     assert code == 143
     fault("a second SIGTERM while XLA compiles")
     assert not (tmp_path / "run/checkpoints").exists() or not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def everyone():
+    return [path.name for path in pathlib.Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def stat(pid):
+    """State and parent of a process, and more; nothing of one that there is not."""
+    with contextlib.suppress(OSError):
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="children are found in /proc")
+def test_a_second_signal_leaves_no_worker_behind(tmp_path, fault):
+    for index in range(24):
+        for split in ("train", "test"):
+            path = tmp_path / split / f"class{index % 2}" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (24, 24), (10 * index, 0, 0)).save(path)
+    arguments = [*TINY, "--config.dataset.name=folder", f"--config.dataset.data_dir={tmp_path}"]
+    arguments += ["--config.dataset.in_memory=never", "--config.dataset.image_size=8", "--config.dataset.workers=2"]
+    arguments += ["--config.train.batch_size=8", "--config.train.epochs=5000", "--config.eval.every_epochs=0"]
+    lines, command = tmp_path / "run/metrics.jsonl", [sys.executable, "-m", "regnet_flax.main", *arguments]
+    with subprocess.Popen([*command, "--workdir", tmp_path / "run"], env=environment()) as program:
+        try:
+            while not (lines.exists() and lines.read_text()) and program.poll() is None:
+                time.sleep(0.1)
+            children = [pid for pid in everyone() if stat(pid)[1:2] == [str(program.pid)]]
+            assert len(children) >= 2
+            program.send_signal(signal.SIGTERM)
+            program.send_signal(signal.SIGTERM)
+            assert program.wait(60) == 143
+        finally:
+            program.kill()
+    fault("a second SIGTERM with two worker processes")
+    deadline = time.monotonic() + 20
+    while left := [pid for pid in children if stat(pid)[:1] not in ([], ["Z"])]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 @pytest.mark.slow

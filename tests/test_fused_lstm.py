@@ -29,7 +29,7 @@ def arrays(height, width, n, dtype=jnp.float32):
 
 
 # Sizes that are powers of two and fill several programs, and others.
-@pytest.mark.parametrize("height, width, n", [(16, 16, 16), (5, 7, 3), (1, 1, 8)])
+@pytest.mark.parametrize("height, width, n", [(16, 16, 16), (5, 7, 3), pytest.param(1, 1, 8, marks=pytest.mark.slow)])
 def test_step(height, width, n):
     images, weights, d = arrays(height, width, n)
     expected, plain = jax.vjp(functools.partial(cell, "separable"), weights, *images)
@@ -62,6 +62,7 @@ def test_seeds_together():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
 
 
+@pytest.mark.slow
 def test_a_model():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
     plain, fused = (create_model("regnet8_convlstm", width=4, kernel=kernel) for kernel in ("separable", "pallas"))

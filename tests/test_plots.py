@@ -13,8 +13,10 @@ from regnet_flax.analysis.plots import comparison
 def figures(monkeypatch):
     """The figures that would have been closed."""
     drawn = []
-    monkeypatch.setattr(plt, "close", drawn.append)
-    return drawn
+    with monkeypatch.context() as patched:
+        patched.setattr(plt, "close", drawn.append)
+        yield drawn
+    plt.close("all")
 
 
 LINES = [
@@ -140,3 +142,14 @@ def test_probabilities(tmp_path, figures):
     assert pictures[1].get_title() == "b" and pictures[0].get_title() == "a" * 15 + "…" + "a" * 12 + ".jpg"
     assert [round(bar.get_width(), 3) for bar in charts[3].patches] == [0.8, 0.2]
     assert [text.get_text() for text in charts[3].texts] == ["ants", "80.0%", "bees", "20.0%"]
+
+
+@pytest.mark.parametrize("name, shown", [("b\ne", r"b\ne"), ("caf\udce9", r"caf\udce9"), ("a $x^2$ b", r"a \$x^2\$ b")])
+def test_names_are_drawn_as_they_are(name, shown, tmp_path, figures):
+    image = np.zeros((4, 4, 3), np.uint8)
+    plots.predictions(np.stack([image] * 2), [0, 1], [0, 0], [name, "other"], tmp_path / "predictions.png")
+    plots.confusion(np.eye(2, dtype=int), [name, "other"], tmp_path / "confusion.png")
+    plots.probabilities([image], [name], [[(name, 1.0)]], tmp_path / "probabilities.png")
+    for figure in figures:
+        texts = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
+        assert any(shown in text for text in texts), texts

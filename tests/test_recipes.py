@@ -47,7 +47,11 @@ def photographs(directory):
     return directory
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+# Those left to --slow differ from another one in little.
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(r, marks=pytest.mark.slow if r in ("cifar100", "rnn_cifar10") else ()) for r in RECIPES],
+)
 def test_runs_on_synthetic_images(recipe, tmp_path):
     """Two steps of the recipe, its model and images made small, and an evaluation."""
     config = get_config(recipe)

@@ -13,8 +13,9 @@ from typing import IO, Any
 import numpy as np
 
 from regnet_flax.data import decode
-from regnet_flax.data.image_folder import DataError, one_line
+from regnet_flax.data.image_folder import DataError
 from regnet_flax.data.records import Records
+from regnet_flax.text import one_line
 
 SUBSTITUTES = 100  # examples that are tried in the place of one that does not decode
 

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from regnet_flax.text import one_line, printable
+
 TRAIN_NAMES = ("train", "Train")
 TEST_NAMES = ("test", "Test", "val", "Val")
 EXTENSIONS = (
@@ -42,17 +44,6 @@ class Split:
 
     images: np.ndarray
     labels: np.ndarray
-
-
-def printable(text: str) -> str:
-    """Returns the text with what no terminal shows, such as a file name's newlines and stray bytes, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
-def one_line(error: BaseException) -> str:
-    """Returns the exception's type and message as one line of bounded length."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= 300 else text[:297] + "..."
 
 
 def check_memory(where: str, count: int, shape: tuple[int, ...]) -> None:

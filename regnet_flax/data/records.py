@@ -11,7 +11,8 @@ from typing import IO, Any, Protocol
 
 import numpy as np
 
-from regnet_flax.data.image_folder import DataError, one_line
+from regnet_flax.data.image_folder import DataError
+from regnet_flax.text import one_line
 
 
 class Records(Protocol):

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 import numpy as np
 from PIL import Image
 
-from regnet_flax.data.image_folder import DataError, Split, check_memory, one_line, read_image_folder
+from regnet_flax.data.image_folder import DataError, Split, check_memory, read_image_folder
+from regnet_flax.text import one_line
 
 CONNECT_SECONDS = 10.0
 BATCH = 1000

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from regnet_flax.text import printable
+
 TRAIN, TEST, DROP = "#1f77b4", "#d62728", "#999999"
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
@@ -109,7 +111,13 @@ def losses(curves: dict[str, Sequence[float]], path: pathlib.Path, title: str = 
 
 def _wrapped(name: str, width: int, lines: int = 2) -> str:
     """A class name over a few lines of so many letters, cut off with … where it is longer."""
-    return "\n".join(textwrap.wrap(name.replace("_", " "), width, max_lines=lines, placeholder="…")) or name
+    name = printable(name.replace("_", " "))
+    return _literal("\n".join(textwrap.wrap(name, width, max_lines=lines, placeholder="…")) or name)
+
+
+def _literal(text: str) -> str:
+    """Text that is shown as it is: between two dollar signs matplotlib expects mathematics."""
+    return text.replace("$", r"\$")
 
 
 def _show(axes: Any, image: np.ndarray) -> None:
@@ -197,7 +205,8 @@ def probabilities(
         picture, chart = grid[2 * row, column], grid[2 * row + 1, column]
         _show(picture, image)
         picture.set_anchor("S")
-        picture.set_title(caption if len(caption) <= 32 else f"{caption[:15]}…{caption[-16:]}", fontsize=9)
+        caption = printable(caption)
+        picture.set_title(_literal(caption if len(caption) <= 32 else f"{caption[:15]}…{caption[-16:]}"), fontsize=9)
         shares = [share for _, share in top]
         chart.barh(range(bars), shares, color=["#7fb3dc", *["#d0d7de"] * (bars - 1)], height=0.85)
         for place, (name, share) in enumerate(top):
