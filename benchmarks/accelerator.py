@@ -9,14 +9,18 @@ done stands in DIR, is not done again, and is summed up in DIR/accelerator.json.
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 MODELS = ["resnet20", "regnet20_convlstm"]
-PARITY = ["tests/test_parity.py", "tests/test_block_parity.py", "tests/test_optimizer.py"]
+PARITY = ["tests/test_parity.py", "tests/test_block_parity.py", "tests/test_optimizer.py", "tests/test_fused_lstm.py"]
+VARIANTS = ["torch eager, channels first", "torch eager, channels last"]
+VARIANTS += ["torch.compile, channels first", "torch.compile, channels last", "ours"]
 
 
 class Budget:
@@ -34,7 +38,9 @@ class Budget:
             return None
         print(f"{name}: {' '.join(map(str, command))}", flush=True)
         with log.open("a") as file:
-            process = subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(
+                list(map(str, command)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT
+            )
             try:
                 return process.wait(timeout=self.left())
             except subprocess.TimeoutExpired:
@@ -95,9 +101,20 @@ def main():
         ],
     )
     for dtype in ("float32", "bfloat16"):
-        result = out / f"versus_torch_{dtype}.json"
-        command = [python, "benchmarks/versus_torch.py", "--models", *MODELS, "--dtypes", dtype, "--variants", "all"]
-        step(f"versus_torch_{dtype}", [*command, "--batch", arguments.batch, "--out", result], result)
+        for model in MODELS:
+            result = out / f"versus_torch_{model}_{dtype}.json"
+            command = [
+                python,
+                "benchmarks/versus_torch.py",
+                "--models",
+                model,
+                "--dtypes",
+                dtype,
+                "--variants",
+                *VARIANTS,
+            ]
+            command += ["ours, pallas"] if "lstm" in model else []
+            step(f"versus_torch_{model}_{dtype}", [*command, "--batch", arguments.batch, "--out", result], result)
     result = out / "seeds.json"
     step("seeds", [python, "benchmarks/seeds.py", "--out", result], result)
     if arguments.data_dir:

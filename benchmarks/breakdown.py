@@ -23,8 +23,8 @@ import versus_torch
 from regnet_flax.training.workdir import environment
 
 STEPS = 5
-REGULATOR = re.compile(r"ConvLSTM|ConvGRU|ConvRNN")
-CONVOLUTION = re.compile(r"/(conv\d*|shortcut_conv)/(jit\(\w+\)/)?\w+$")
+REGULATOR = re.compile(r"ConvLSTM|ConvGRU|ConvRNN|/regulator/")
+CONVOLUTION = re.compile(r"/(conv\d*|conv_fuse|shortcut_conv)/(jit\(\w+\)/)?\w+$")
 
 
 def part(where):

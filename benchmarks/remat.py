@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regnet_flax import create_model
+from regnet_flax import create_model, xla_flags
 from regnet_flax.training import optimizer, steps
 from regnet_flax.training.workdir import environment
 
@@ -59,6 +59,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", help="write the figures to this JSON file")
     arguments = parser.parse_args()
+    xla_flags.set_defaults()  # as regnet_flax.main does
     results = {name: getattr(arguments, name) for name in ("model", "size", "batch", "rounds")}
 
     functions, states, times = {}, {}, {kind: [] for kind in KINDS}

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regnet_flax import create_model
+from regnet_flax import create_model, xla_flags
 from regnet_flax.models.regnet import unstack_blocks
 from regnet_flax.training import optimizer, steps
 from regnet_flax.training.workdir import environment
@@ -72,6 +72,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", help="write the figures to this JSON file")
     arguments = parser.parse_args()
+    xla_flags.set_defaults()  # as regnet_flax.main does
     results = {"batch": arguments.batch, "rounds": arguments.rounds, "steps_per_second": {}, "compile_seconds": {}}
     for name in ("resnet20", "regnet20_convlstm"):
         times = step_times(name, arguments.batch, arguments.rounds)

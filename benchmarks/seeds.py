@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from configs import cifar10, digits
+from regnet_flax import xla_flags
 from regnet_flax.config import resolve
 from regnet_flax.data.sources import load_dataset
 from regnet_flax.training import loop
@@ -72,6 +73,7 @@ def main():
     parser.add_argument("--calls", type=int, default=3, help="of each program in a round")
     parser.add_argument("--only", default="", help="model of one measurement")
     arguments = parser.parse_args()
+    xla_flags.set_defaults()  # as regnet_flax.main does
     small, digits_model, cifar = digits.get_config("regnet14_convlstm"), digits.get_config(), cifar10.get_config()
     small.model.overrides.width = 8
     cifar.dataset.name = "synthetic"

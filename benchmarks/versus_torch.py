@@ -11,6 +11,7 @@ forward and backward pass, batch statistics and SGD with momentum and weight dec
 import argparse
 import functools
 import json
+import os
 import pathlib
 import shlex
 import subprocess
@@ -126,22 +127,33 @@ def work(name, *settings):
         print((time.perf_counter() - began) / int(count), flush=True)
 
 
+class WorkerError(RuntimeError):
+    """A variant's process ended; what it said is above."""
+
+
 class Worker:
     """A variant's process, seen from outside."""
 
     def __init__(self, name, *settings):
         command = [sys.executable, __file__, "--worker", json.dumps([name, *settings])]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # All of them are there at once, and JAX would take most of a GPU's memory for the first.
+        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._name, self.facts = name, json.loads(self._answer())
+
+    def _answer(self):
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{name}: its process ended with {self._process.wait()}; leave it out with --variants")
-        self.facts = json.loads(line)
+            raise WorkerError(f"{self._name}: its process ended with {self._process.wait()}")
+        return line
 
     def time(self, what, count):
         """Seconds a step over `count` steps."""
         self._process.stdin.write(f"{what} {count}\n")
         self._process.stdin.flush()
-        return float(self._process.stdout.readline())
+        return float(self._answer())
 
     def close(self):
         self._process.stdin.close()
@@ -150,7 +162,12 @@ class Worker:
 
 def measure(model, batch, size, dtype, rounds, seconds, names):
     """Images a second of each variant, and each one's ratio to the best of PyTorch's."""
-    workers = {name: Worker(name, model, batch, size, dtype) for name in names}
+    workers = {}
+    for name in names:
+        try:
+            workers[name] = Worker(name, model, batch, size, dtype)
+        except WorkerError as error:
+            print(f"left out: {error}", flush=True)
     found = {name: {"facts": worker.facts} for name, worker in workers.items()}
     for what in ("train", "infer"):
         counts = {name: max(1, round(seconds / worker.time(what, 2))) for name, worker in workers.items()}
@@ -164,11 +181,11 @@ def measure(model, batch, size, dtype, rounds, seconds, names):
                 "images_per_second": round(batch / float(np.median(times[name])), 1),
                 "seconds_a_step": [round(t, 6) for t in times[name]],
             }
-        theirs = [name for name in names if name.startswith("torch")]
+        theirs = [name for name in workers if name.startswith("torch")]
         if not theirs:
             continue
         best = min(theirs, key=lambda name: np.median(times[name]))
-        for name in names:
+        for name in workers:
             ratios = np.array(times[best]) / np.array(times[name])
             found[name][what]["ratio"] = round(float(np.median(ratios)), 3)
             found[name][what]["ratio_range"] = [round(float(ratios.min()), 3), round(float(ratios.max()), 3)]

@@ -4,7 +4,6 @@ import contextlib
 import os
 import pathlib
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -135,7 +134,8 @@ def stat(pid):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/stat").exists(), reason="children are found in /proc")
-def test_a_second_signal_leaves_no_worker_behind(tmp_path, fault):
+@pytest.mark.parametrize("signals", [1, 2])
+def test_stopped_by_signals_it_leaves_no_worker_behind(signals, tmp_path, fault):
     for index in range(24):
         for split in ("train", "test"):
             path = tmp_path / split / f"class{index % 2}" / f"{index}.png"
@@ -151,12 +151,13 @@ def test_a_second_signal_leaves_no_worker_behind(tmp_path, fault):
                 time.sleep(0.1)
             children = [pid for pid in everyone() if stat(pid)[1:2] == [str(program.pid)]]
             assert len(children) >= 2
-            program.send_signal(signal.SIGTERM)
-            program.send_signal(signal.SIGTERM)
+            for _ in range(signals):
+                program.send_signal(signal.SIGTERM)
+                time.sleep(0.02)
             assert program.wait(60) == 143
         finally:
             program.kill()
-    fault("a second SIGTERM with two worker processes")
+    fault("SIGTERM, once or twice, with two worker processes")
     deadline = time.monotonic() + 20
     while left := [pid for pid in children if stat(pid)[:1] not in ([], ["Z"])]:
         assert time.monotonic() < deadline, left
@@ -277,7 +278,7 @@ def test_a_long_run_needs_no_more_memory_and_no_more_files(tmp_path):
     print(f"memory grows by {slope:.0f} bytes a step, MiB by quarters: {parts}; {files.max():.0f} files open")
     assert slope < 1000, f"{slope:.0f} bytes a step"
     first, last = (files[: len(files) // 4], files[-len(files) // 4 :])
-    assert statistics.median(last) <= statistics.median(first)
+    assert last.min() <= first.min()  # between two saves; a file that a save leaves open stays
     assert files.max() < 100
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(5, 5001, 5))

@@ -28,8 +28,12 @@ def arrays(height, width, n, dtype=jnp.float32):
     return images[:3], tuple(weights), tuple(images[3:])
 
 
+# One program an image, whose sums have the shapes of images, or one pixel.
+SMALL = [(4, 4, 4), *[pytest.param(*s, marks=pytest.mark.slow) for s in ((1, 1, 8), (9, 4, 5), (2, 4, 5))]]
+
+
 # Sizes that are powers of two and fill several programs, and others.
-@pytest.mark.parametrize("height, width, n", [(16, 16, 16), (5, 7, 3), pytest.param(1, 1, 8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("height, width, n", [(16, 16, 16), (5, 7, 3), *SMALL])
 def test_step(height, width, n):
     images, weights, d = arrays(height, width, n)
     expected, plain = jax.vjp(functools.partial(cell, "separable"), weights, *images)
@@ -57,9 +61,13 @@ def test_bfloat16():
 def test_seeds_together():
     images, weights, _ = arrays(4, 4, 4)
     stacked = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), (weights, *images))
-    found = jax.vmap(functools.partial(cell, "pallas"))(*stacked)
-    expected = jax.vmap(functools.partial(cell, "separable"))(*stacked)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), found, expected)
+
+    def gradients(kernel):
+        return jax.vmap(jax.grad(lambda *operands: cell(kernel, *operands)[0].sum(), range(4)))(*stacked)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients("pallas"), gradients("separable")
+    )
 
 
 @pytest.mark.slow
@@ -76,16 +84,17 @@ def test_for_other_cells_it_is_refused():
         create_model("regnet20_convgru", kernel="pallas")
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_triton_takes_the_kernels(dtype):
+@pytest.mark.parametrize("dtype, height, width, n, seeds", [(jnp.float32, 32, 32, 16, 1), (jnp.bfloat16, 5, 7, 3, 2)])
+def test_triton_takes_the_kernels(dtype, height, width, n, seeds):
     """They are translated for a GPU, where there is none."""
-    shapes = [(8, 32, 32, 16)] * 3 + [(2, 4, 16), (3, 3, 4, 16), (4, 16)]
+    shapes = [(8, height, width, n)] * 3 + [(2, 4, n), (3, 3, 4, n), (4, n)]
 
     def loss(*operands):
         h, c = fused_lstm.step(*operands)
         return (h * c).astype(jnp.float32).sum()
 
-    traced = jax.jit(jax.grad(loss, range(6))).trace(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
+    gradient = jax.jit(jax.vmap(jax.grad(loss, range(6))))
+    traced = gradient.trace(*(jax.ShapeDtypeStruct((seeds, *shape), dtype) for shape in shapes))
     try:
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     except RuntimeError as error:  # jax 0.12 asks for the device itself

@@ -12,16 +12,17 @@ FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 
 @pytest.mark.parametrize(
-    "version, given, expected",
+    "version, platforms, given, expected",
     [
-        ("0.10.2", "", f"{FLAG}=LIBRARY_FUSION_TYPE_REDUCE"),
-        ("0.10.0", "--other=1", f"{FLAG}=LIBRARY_FUSION_TYPE_REDUCE --other=1"),
-        ("0.10.2", f"{FLAG}=LIBRARY_FUSION_TYPE_DOT", f"{FLAG}=LIBRARY_FUSION_TYPE_DOT"),
-        ("0.12.0", "--other=1", "--other=1"),
-        ("1.10.0", "", ""),
+        ("0.10.2", "", "", f"{FLAG}=LIBRARY_FUSION_TYPE_REDUCE"),
+        ("0.10.2", "cpu", "--other=1", f"{FLAG}=LIBRARY_FUSION_TYPE_REDUCE --other=1"),
+        ("0.10.2", "", f"{FLAG}=LIBRARY_FUSION_TYPE_DOT", f"{FLAG}=LIBRARY_FUSION_TYPE_DOT"),
+        ("0.10.2", "cuda", "--other=1", "--other=1"),
+        ("0.12.0", "", "--other=1", "--other=1"),
     ],
 )
-def test_flags(monkeypatch, version, given, expected):
+def test_flags(monkeypatch, version, platforms, given, expected):
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
     monkeypatch.setattr(importlib.metadata, "version", {"jaxlib": version}.__getitem__)
     monkeypatch.setenv("XLA_FLAGS", given)
     xla_flags.set_defaults()

@@ -161,7 +161,7 @@ def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
     train, optimizer, data = config["train"], config["optimizer"], config["dataset"]
     size = "×".join(map(str, config["image_shape"]))
     augment = ", ".join(data["augment"]) or "none"
-    epochs = f"{train['epochs']} epochs"
+    epochs = f"{train['epochs']} epoch" + "s" * (train["epochs"] != 1)
     if train["max_steps"]:
         epochs += f", cut at step {train['max_steps']}"
     recipe = (

@@ -44,25 +44,26 @@ def step(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _step(x, h, c, pointwise, kernel, bias, interpret):
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return _call(_forward_kernel, (shape, shape), (x, h, c), (pointwise, kernel, bias), interpret)
+    return _call(_forward_kernel, (shape, shape), (), (x, h, c), (pointwise, kernel, bias), interpret)
 
 
 def _backward(interpret, saved, d):
     x, h, c, pointwise, kernel, bias = saved
     batch, height, width, n = x.shape
-    programs = batch * pl.cdiv(height * width, _pixels(n, height * width))
-    sums = jax.ShapeDtypeStruct((batch, height, width, GATES, n), jnp.float32)
-    of_taps = jax.ShapeDtypeStruct((programs, 9, GATES, n), jnp.float32)
-    of_bias = jax.ShapeDtypeStruct((programs, GATES, n), jnp.float32)
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    of_gates = jax.ShapeDtypeStruct((batch, height, width, GATES, n), jnp.float32)
     ds, dc, by_tap, by_bias = _call(
-        _gates_backward_kernel, (sums, like, of_taps, of_bias), (x, h, c, *d), (pointwise, kernel, bias), interpret
+        _gates_backward_kernel,
+        (of_gates, like),
+        ((9, GATES, n), (GATES, n)),
+        (x, h, c, *d),
+        (pointwise, kernel, bias),
+        interpret,
     )
-    of_inputs = jax.ShapeDtypeStruct((programs, 2, GATES, n), jnp.float32)
     dx, dh, by_input = _call(
-        _inputs_backward_kernel, (like, like, of_inputs), (x, h, ds), (pointwise, kernel), interpret
+        _inputs_backward_kernel, (like, like), ((2, GATES, n),), (x, h, ds), (pointwise, kernel), interpret
     )
-    weights = (by_input.sum(0), by_tap.sum(0).reshape(kernel.shape), by_bias.sum(0))
+    weights = (by_input, by_tap.reshape(kernel.shape), by_bias)
     dtypes = (pointwise.dtype, kernel.dtype, bias.dtype)
     return dx, dh, dc, *(a.astype(dtype) for a, dtype in zip(weights, dtypes, strict=True))
 
@@ -76,23 +77,37 @@ def _pixels(n: int, size: int) -> int:
 
 
 def _call(
-    kernel: Any, outputs: tuple[Any, ...], images: tuple[Array, ...], weights: tuple[Array, ...], interpret: bool
-):
-    """Runs a kernel over all pixels; images and outputs that are images come to it as (N, height · width, …)."""
+    kernel: Any,
+    outputs: tuple[Any, ...],
+    sums: tuple[tuple[int, ...], ...],
+    images: tuple[Array, ...],
+    weights: tuple[Array, ...],
+    interpret: bool,
+) -> tuple[Array, ...]:
+    """Runs a kernel over all pixels; images come to it as (N, height · width, …), weights as (…, gates, n).
+
+    Args:
+      kernel: of a place, `images`, `weights` and what it writes.
+      outputs: shapes and dtypes of the images that it writes.
+      sums: shapes of what it sums over pixels, each program its own.
+    """
     batch, height, width, n = images[0].shape
+    blocks = pl.cdiv(height * width, _pixels(n, height * width))
 
     def flat(a):
-        return (batch, height * width, *a.shape[3:]) if a.shape[:3] == (batch, height, width) else a.shape
+        return (batch, height * width, *a.shape[3:])
 
     call = pl.pallas_call(
         functools.partial(kernel, _Place(height, width, n)),
-        out_shape=[jax.ShapeDtypeStruct(flat(a), a.dtype) for a in outputs],
-        grid=(batch, pl.cdiv(height * width, _pixels(n, height * width))),
+        out_shape=[jax.ShapeDtypeStruct(flat(a), a.dtype) for a in outputs]
+        + [jax.ShapeDtypeStruct((batch * blocks, *shape), jnp.float32) for shape in sums],
+        grid=(batch, blocks),
         interpret=interpret,
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4),
     )
     found = call(*(a.reshape(flat(a)) for a in images), *(a.reshape(-1, GATES, n) for a in weights))
-    return tuple(a.reshape(b.shape) for a, b in zip(found, outputs, strict=True))
+    drawn = (a.reshape(b.shape) for a, b in zip(found[: len(outputs)], outputs, strict=True))
+    return *drawn, *(a.sum(0) for a in found[len(outputs) :])
 
 
 class _Place:

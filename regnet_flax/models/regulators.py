@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regnet_flax.models import convolution, fused_lstm
+from regnet_flax.models import convolution
 from regnet_flax.models.initializers import INITIALIZERS, Initializers
 
 Array = jax.Array
@@ -171,6 +171,8 @@ class ConvLSTM(Regulator):
         i, f, o, g = nn.sigmoid(a), nn.sigmoid(b), nn.sigmoid(d), jnp.tanh(e)
         gates = {"i": i, "f": f, "o": o, "g": g}
         if self.kernel == "pallas":  # the gates by the plain equations are computed only where they are asked for
+            from regnet_flax.models import fused_lstm  # Pallas is experimental, and there may be none for a platform
+
             return fused_lstm.step(x, h, c, *weights, interpret=jax.default_backend() != "gpu"), gates
         c = f * c + i * g
         return (o * jnp.tanh(c), c), gates

@@ -55,8 +55,12 @@ def compared_curves(
             color, dash = palette[number % len(palette)], _DASHES[number // len(palette) % len(_DASHES)]
             for axes, metric in ((loss, "train_loss"), (error, "test_error")):
                 epochs, values = curves[metric]
-                axes.plot(epochs, values.mean(0), color=color, linestyle=dash, label=name, linewidth=1.6)
-                if len(values) > 1:
+                marker = "o" if len(epochs) < 5 else None  # a line of one point is none
+                options = {"color": color, "linestyle": dash, "label": name, "marker": marker, "linewidth": 1.6}
+                axes.plot(epochs, values.mean(0), **options)
+                if len(values) > 1 and len(epochs) == 1:
+                    axes.vlines(epochs, values.min(0), values.max(0), color=color, alpha=0.3, linewidth=4)
+                elif len(values) > 1:
                     axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
             mean = curves["test_error"][1].mean(0)
             ends.append(mean[len(mean) // 2 :].max())
