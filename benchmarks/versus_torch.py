@@ -202,9 +202,12 @@ def table(results):
         for name, found in result["variants"].items():
             cells = [result["model"], result["dtype"], name]
             for what in ("train", "infer"):
-                low, high = found[what].get("ratio_range", (1, 1))
-                cells += [f"{found[what]['images_per_second']:,.0f}"]
-                cells += [f"{found[what].get('ratio', 1):.2f} ({low:.2f} to {high:.2f})"]
+                cells.append(f"{found[what]['images_per_second']:,.0f}")
+                if "ratio" not in found[what]:  # nothing of PyTorch's took part
+                    cells.append("–")
+                    continue
+                low, high = found[what]["ratio_range"]
+                cells.append(f"{found[what]['ratio']:.2f} ({low:.2f} to {high:.2f})")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
