@@ -153,3 +153,10 @@ def test_names_are_drawn_as_they_are(name, shown, tmp_path, figures):
     for figure in figures:
         texts = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
         assert any(shown in text for text in texts), texts
+
+
+def test_compared_curves_of_one_evaluation_are_seen(tmp_path, figures):
+    one = {"train_loss": ([1.0], np.array([[2.0], [1.5]])), "test_error": ([1.0], np.array([[50.0], [40.0]]))}
+    comparison.compared_curves({"a": one}, tmp_path / "curves.png")
+    for axes in figures[0].axes:
+        assert axes.lines[0].get_marker() == "o" and len(axes.collections) == 1

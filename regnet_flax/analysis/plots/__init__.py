@@ -29,6 +29,11 @@ def pyplot() -> Any:
     return pyplot
 
 
+def marker(points: Sequence[float]) -> str | None:
+    """What a curve of so many points is marked with: a line of one point would not be seen."""
+    return "o" if len(points) < 5 else None
+
+
 def _column(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:
     chosen = [line for line in lines if name in line]
     return [line["epoch"] for line in chosen], [line[name] for line in chosen]
@@ -51,8 +56,7 @@ def curves(lines: Sequence[dict[str, Any]], path: pathlib.Path, title: str = "",
         for split, color, label in (("train", TRAIN, "training"), ("eval", TEST, "test")):
             epochs, values = _column(lines, f"{split}_{metric}")
             if epochs:
-                marker = "o" if len(epochs) < 5 else None
-                axes.plot(epochs, values, color=color, label=label, marker=marker, linewidth=1.5)
+                axes.plot(epochs, values, color=color, label=label, marker=marker(epochs), linewidth=1.5)
         if metric == "loss" and axes.lines:
             axes.set_yscale("log")
         last = max((line["epoch"] for line in lines), default=0)

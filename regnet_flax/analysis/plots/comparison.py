@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from regnet_flax.analysis.plots import pyplot
+from regnet_flax.analysis.plots import marker, pyplot
 
 # Okabe and Ito's colours, told apart by people who see fewer; the dark page's are lighter.
 _LIGHT = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
@@ -55,9 +55,8 @@ def compared_curves(
             color, dash = palette[number % len(palette)], _DASHES[number // len(palette) % len(_DASHES)]
             for axes, metric in ((loss, "train_loss"), (error, "test_error")):
                 epochs, values = curves[metric]
-                marker = "o" if len(epochs) < 5 else None  # a line of one point is none
-                options = {"color": color, "linestyle": dash, "label": name, "marker": marker, "linewidth": 1.6}
-                axes.plot(epochs, values.mean(0), **options)
+                options = {"color": color, "linestyle": dash, "label": name, "linewidth": 1.6}
+                axes.plot(epochs, values.mean(0), marker=marker(epochs), **options)
                 if len(values) > 1 and len(epochs) == 1:
                     axes.vlines(epochs, values.min(0), values.max(0), color=color, alpha=0.3, linewidth=4)
                 elif len(values) > 1:
