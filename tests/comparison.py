@@ -19,6 +19,7 @@ import torch
 import torch_reference
 from regnet_flax import create_model
 from regnet_flax.models import blocks, regnety
+from regnet_flax.models.normalization import BatchNorm
 from regnet_flax.models.regnet import CELLS, RegNet
 from regnet_flax.models.regnety import RegNetY
 from regnet_flax.torch_port import from_torch, to_torch
@@ -60,6 +61,11 @@ BEGIN = "<!-- pytest -n 0 --slow --parity-report README.md tests/test_{block_par
 END = "<!-- end of parity -->"
 WHOLE_RUN = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "parity_digits_cpu.json"
 ERRORS: dict[tuple[str, str, str], tuple[float, str]] = {}  # the largest of each row, and where
+
+
+def batch_norm(train, dtype):
+    """As a model makes them."""
+    return functools.partial(BatchNorm, use_running_average=not train, dtype=dtype)
 
 
 def relative(found, expected):
@@ -259,7 +265,7 @@ def make_block(kind, regulator, options):
     if kind == "regnety":
 
         def make_regnety(train, dtype):
-            norm = blocks.batch_norm(train, dtype, None)
+            norm = batch_norm(train, dtype)
             return regnety.Block(16, strides, group_width=8, squeezed=round(0.25 * c_in), norm=norm, dtype=dtype)
 
         names = named_within(RegNetY(), ["stage1_block1"], "trunk_output.block1.block1-0.")
@@ -277,7 +283,7 @@ def make_block(kind, regulator, options):
         block = blocks.BasicBlock if kind == "basic" else blocks.BottleneckBlock
         return block(
             features=n,
-            norm=blocks.batch_norm(train, dtype, None),
+            norm=batch_norm(train, dtype),
             strides=strides,
             cell=cell,
             normalize_state=style.norm_h,

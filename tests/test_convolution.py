@@ -1,11 +1,13 @@
 """The forms that are fast on a CPU against the plain ones, in value and gradient."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from regnet_flax import create_model
 from regnet_flax.models import convolution
@@ -74,6 +76,24 @@ def test_alone_is_a_computation_of_its_own():
     )
     assert " call(" in apart.as_text() and " call(" not in plain.as_text()
     np.testing.assert_array_equal(apart(x)[0], plain(x)[0])
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_in_a_loop_gradients_are_in_the_form_of_the_library(tuned):
+    """In others XLA:CPU has slow loops of its own; outside of a loop it brings them into this one itself."""
+    convolve = convolution.conv_general_dilated if tuned else convolution.plain_convolve
+
+    def loss(x, kernel):
+        def step(x, _):
+            return jnp.tanh(convolve(x, kernel, (1, 1), ((1, 1), (1, 1)))), None
+
+        return lax.scan(step, x, length=3)[0].sum()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    program = gradient.lower(normal(0, 2, 8, 8, 4), normal(1, 3, 3, 4, 4)).compile().as_text()
+    forms = re.findall(r" convolution\(.*dim_labels=([^,]+)", program)
+    assert len(forms) == 3
+    assert (set(forms) == {"b01f_01io->b01f"}) == tuned
 
 
 def test_bfloat16_sums_in_float32():

@@ -5,7 +5,6 @@ A block maps the carry (X, state) of the block before it to its own, so that a s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,25 +18,6 @@ from regnet_flax.models.regulators import Regulator, State
 
 Array = jax.Array
 Carry = tuple[Array, State]
-
-
-def batch_norm(train: bool, dtype: Any, axis_name: str | None) -> Callable[..., nn.Module]:
-    """Makes batch normalisations, given `name`, with PyTorch's momentum 0.1 (Flax's 0.9) and epsilon.
-
-    Args:
-      train: normalise by this batch, and update the running statistics.
-      dtype: of the result; statistics are float32 or wider.
-      axis_name: the pmap axis over which statistics are taken; None is this device's batch.
-    """
-    return functools.partial(
-        nn.BatchNorm,
-        use_running_average=not train,
-        momentum=0.9,
-        epsilon=1e-5,
-        use_fast_variance=False,  # E[x²] − E[x]² would lose digits that PyTorch keeps
-        dtype=dtype,
-        axis_name=axis_name,
-    )
 
 
 class SqueezeExcite(nn.Module):
@@ -76,7 +56,7 @@ class Block(nn.Module):
       features: n, the width of the 3×3 convolution.
       strides: by which the block reduces height and width.
       cell: makes the block's regulator, given `name` or `parent`; None for a plain ResNet block.
-      norm: makes a batch normalisation, given `name`.
+      norm: makes a batch normalisation, given `name`, and `relu` where a ReLU follows.
       normalize_state: whether H goes through ReLU(BN(·)) on its way.
       replace: whether H takes the place of X2, instead of being fused with it.
       squeeze_excite: whether squeeze-and-excitation follows the last batch normalisation.
@@ -141,7 +121,7 @@ class Block(nn.Module):
         )(x)
 
     def conv_bn_relu(self, x: Array, features: int, size: int, strides: int, conv: str, bn: str) -> Array:
-        return nn.relu(self.norm(name=bn)(self.conv(x, features, size, strides, conv)))
+        return self.norm(name=bn, relu=True)(self.conv(x, features, size, strides, conv))
 
     def regulate(self, x: Array, state: State, shared: Any) -> State:
         assert self.cell is not None
@@ -149,7 +129,7 @@ class Block(nn.Module):
             state, gates = self.cell(name="regulator")(x, state)
         else:
             state, gates = self.cell(parent=None).apply({"params": shared}, x, state)
-        h = nn.relu(self.norm(name="bn_h")(state[0])) if self.normalize_state else state[0]
+        h = self.norm(name="bn_h", relu=True)(state[0]) if self.normalize_state else state[0]
         self.sow("intermediates", "gates", gates)
         self.sow("intermediates", "state", (h, *state[1:]))
         return (h, *state[1:])

@@ -1,11 +1,12 @@
 """Convolutions in the forms that are fast on a CPU.
 
-XLA:CPU takes a filter gradient as a convolution of arrays whose batch is their last axis, and computes anew, in that
-order, all that leads to them; inside a loop it is worse still. A matrix product of shifted copies does without. The
-gradient of a regulator's depthwise taps is nine reductions, for each of which XLA writes out a shifted
-copy of an array four times the size of the input; here it is one reduction. Both stand in computations of their own,
-into which nothing else is fused. The results are those of the plain forms, to rounding; only reverse-mode
-differentiation is defined. See benchmarks/README.md for what was measured.
+XLA:CPU brings convolutions into the form that its library takes in the entry computation only, and has loops of its
+own, tens of times slower, for what is left: inside a loop, as that of `nn.scan`, that is all gradients. So they are
+written in that form here. In the filter's, channels and images change places; the transpositions stand in a
+computation of their own, or XLA would fuse into each all that made the array, and compute it anew in the worst order.
+The gradient of a regulator's depthwise taps is nine reductions, for each of which XLA writes out a shifted copy of an
+array four times the size of the input; here it is one reduction. The results are those of the plain forms, to rounding;
+only reverse-mode differentiation is defined. See benchmarks/README.md for what was measured.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def alone(function: Callable[..., Any], static: Sequence[str] = ()) -> Callable[
 def conv_general_dilated(
     lhs: Array, rhs: Array, window_strides: Sequence[int], padding: Sequence[tuple[int, int]], **options: Any
 ) -> Array:
-    """`jax.lax.conv_general_dilated`, the filter gradient as a matrix product, for `nn.Conv`.
+    """`jax.lax.conv_general_dilated`, its gradients in forms that are fast on a CPU, for `nn.Conv`.
 
     Args:
       lhs: (N, height, width, inputs).
@@ -76,28 +77,33 @@ def _forward(x, kernel, strides, padding):
 
 def _backward(strides, padding, saved, d):
     x, kernel = saved
-    dx = jax.linear_transpose(lambda x: plain_convolve(x, kernel, strides, padding), x)(d)[0]
-    return dx, _filter_gradient(x, d, shape=kernel.shape, strides=strides, padding=padding).astype(kernel.dtype)
+    return (
+        _input_gradient(d, kernel, x.shape, strides, padding),
+        _filter_gradient(x, d, shape=kernel.shape, strides=strides, padding=padding).astype(kernel.dtype),
+    )
+
+
+def _input_gradient(d, kernel, shape, strides, padding):
+    if strides != (1, 1):
+        x = jax.ShapeDtypeStruct(shape, d.dtype)
+        return jax.linear_transpose(lambda x: plain_convolve(x, kernel, strides, padding), x)(d)[0]
+    sizes = kernel.shape[:2]
+    padding = [(size - 1 - low, size - 1 - high) for size, (low, high) in zip(sizes, padding, strict=True)]
+    return plain_convolve(d, kernel[::-1, ::-1].swapaxes(2, 3), strides, padding)
 
 
 @functools.partial(alone, static=("shape", "strides", "padding"))
 def _filter_gradient(x, d, *, shape, strides, padding):
-    dot = functools.partial(jnp.matmul, preferred_element_type=jnp.promote_types(d.dtype, jnp.float32))
-    rows, columns, inputs, outputs = shape
-    height, width = d.shape[1:3]
+    wide = jnp.promote_types(d.dtype, jnp.float32)
+    rows, columns = shape[:2]
     if strides == (1, 1) and rows > 1:
-        # One product has all taps if one operand is shifted along the width and the other along the height.
-        (top, bottom), sides = padding
-        x_height = x.shape[1]
-        x = jnp.pad(x, ((0, 0), (0, 0), sides, (0, 0)))
-        d = jnp.pad(d, ((0, 0), (rows - 1 - top, rows - 1 - bottom), (0, 0), (0, 0)))
-        x = _flat([x[:, :, j : j + width] for j in range(columns)])
-        d = _flat([d[:, rows - 1 - i : rows - 1 - i + x_height] for i in range(rows)])
-        return dot(x.T, d).reshape(columns, inputs, rows, outputs).transpose(2, 0, 1, 3)
-    down, right = ((n - 1) * stride + 1 for n, stride in zip((height, width), strides, strict=True))
+        # A convolution in which channels take the place of images, and images that of channels.
+        x, d = x.transpose(3, 1, 2, 0), d.transpose(1, 2, 0, 3)
+        return plain_convolve(x.astype(wide), d.astype(wide), strides, padding).transpose(1, 2, 0, 3)
+    down, right = ((n - 1) * stride + 1 for n, stride in zip(d.shape[1:3], strides, strict=True))
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     taps = [x[:, i : i + down : strides[0], j : j + right : strides[1]] for i in range(rows) for j in range(columns)]
-    return dot(_flat(taps).T, _flat([d])).reshape(shape)
+    return jnp.matmul(_flat(taps).T, _flat([d]), preferred_element_type=wide).reshape(shape)
 
 
 def _flat(arrays: list[Array]) -> Array:
@@ -172,9 +178,9 @@ _depthwise_alone = alone(plain_depthwise)
 @alone
 def _separable_backward(x, h, pointwise, kernel, d):
     wide = d.dtype
-    by_tap = _sums([tap.astype(wide) * d for tap in _shifted(pairs(x, h, pointwise))])
+    by_tap = sums([tap.astype(wide) * d for tap in _shifted(pairs(x, h, pointwise))])
     d = _depthwise_alone(d, kernel[::-1, ::-1]).astype(x.dtype).astype(wide)
-    by_input = _sums([x[..., None, :].astype(wide) * d, h[..., None, :].astype(wide) * d])
+    by_input = sums([x[..., None, :].astype(wide) * d, h[..., None, :].astype(wide) * d])
     dx, dh = ((d * weights.astype(wide)).sum(3) for weights in pointwise)
     return (
         dx.astype(x.dtype),
@@ -184,8 +190,8 @@ def _separable_backward(x, h, pointwise, kernel, d):
     )
 
 
-def _sums(arrays: list[Array]) -> Array:
-    """Of each array over batch, height and width, stacked."""
+def sums(arrays: list[Array]) -> Array:
+    """Of each array (N, height, width, …) over batch, height and width, stacked: (arrays, …)."""
     # Along a row in one loop for all of them, which XLA does not do for a reduction each; the rest is little.
     zeros = (jnp.zeros((), arrays[0].dtype),) * len(arrays)
     rows = lax.reduce(tuple(arrays), zeros, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (2,))

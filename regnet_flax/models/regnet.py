@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from regnet_flax.models import convolution
-from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock, batch_norm
+from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock
 from regnet_flax.models.initializers import INITIALIZERS
+from regnet_flax.models.normalization import BatchNorm
 from regnet_flax.models.regulators import REGULATORS, ReplacingConvGRU
 
 Array = jax.Array
@@ -104,7 +105,7 @@ class RegNet(nn.Module):
       unroll: blocks a step of the scan. None takes all on a CPU, where XLA runs convolutions inside a loop badly, and
         1 elsewhere.
       remat: recompute each block in the backward pass instead of keeping what is in it.
-      tuned: use the forms of `convolution` that are fast on a CPU. None does on a CPU.
+      tuned: use the forms of `convolution` and `normalization` that are fast on a CPU. None does on a CPU.
       dtype: of the arithmetic; parameters and batch statistics are float32.
       axis_name: the pmap axis over which batch statistics are taken; None is this device's batch.
       features: return the stages' outputs instead of logits.
@@ -152,7 +153,9 @@ class RegNet(nn.Module):
         init, wide = INITIALIZERS[self.initial], jnp.promote_types(self.dtype, jnp.float32)
         on_cpu = jax.default_backend() == "cpu"
         tuned = on_cpu if self.tuned is None else self.tuned
-        norm = batch_norm(train, self.dtype, self.axis_name)
+        norm = functools.partial(
+            BatchNorm, use_running_average=not train, dtype=self.dtype, axis_name=self.axis_name, tuned=tuned
+        )
         size, strides = ((7, 7), 2) if self.stem == "imagenet" else ((3, 3), 1)
         pad = (size[0] // 2, size[0] // 2)
         x = nn.Conv(
@@ -166,7 +169,7 @@ class RegNet(nn.Module):
             conv_general_dilated=convolution.conv_general_dilated if tuned else None,
             name="conv1",
         )(images.astype(self.dtype))
-        x = nn.relu(norm(name="bn1")(x))
+        x = norm(name="bn1", relu=True)(x)
         if self.stem != "cifar":
             x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 

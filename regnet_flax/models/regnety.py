@@ -5,6 +5,7 @@ Another family called RegNet: no regulators, but a design space of grouped bottl
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regnet_flax.models.blocks import SqueezeExcite, batch_norm
+from regnet_flax.models.blocks import SqueezeExcite
+from regnet_flax.models.normalization import BatchNorm
 
 Array = jax.Array
 INITIAL = "torchvision_regnet"
@@ -115,7 +117,7 @@ class RegNetY(nn.Module):
     def __call__(self, images: Array, train: bool = False, features: bool | None = None) -> Any:
         """Classifies images; see RegNet."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        norm = batch_norm(train, self.dtype, self.axis_name)
+        norm = functools.partial(BatchNorm, use_running_average=not train, dtype=self.dtype, axis_name=self.axis_name)
         x = nn.relu(conv_bn(images.astype(self.dtype), 32, 3, 2, 1, norm, self.dtype, "stem"))
         outputs = {}
         stages = stage_widths(self.depth, self.w0, self.wa, self.wm, self.group_width)
