@@ -102,7 +102,7 @@ class RegNet(nn.Module):
         regulators only, "3x3" (torchvision).
       initial: initial values, "paper" or "torch".
       scan: run a stage's blocks under `nn.scan`; False is a Python loop over blocks named one by one.
-      unroll: blocks a step of the scan. None takes all on a CPU, where XLA runs convolutions inside a loop badly, and
+      unroll: blocks a step of the scan. None takes all on a CPU, where a loop is somewhat slower, and
         1 elsewhere.
       remat: recompute each block in the backward pass instead of keeping what is in it.
       tuned: use the forms of `convolution` and `normalization` that are fast on a CPU. None does on a CPU.
