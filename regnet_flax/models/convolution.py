@@ -95,19 +95,21 @@ def _input_gradient(d, kernel, shape, strides, padding):
 @functools.partial(alone, static=("shape", "strides", "padding"))
 def _filter_gradient(x, d, *, shape, strides, padding):
     wide = jnp.promote_types(d.dtype, jnp.float32)
-    rows, columns = shape[:2]
-    if strides == (1, 1) and rows > 1:
-        # A convolution in which channels take the place of images, and images that of channels.
-        x, d = x.transpose(3, 1, 2, 0), d.transpose(1, 2, 0, 3)
-        return plain_convolve(x.astype(wide), d.astype(wide), strides, padding).transpose(1, 2, 0, 3)
-    down, right = ((n - 1) * stride + 1 for n, stride in zip(d.shape[1:3], strides, strict=True))
-    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    taps = [x[:, i : i + down : strides[0], j : j + right : strides[1]] for i in range(rows) for j in range(columns)]
-    return jnp.matmul(_flat(taps).T, _flat([d]), preferred_element_type=wide).reshape(shape)
-
-
-def _flat(arrays: list[Array]) -> Array:
-    return jnp.concatenate(arrays, -1).reshape(-1, len(arrays) * arrays[0].shape[-1])
+    if shape[:2] == (1, 1) and not any(map(any, padding)):
+        x = x[:, :: strides[0], :: strides[1]]
+        x, d = (a.reshape(-1, a.shape[-1]) for a in (x, d))
+        return jnp.matmul(x.T, d, preferred_element_type=wide).reshape(shape)
+    # A convolution in which channels take the place of images, and images that of channels.
+    lengths = zip(shape[:2], x.shape[1:3], d.shape[1:3], strides, padding, strict=True)
+    padding = [(low, size + (steps - 1) * stride - length - low) for size, length, steps, stride, (low, _) in lengths]
+    return lax.conv_general_dilated(
+        x.transpose(3, 1, 2, 0).astype(wide),
+        d.transpose(1, 2, 0, 3).astype(wide),
+        window_strides=(1, 1),
+        padding=padding,
+        rhs_dilation=strides,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    ).transpose(1, 2, 0, 3)
 
 
 _convolve.defvjp(_forward, _backward)
