@@ -1,9 +1,9 @@
 """Batch normalisation, and the ReLU after it, in few passes over memory.
 
 Flax's module, in whose training step XLA:CPU writes out the differences from the mean, the masked gradient and its
-products, each as large as the activations. `normalize` reads X twice on the way forward (thrice with its own output)
-and computes the rest anew on the way back, with both of its sums in one reduction. The equations are Flax's; only
-reverse-mode differentiation is defined. See benchmarks/README.md for what was measured.
+products, each as large as the activations. `normalize` keeps X alone and computes these anew where they are used, with
+both sums of the backward pass in one reduction. The equations are Flax's; only reverse-mode differentiation is defined.
+See benchmarks/README.md for what was measured.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ class BatchNorm(nn.BatchNorm):
     tuned: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, *arguments: Any, **options: Any) -> Array:
+    def __call__(self, x: Array) -> Array:
         """From (N, height, width, n) to the same, in `dtype`; statistics are float32 or wider."""
         if not self.tuned or self.use_running_average or self.is_initializing():
-            y = super().__call__(x, *arguments, **options)
+            y = super().__call__(x)
             return nn.relu(y) if self.relu else y
         scale, bias = (self.get_variable("params", name) for name in ("scale", "bias"))
         found: Any = normalize(x, scale, bias, self.epsilon, self.relu, self.dtype or x.dtype, self.axis_name)
