@@ -176,12 +176,13 @@ def test_seeds_together():
     )
 
 
-def test_a_regulator_takes_less_memory():
+@pytest.mark.parametrize("name", ["resnet8", "regnet8_convlstm"])
+def test_half_the_memory(name):
     """Temporaries of the training step, by the compiled step's own analysis."""
     images = jnp.zeros((64, 32, 32, 3), jnp.float32)
 
     def temporaries(tuned):
-        model = create_model("regnet8_convlstm", tuned=tuned)
+        model = create_model(name, tuned=tuned)
         variables = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
 
         def loss(params, stats, images):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regnet_flax.models import normalization
+from regnet_flax.models import convolution, normalization
 from regnet_flax.models.normalization import BatchNorm
 
 FIELDS = {"use_running_average": False}
@@ -95,3 +95,47 @@ def test_running_statistics_are_used_and_kept_in_evaluation():
         y, updated = module.apply(variables, x, mutable=["batch_stats"])
         np.testing.assert_allclose(y, np.maximum(x, 0) / np.sqrt(1 + 1e-5), rtol=1e-6)
         assert_same(updated["batch_stats"], variables["batch_stats"], 0)
+
+
+WHERE = ((1, 1), ((1, 1), (1, 1)))
+
+
+def normalized_and_convolved(x, params, kernel, make=BatchNorm.remade):
+    module = BatchNorm(use_running_average=False, dtype=x.dtype, relu=True, tuned=True)
+    variables = {"params": params, "batch_stats": {"mean": jnp.zeros(x.shape[-1]), "var": jnp.ones(x.shape[-1])}}
+    y, _ = module.apply(variables, x, method=make, mutable=["batch_stats"])
+    remade = y if isinstance(y, convolution.Remade) else None
+    return convolution.conv_general_dilated(convolution.array(y), kernel, *WHERE, remade=remade)
+
+
+def plainly_normalized_and_convolved(x, params, kernel):
+    y = (x - x.mean((0, 1, 2))) / jnp.sqrt(x.var((0, 1, 2)) + 1e-5) * params["scale"] + params["bias"]
+    return convolution.plain_convolve(jnp.maximum(y, 0), kernel, *WHERE)
+
+
+def test_a_convolution_makes_it_again():
+    with jax.enable_x64(True):
+        x, kernel = normal(0, 4, 6, 6, 3), normal(1, 3, 3, 3, 5)
+        arguments = x, {"scale": normal(2, 3), "bias": normal(3, 3)}, kernel
+        found, vjp = jax.vjp(normalized_and_convolved, *arguments)
+        expected, plain_vjp = jax.vjp(plainly_normalized_and_convolved, *arguments)
+        direction = normal(4, *expected.shape)
+        assert_same((found, vjp(direction)), (expected, plain_vjp(direction)), 1e-12)
+
+
+def test_a_convolution_keeps_nothing_but_what_was_normalised():
+    x, kernel = normal(0, 4, 6, 6, 3), normal(1, 3, 3, 3, 5)
+    params = {"scale": normal(2, 3), "bias": normal(3, 3)}
+    for make, kept in ((BatchNorm.remade, 1), (BatchNorm.__call__, 2)):
+        step = functools.partial(normalized_and_convolved, make=make)
+        residuals = jax.tree.leaves(jax.vjp(step, x, params, kernel)[1])
+        assert len({id(a) for a in residuals if a.shape == x.shape}) == kept
+
+
+def test_add_relu():
+    x, y = normal(0, 2, 3, 3, 4), normal(1, 2, 3, 3, 4)
+    y = y.at[0].set(-x[0])  # where the sum is 0, and the ReLU's gradient too
+    found, vjp = jax.vjp(normalization.add_relu, x, y)
+    expected, plain_vjp = jax.vjp(lambda x, y: jax.nn.relu(x + y), x, y)
+    direction = normal(2, *x.shape)
+    assert_same((found, vjp(direction)), (expected, plain_vjp(direction)), 0)

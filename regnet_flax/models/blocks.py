@@ -5,6 +5,7 @@ A block maps the carry (X, state) of the block before it to its own, so that a s
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,11 +14,17 @@ import jax
 import jax.numpy as jnp
 
 from regnet_flax.models import convolution
+from regnet_flax.models.convolution import Remade, array
 from regnet_flax.models.initializers import INITIALIZERS
+from regnet_flax.models.normalization import add_relu
 from regnet_flax.models.regulators import Regulator, State
 
 Array = jax.Array
-Carry = tuple[Array, State]
+Carry = tuple[Array | Remade, State]
+
+
+def _concatenate(*arrays: Array) -> Array:
+    return jnp.concatenate(arrays, -1)
 
 
 class SqueezeExcite(nn.Module):
@@ -97,17 +104,22 @@ class Block(nn.Module):
         y, state = self.branch(x, state, shared)
         if self.squeeze_excite:
             y = SqueezeExcite(dtype=self.dtype, initial=self.initial, name="se")(y)
-        y = nn.relu(self._shortcut(x) + y)
+        shortcut = self._shortcut(x)
+        y = add_relu(shortcut, y) if self.tuned else nn.relu(shortcut + y)
         self.sow("intermediates", "output", y)
         return (y, state), None
 
-    def branch(self, x: Array, state: State, shared: Any) -> tuple[Array, State]:
+    def branch(self, x: Array | Remade, state: State, shared: Any) -> tuple[Array, State]:
         """The residual branch, up to its last batch normalisation."""
         raise NotImplementedError
 
-    def conv(self, x: Array, features: int, size: int, strides: int, name: str) -> Array:
+    def conv(self, x: Array | Remade, features: int, size: int, strides: int, name: str) -> Array:
         # "SAME" would pad asymmetrically at stride 2, unlike PyTorch.
         pad = (size // 2, size // 2)
+        convolve = None
+        if self.tuned:
+            remade = x if isinstance(x, Remade) else None
+            convolve = functools.partial(convolution.conv_general_dilated, remade=remade)
         return nn.Conv(
             features,
             (size, size),
@@ -116,12 +128,14 @@ class Block(nn.Module):
             use_bias=False,
             dtype=self.dtype,
             kernel_init=INITIALIZERS[self.initial].conv,
-            conv_general_dilated=convolution.conv_general_dilated if self.tuned else None,
+            conv_general_dilated=convolve,
             name=name,
-        )(x)
+        )(array(x))
 
-    def conv_bn_relu(self, x: Array, features: int, size: int, strides: int, conv: str, bn: str) -> Array:
-        return self.norm(name=bn, relu=True)(self.conv(x, features, size, strides, conv))
+    def conv_bn_relu(
+        self, x: Array | Remade, features: int, size: int, strides: int, conv: str, bn: str
+    ) -> Array | Remade:
+        return self.norm(name=bn, relu=True).remade(self.conv(x, features, size, strides, conv))
 
     def regulate(self, x: Array, state: State, shared: Any) -> State:
         assert self.cell is not None
@@ -134,18 +148,19 @@ class Block(nn.Module):
         self.sow("intermediates", "state", (h, *state[1:]))
         return (h, *state[1:])
 
-    def fuse(self, x: Array, h: Array) -> Array:
+    def fuse(self, x: Array, h: Array) -> Array | Remade:
         """ReLU(BN(W * [X, H])), or H itself."""
         if self.replace:
             return h
-        return self.conv_bn_relu(jnp.concatenate([x, h], -1), self.features, 1, 1, "conv_fuse", "bn_fuse")
+        both = Remade(_concatenate(x, h), (x, h), _concatenate)
+        return self.conv_bn_relu(both, self.features, 1, 1, "conv_fuse", "bn_fuse")
 
-    def _shortcut(self, x: Array) -> Array:
+    def _shortcut(self, x: Array | Remade) -> Array:
         features = self.features * self.expansion
-        if self.strides == 1 and x.shape[-1] == features:
-            return x
+        if self.strides == 1 and array(x).shape[-1] == features:
+            return array(x)
         if self.shortcut == "A":
-            x = x[:, :: self.strides, :: self.strides]
+            x = array(x)[:, :: self.strides, :: self.strides]
             if features < x.shape[-1]:
                 raise ValueError(f"shortcut 'A' cannot go from {x.shape[-1]} to {features} channels: use 'B'")
             return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
@@ -155,12 +170,12 @@ class Block(nn.Module):
 class BasicBlock(Block):
     """Two 3×3 convolutions; with a regulator, a 1×1 convolution between them fuses X2 with H."""
 
-    def branch(self, x: Array, state: State, shared: Any) -> tuple[Array, State]:
+    def branch(self, x: Array | Remade, state: State, shared: Any) -> tuple[Array, State]:
         n = self.features
         x = self.conv_bn_relu(x, n, 3, self.strides, "conv1", "bn1")
         if self.cell is not None:
-            state = self.regulate(x, state, shared)
-            x = self.fuse(x, state[0])
+            state = self.regulate(array(x), state, shared)
+            x = self.fuse(array(x), state[0])
         return self.norm(name="bn2")(self.conv(x, n, 3, 1, "conv2")), state
 
 
@@ -169,13 +184,13 @@ class BottleneckBlock(Block):
 
     expansion = 4
 
-    def branch(self, x: Array, state: State, shared: Any) -> tuple[Array, State]:
+    def branch(self, x: Array | Remade, state: State, shared: Any) -> tuple[Array, State]:
         n = self.features
         first, second = (self.strides, 1) if self.stride_at == "1x1" else (1, self.strides)
         x = self.conv_bn_relu(x, n, 1, first, "conv1", "bn1")
         if self.cell is not None:
-            state = self.regulate(x, state, shared)
+            state = self.regulate(array(x), state, shared)
         x = self.conv_bn_relu(x, n, 3, second, "conv2", "bn2")
         if self.cell is not None:
-            x = self.fuse(x, state[0])
+            x = self.fuse(array(x), state[0])
         return self.norm(name="bn3")(self.conv(x, n * self.expansion, 1, 1, "conv3")), state

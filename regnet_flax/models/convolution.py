@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -43,8 +44,32 @@ def alone(function: Callable[..., Any], static: Sequence[str] = ()) -> Callable[
     return call
 
 
+@flax.struct.dataclass
+class Remade:
+    """An array, and what a convolution's backward pass makes it from again, instead of keeping it.
+
+    Attributes:
+      array: make(*operands).
+      operands: arrays that are kept anyway. No gradient goes to them; the array's is the caller's to pass on.
+      make: a function of module level, or the like: one that is equal from call to call.
+    """
+
+    array: Array
+    operands: tuple[Array, ...]
+    make: Callable[..., Array] = flax.struct.field(pytree_node=False)
+
+
+def array(x: Array | Remade) -> Array:
+    return x.array if isinstance(x, Remade) else x
+
+
 def conv_general_dilated(
-    lhs: Array, rhs: Array, window_strides: Sequence[int], padding: Sequence[tuple[int, int]], **options: Any
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    remade: Remade | None = None,
+    **options: Any,
 ) -> Array:
     """`jax.lax.conv_general_dilated`, its gradients in forms that are fast on a CPU, for `nn.Conv`.
 
@@ -52,13 +77,19 @@ def conv_general_dilated(
       lhs: (N, height, width, inputs).
       rhs: (height, width, inputs, outputs).
       window_strides, padding: of height and width.
+      remade: of what lhs is made; None keeps lhs itself for the backward pass.
       **options: as nn.Conv gives them: no dilation, no groups, NHWC.
 
     Returns:
       (N, height, width, outputs).
     """
     del options
-    return _convolve(lhs, rhs, tuple(window_strides), tuple(map(tuple, padding)))
+    operands, make = (remade.operands, remade.make) if remade else ((lhs,), _unchanged)
+    return _convolve(lhs, rhs, operands, make, tuple(window_strides), tuple(map(tuple, padding)))
+
+
+def _unchanged(x):
+    return x
 
 
 def plain_convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Sequence[tuple[int, int]]) -> Array:
@@ -66,20 +97,26 @@ def plain_convolve(x: Array, kernel: Array, strides: Sequence[int], padding: Seq
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _convolve(x: Array, kernel: Array, strides: tuple[int, int], padding: Padding) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _convolve(
+    x: Array, kernel: Array, kept: tuple[Array, ...], make: Any, strides: tuple[int, int], padding: Padding
+) -> Array:
     return plain_convolve(x, kernel, strides, padding)
 
 
-def _forward(x, kernel, strides, padding):
-    return plain_convolve(x, kernel, strides, padding), (x, kernel)
+def _forward(x, kernel, kept, make, strides, padding):
+    return plain_convolve(x, kernel, strides, padding), (kernel, kept)
 
 
-def _backward(strides, padding, saved, d):
-    x, kernel = saved
+def _backward(make, strides, padding, saved, d):
+    kernel, kept = saved
+    shape = jax.eval_shape(make, *kept).shape
     return (
-        _input_gradient(d, kernel, x.shape, strides, padding),
-        _filter_gradient(x, d, shape=kernel.shape, strides=strides, padding=padding).astype(kernel.dtype),
+        _input_gradient(d, kernel, shape, strides, padding),
+        _filter_gradient(d, *kept, make=make, shape=kernel.shape, strides=strides, padding=padding).astype(
+            kernel.dtype
+        ),
+        None,
     )
 
 
@@ -92,8 +129,9 @@ def _input_gradient(d, kernel, shape, strides, padding):
     return plain_convolve(d, kernel[::-1, ::-1].swapaxes(2, 3), strides, padding)
 
 
-@functools.partial(alone, static=("shape", "strides", "padding"))
-def _filter_gradient(x, d, *, shape, strides, padding):
+@functools.partial(alone, static=("make", "shape", "strides", "padding"))
+def _filter_gradient(d, *kept, make, shape, strides, padding):
+    x = make(*kept)
     wide = jnp.promote_types(d.dtype, jnp.float32)
     if shape[:2] == (1, 1) and not any(map(any, padding)):
         x = x[:, :: strides[0], :: strides[1]]

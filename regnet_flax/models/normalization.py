@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from regnet_flax.models.convolution import alone, sums
+from regnet_flax.models.convolution import Remade, alone, array, sums
 
 Array = jax.Array
 
@@ -37,20 +37,24 @@ class BatchNorm(nn.BatchNorm):
     relu: bool = False
     tuned: bool = False
 
-    @nn.compact
     def __call__(self, x: Array) -> Array:
         """From (N, height, width, n) to the same, in `dtype`; statistics are float32 or wider."""
+        return array(self.remade(x))
+
+    @nn.compact
+    def remade(self, x: Array) -> Array | Remade:
+        """The same, for a convolution that can make it from X again."""
         if not self.tuned or self.use_running_average or self.is_initializing():
             y = super().__call__(x)
             return nn.relu(y) if self.relu else y
         scale, bias = (self.get_variable("params", name) for name in ("scale", "bias"))
-        found: Any = normalize(x, scale, bias, self.epsilon, self.relu, self.dtype or x.dtype, self.axis_name)
-        y, mean, variance = found
+        options: Any = (self.epsilon, self.relu, self.dtype or x.dtype)
+        y, mean, variance = normalize(x, scale, bias, *options, self.axis_name)
         for name, value in {"mean": mean, "var": variance}.items():
             running = self.get_variable("batch_stats", name)
             value = self.momentum * running + (1 - self.momentum) * lax.stop_gradient(value)
             self.put_variable("batch_stats", name, value)
-        return y
+        return Remade(y, (x, scale, bias, mean, variance), _normalizer(*options))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -77,10 +81,17 @@ def normalize(
 def _forward(x, scale, bias, epsilon, relu, dtype, axis_name):
     mean = _over_devices(_mean(x), axis_name)
     variance = _over_devices(_variance(x, mean), axis_name)
-    factor = lax.rsqrt(variance + epsilon) * scale
-    y = (x - mean) * factor + bias
-    y = nn.relu(y) if relu else y
-    return (y.astype(dtype), mean, variance), (x, scale, bias, mean, variance)
+    y = _normalizer(epsilon, relu, dtype)(x, scale, bias, mean, variance)
+    return (y, mean, variance), (x, scale, bias, mean, variance)
+
+
+@functools.cache  # so that equal ones are one
+def _normalizer(epsilon, relu, dtype):
+    def make(x, scale, bias, mean, variance):
+        y = (x - mean) * (lax.rsqrt(variance + epsilon) * scale) + bias
+        return (nn.relu(y) if relu else y).astype(dtype)
+
+    return make
 
 
 def _backward(epsilon, relu, dtype, axis_name, saved, gradients):
@@ -136,3 +147,22 @@ def _input_gradient(d, x, mean, root, scale, bias, by_bias, by_scale, *, relu):
 
 
 normalize.defvjp(_forward, _backward)
+
+
+@jax.custom_vjp
+def add_relu(x: Array, y: Array) -> Array:
+    """ReLU(x + y), of which the backward pass needs the result alone."""
+    return nn.relu(x + y)
+
+
+def _add_relu_backward(result, d):
+    d = jnp.where(result > 0, d, 0)
+    return d, d
+
+
+def _add_relu_forward(x, y):
+    result = add_relu(x, y)
+    return result, result
+
+
+add_relu.defvjp(_add_relu_forward, _add_relu_backward)

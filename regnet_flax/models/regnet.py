@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from regnet_flax.models import convolution
 from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock
+from regnet_flax.models.convolution import Remade, array
 from regnet_flax.models.initializers import INITIALIZERS
 from regnet_flax.models.normalization import BatchNorm
 from regnet_flax.models.regulators import REGULATORS, ReplacingConvGRU
@@ -46,13 +47,14 @@ class Stage(nn.Module):
     remat: bool
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array | Remade) -> Array:
         """From (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, the block's channels)."""
         block_type, options = self.block.func, self.block.keywords
         carry, shared = (x, ()), None
         if options["cell"] is not None:
             cell = options["cell"](parent=None)
-            shape = (x.shape[0], -(-x.shape[1] // self.strides), -(-x.shape[2] // self.strides), options["features"])
+            n, height, width, _ = array(x).shape
+            shape = (n, -(-height // self.strides), -(-width // self.strides), options["features"])
             state = cell.initial_state(shape, options["dtype"])
             carry = (x, state)
             if self.shared:
@@ -169,9 +171,9 @@ class RegNet(nn.Module):
             conv_general_dilated=convolution.conv_general_dilated if tuned else None,
             name="conv1",
         )(images.astype(self.dtype))
-        x = norm(name="bn1", relu=True)(x)
+        x = norm(name="bn1", relu=True).remade(x)
         if self.stem != "cifar":
-            x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+            x = nn.max_pool(array(x), (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
         unroll = self.unroll or (max(self.stage_sizes) if on_cpu else 1)
         outputs = {}
