@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regnet_flax.data import image_folder, sources
+from regnet_flax.data import image_folder, sources, tfds_prepared
 from regnet_flax.data.sources import DataError, Dataset, Split, channel_statistics, load_dataset
 
 ROOT = Path(__file__).parents[1]
@@ -357,7 +357,7 @@ WRITE = """
 import sys
 import numpy as np
 from tensorflow_datasets.image_classification import cifar
-from regnet_flax.data import sources
+from regnet_flax.data import sources, tfds_prepared
 
 def generate(keys, count):
     for i in range(count):
@@ -372,7 +372,7 @@ def split_generators(self, _):
     return {"train": generate(keys, 40), "test": generate(keys, 20)}
 
 cifar.Cifar10._split_generators = split_generators
-sources._unreachable = lambda url: ""
+tfds_prepared._unreachable = lambda url: ""
 print(*[sources.load_dataset(name, data_dir=sys.argv[1]).fingerprint() for name in ("cifar10", "cifar100")])
 """
 
@@ -500,7 +500,7 @@ def test_a_name_look_up_that_hangs_is_left_alone(offline, monkeypatch, tmp_path)
         raise socket.gaierror(-2, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", hang)
-    monkeypatch.setattr(sources, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(tfds_prepared, "CONNECT_SECONDS", 0.2)
     start = time.monotonic()
     assert "(no answer in 0.2 s)" in error_of("cifar10", data_dir=str(tmp_path))
     assert time.monotonic() - start < 10
@@ -515,7 +515,7 @@ def test_a_download_that_fails(monkeypatch, tmp_path):
     def fail(self, **_):
         raise RuntimeError("checksum of the archive\ndiffers\n" + "x" * 1000)
 
-    monkeypatch.setattr(sources, "_unreachable", lambda url: "")
+    monkeypatch.setattr(tfds_prepared, "_unreachable", lambda url: "")
     monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", fail)
     message = error_of("cifar10", data_dir=str(tmp_path))
     assert "download failed (RuntimeError: checksum of the archive differs xxx" in message
@@ -525,7 +525,7 @@ def test_a_download_that_fails(monkeypatch, tmp_path):
 def test_any_answer_is_a_network(monkeypatch):
     requests = pytest.importorskip("requests")
     monkeypatch.setattr(requests, "head", lambda url, timeout: requests.Response())
-    assert sources._unreachable("https://example.org/") == ""
+    assert tfds_prepared._unreachable("https://example.org/") == ""
 
 
 def test_a_data_dir_that_does_not_exist(offline, tmp_path):

@@ -27,7 +27,8 @@ from regnet_flax.data import image_folder
 from regnet_flax.data.host_batches import HostBatch, TestBatches, TrainBatches
 from regnet_flax.data.image_folder import DataError
 from regnet_flax.data.records import FolderRecords, Records, TfdsRecords
-from regnet_flax.data.sources import channel_statistics, prepare_tfds
+from regnet_flax.data.sources import channel_statistics
+from regnet_flax.data.tfds_prepared import prepare_tfds
 from regnet_flax.text import one_line
 
 CROP = "random_resized_crop"  # in dataset.augment; must come first, and is done while decoding

@@ -20,7 +20,6 @@ from regnet_flax.models.normalization import add_relu
 from regnet_flax.models.regulators import Regulator, State
 
 Array = jax.Array
-Carry = tuple[Array | Remade, State]
 
 
 def _concatenate(*arrays: Array) -> Array:
@@ -90,7 +89,7 @@ class Block(nn.Module):
     expansion = 1
 
     @nn.compact
-    def __call__(self, carry: Carry, shared: Any = None) -> tuple[Carry, None]:
+    def __call__(self, carry: tuple[Array | Remade, State], shared: Any = None) -> tuple[tuple[Array, State], None]:
         """One block.
 
         Args:

@@ -49,7 +49,8 @@ class BatchNorm(nn.BatchNorm):
             return nn.relu(y) if self.relu else y
         scale, bias = (self.get_variable("params", name) for name in ("scale", "bias"))
         options: Any = (self.epsilon, self.relu, self.dtype or x.dtype)
-        y, mean, variance = normalize(x, scale, bias, *options, self.axis_name)
+        normalized: Any = normalize(x, scale, bias, *options, self.axis_name)
+        y, mean, variance = normalized
         for name, value in {"mean": mean, "var": variance}.items():
             running = self.get_variable("batch_stats", name)
             value = self.momentum * running + (1 - self.momentum) * lax.stop_gradient(value)

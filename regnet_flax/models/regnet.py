@@ -216,7 +216,7 @@ class RegNet(nn.Module):
             outputs[f"stage{stage}"] = x
         if self.features if features is None else features:
             return outputs
-        pooled = x.mean((1, 2), dtype=wide)
+        pooled = array(x).mean((1, 2), dtype=wide)
         if not self.num_classes:
             return pooled
         return nn.Dense(

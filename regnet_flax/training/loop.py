@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import pathlib
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,17 +13,23 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
 from regnet_flax import config as config_lib
-from regnet_flax import torch_port, weights
 from regnet_flax.analysis import plots
 from regnet_flax.data import sources, streaming
 from regnet_flax.training import processes, workdir
-from regnet_flax.training.checkpoint import CHECKPOINTS, Checkpoints
+from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.figures import write_figures
+from regnet_flax.training.inputs import load, load_weights
 from regnet_flax.training.interrupt import StopSignals, WorkdirError, workdir_lock
 from regnet_flax.training.program import AXIS, Program, build_model, build_optimizer, build_state, changed_rate
-from regnet_flax.training.progress import duration
 from regnet_flax.training.run import Run, collect_results, report
 from regnet_flax.training.seeds import SeedsProgram, of_one, with_seed_axis
+from regnet_flax.training.stored import (
+    check_has_checkpoints,
+    refuse_changes,
+    refuse_other_data,
+    saved_steps,
+    stored_config,
+)
 from regnet_flax.training.streamed import StreamedProgram
 
 logger = logging.getLogger("regnet_flax")
@@ -67,35 +72,6 @@ def shard_map(function: Callable[..., Any], mapped: Sequence[int | None], device
     return jax.jit(mapped_local, donate_argnums=(0,) if donate else ())
 
 
-def load(config: Any) -> sources.Dataset | streaming.StreamedDataset:
-    """The config's data set, in memory or to be streamed; says which images could not be read."""
-    began = time.monotonic()
-    settings = config.dataset
-    options = {name: settings[name] for name in ("data_dir", "image_size", "num_classes", "strict")}
-    dataset = streaming.open_stream(settings.name, in_memory=settings.in_memory, augment=settings.augment, **options)
-    streamed = dataset is not None
-    if dataset is None:
-        dataset = sources.load_dataset(settings.name, seed=config.seed, **options)
-    if streamed and config.train.steps_per_call > 1:
-        raise config_lib.ConfigError(
-            f"train.steps_per_call is {config.train.steps_per_call}: {dataset.name} is streamed, a batch a call, so it "
-            "must be 1, or 0"
-        )
-    logger.info(
-        "%s: %d training and %d test images of %d classes, %s, %s in %s",
-        dataset.name,
-        dataset.train_size,
-        dataset.test_size,
-        len(dataset.class_names),
-        "×".join(map(str, dataset.image_shape)),
-        "streamed, listed" if streamed else "read",
-        duration(time.monotonic() - began),
-    )
-    for skipped in dataset.skipped:
-        logger.warning("left out %s", skipped)
-    return dataset
-
-
 def make_program(
     config: Any,
     dataset: sources.Dataset | streaming.StreamedDataset,
@@ -110,40 +86,6 @@ def make_program(
         together = config.compare.together
         return SeedsProgram(config, dataset, devices, pmap, start, seeds=seeds, together=together)
     return Program(config, dataset, devices, pmap, start)
-
-
-def load_weights(config: Any) -> dict[str, Any] | None:
-    """The variables in the file `model.init_from` of a resolved config; None where it names none.
-
-    Raises:
-      WeightsError: the file cannot be read, or does not fit the model.
-    """
-    file = config.model.init_from
-    if not file:
-        return None
-    arrays, metadata = weights.read_weights(file)
-    model = build_model(config)
-    stride = getattr(model, "bottleneck_stride", "")
-    if getattr(model, "block", "") == "bottleneck":
-        recorded = metadata.get("bottleneck_stride", stride)
-        if recorded != stride:
-            raise weights.WeightsError(
-                f"{file} is of bottlenecks with the stride in the {recorded} convolution: "
-                f"set model.overrides.bottleneck_stride={recorded}"
-            )
-        if "bottleneck_stride" not in metadata:
-            logger.warning(
-                "%s does not say where its bottlenecks have their stride; it is taken to be the %s convolution "
-                "(torchvision's ResNets: model.overrides.bottleneck_stride=3x3)",
-                file,
-                stride,
-            )
-    try:
-        variables = torch_port.from_torch(arrays, model, new_head=config.model.new_head)
-    except ValueError as error:
-        raise weights.WeightsError(f"{file}: {error}; model.new_head=True leaves the head out") from error
-    logger.info("weights from %s%s", file, ", all but the head" if config.model.new_head else "")
-    return variables
 
 
 def train_and_evaluate(
@@ -184,8 +126,8 @@ def train_and_evaluate(
     with processes.together():
         config_lib.check_config(config)
         # Before the first checkpoint there is nothing that another config would spoil.
-        stored = _stored(path)
-        _refuse_changes(stored, config, path, seeds, resolved=False)
+        stored = stored_config(path)
+        refuse_changes(stored, config, path, seeds, resolved=False)
         results = workdir.read_results(path) if stored else None
     here = dict(config_lib.flatten(config)) | {"dataset.data_dir": ""}  # which each machine may have elsewhere
     processes.check_same("config", here)
@@ -208,24 +150,14 @@ def train_and_evaluate(
                 f"that, as with --config.train.batch_size={2 ** (images.bit_length() - 1)}"
             )
         streamed = isinstance(dataset, streaming.StreamedDataset)
-        if stored and stored.get("streamed", False) != streamed:
-            before, now = ("always", "held in memory"), ("never", "streamed")
-            before, now = (before, now) if streamed else (now, before)
-            raise config_lib.ConfigError(
-                f"{path} holds a run whose data set was {before[1]}, and now it would be {now[1]}, in another order: "
-                f"set dataset.in_memory={before[0]}, or name another --workdir"
-            )
+        refuse_other_data(stored, path, dataset, fingerprint)
         if streamed and len(seeds) > 1:
             raise config_lib.ConfigError(
                 f"{dataset.name} is streamed, and several seeds train together on a data set in memory only: "
                 "set dataset.in_memory=always, or compare.seeds to one"
             )
-        if stored and stored["dataset_fingerprint"] != fingerprint:
-            raise config_lib.ConfigError(
-                f"{path} was trained on other images than {dataset.name} has now: restore them, or name another workdir"
-            )
         config = config_lib.resolve(config, dataset)
-        _refuse_changes(stored, config, path, seeds, resolved=True)
+        refuse_changes(stored, config, path, seeds, resolved=True)
         if stored and (rate := changed_rate(config, stored["train"]["epochs"], images // batch, saved_steps(path)[-1])):
             raise config_lib.ConfigError(
                 f"{path} holds a run of train.epochs={stored['train']['epochs']}, now {config.train.epochs}: {rate}; "
@@ -236,7 +168,7 @@ def train_and_evaluate(
         stop.check()
         with workdir_lock(path):
             with processes.together():
-                if _stored(path) != stored:
+                if stored_config(path) != stored:
                     raise WorkdirError(f"{path} was changed by another run just now: run the same command again")
             record = {
                 "class_names": list(dataset.class_names),
@@ -289,40 +221,6 @@ def train_and_evaluate(
     return results
 
 
-def _refuse_changes(
-    stored: dict[str, Any] | None, config: Any, path: pathlib.Path, seeds: tuple[int, ...], *, resolved: bool
-) -> None:
-    if not stored:
-        return
-    lines = config_lib.changed_fields(stored, workdir.plain(config), resolved=resolved)
-    before = tuple(stored.get("seeds", seeds[:1]))
-    if before != seeds:
-        lines.append(f"seeds that train together: {before} before, {seeds} now")
-    if lines:
-        raise config_lib.ConfigError(
-            f"{path} holds a run with another config ({'; '.join(lines)}): name another --workdir, or undo the change"
-        )
-
-
-def saved_steps(path: pathlib.Path) -> list[int]:
-    """The steps of the workdir's checkpoints, whole or not, oldest first."""
-    return sorted(int(entry.name) for entry in (path / CHECKPOINTS).glob("*") if entry.name.isdecimal())
-
-
-def _stored(path: pathlib.Path) -> dict[str, Any] | None:
-    """What config.json says of the run that is to be gone on with; None where nothing was saved yet."""
-    if not saved_steps(path):
-        return None
-    if stored := workdir.read_config(path):
-        return stored
-    raise WorkdirError(f"{path} has checkpoints and no {workdir.CONFIG}: restore it, or name another --workdir")
-
-
-def _check_has_checkpoints(path: pathlib.Path) -> None:
-    if not saved_steps(path) or not (path / workdir.CONFIG).is_file():
-        raise WorkdirError(f"there is no checkpoint in {path}: train first, or name the run with --workdir")
-
-
 def _read_checkpoint(config: Any, path: pathlib.Path, like: Any) -> tuple[int, Any]:
     """The step and the state of the checkpoint `eval.checkpoint`; of several seeds, that of the config's."""
     seeds = workdir.read_json(path / workdir.CONFIG).get("seeds", [])
@@ -353,7 +251,7 @@ def load_trained(config: Any, path: str | pathlib.Path) -> tuple[Any, dict[str, 
     """
     path = pathlib.Path(path)
     config_lib.check_config(config)
-    _check_has_checkpoints(path)
+    check_has_checkpoints(path)
     image_shape = (workdir.read_config(path) or {})["image_shape"]
     model, (_, tx) = build_model(config), build_optimizer(config, 1)
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -385,7 +283,7 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     with processes.together():
         config_lib.check_config(config)
         if not config.model.init_from:
-            _check_has_checkpoints(path)
+            check_has_checkpoints(path)
         dataset = load(config)
     processes.check_same("data set", dataset.fingerprint())
     if not config.model.init_from:

@@ -1,0 +1,131 @@
+"""TFDS data sets as prepared on disk, in ArrayRecord form; downloads and prepares those that are missing."""
+
+import threading
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from regnet_flax.data.image_folder import DataError
+from regnet_flax.text import one_line
+
+CONNECT_SECONDS = 10.0
+MANUAL = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+USE_FOLDERS = "train from image folders, which need only Pillow, with --config configs/folder.py"
+
+
+def prepare_tfds(name: str, data_dir: str) -> Any:
+    """Opens a TFDS data set prepared in ArrayRecord form; downloads and prepares it first where it is missing.
+
+    Args:
+        name: the data set's name in TFDS.
+        data_dir: the directory that holds TFDS data sets; "" is TFDS's default.
+
+    Returns:
+        A `tfds.core.DatasetBuilder` whose `as_data_source(file_format="array_record")` works.
+
+    Raises:
+        DataError: it is missing and cannot be downloaded, is damaged or in another form, or TFDS is not installed.
+    """
+    root = Path(data_dir).expanduser() if data_dir else None
+    if root and not root.is_dir():
+        raise DataError(
+            f"--config.dataset.data_dir={data_dir} is not a directory; name the one that holds {name}/, or create it "
+            f"to have {name} downloaded into it"
+        )
+    try:
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder(name, data_dir=root)
+        directory = builder.data_path
+        if not (directory / "dataset_info.json").exists():
+            _download(builder)
+        # From its files: a builder from TFDS's code, as tfds.data_source makes, does not see the formats that
+        # convert_format has added to a copy.
+        builder = tfds.builder_from_directory(directory)
+    except DataError:
+        raise
+    except ImportError as error:
+        raise DataError(
+            f"{name} is read with TensorFlow Datasets ({one_line(error)}): pip install tensorflow-datasets "
+            f"tensorflow-cpu importlib_resources, or {USE_FOLDERS}"
+        ) from error
+    except Exception as error:
+        raise DataError(
+            f"TFDS's copy of {name} in {root or 'its default directory'} cannot be opened ({one_line(error)}); "
+            "copy or prepare it again"
+        ) from error
+    formats = sorted(form.value for form in builder.info.available_file_formats())
+    if "array_record" not in formats:
+        raise DataError(
+            f"{directory} holds {name} as {', '.join(formats)} only, which cannot be read in any order: convert it "
+            f"with tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record "
+            "(the tfds command also needs pip install apache-beam mlcroissant, best in an environment of its own)"
+        )
+    return builder
+
+
+def _download(builder: Any) -> None:
+    """Downloads and prepares; with no network TFDS alone tries for minutes and ends in a traceback."""
+    name, directory = builder.name, builder.data_path
+    if directory.exists():
+        # TFDS takes the directory's existence for a prepared data set.
+        raise DataError(f"{directory} has no dataset_info.json, so the copy is incomplete: copy it again, or delete it")
+    if name in MANUAL:
+        _prepare_manual(builder)
+        return
+    ways = (
+        f"prepare it where there is a network (tfds.builder({name!r}, file_format='array_record')"
+        f".download_and_prepare()) and copy it to {directory}, name another place with --config.dataset.data_dir=DIR, "
+        f"or {USE_FOLDERS}"
+    )
+    # CIFAR's home page is on the host that serves its archives.
+    url = builder.info.homepage
+    if reason := _unreachable(url):
+        raise DataError(
+            f"{name} is not in {directory} and {urlsplit(url).hostname} cannot be reached ({reason}): {ways}"
+        )
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        raise DataError(f"{name} is not in {directory} and its download failed ({one_line(error)}): {ways}") from error
+
+
+def _prepare_manual(builder: Any) -> None:
+    """Prepares a data set whose archives only registered users are given."""
+    directory = builder.data_path
+    archives = directory.parents[1] / "downloads" / "manual"  # where TFDS looks for them
+    if missing := [name for name in MANUAL[builder.name] if not (archives / name).exists()]:
+        raise DataError(
+            f"{builder.name} is not in {directory}, and {urlsplit(builder.info.homepage).hostname} gives it to "
+            f"registered users only: copy one prepared by TFDS (file_format='array_record') there, put "
+            f"{' and '.join(missing)} into {archives} to have it prepared, or name another place with "
+            "--config.dataset.data_dir=DIR"
+        )
+    try:
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        raise DataError(
+            f"{builder.name} could not be prepared in {directory} from the archives in {archives} ({one_line(error)}): "
+            "check that they are whole and that there is room"
+        ) from error
+
+
+def _unreachable(url: str) -> str:
+    """Returns why there is no answer from a URL within CONNECT_SECONDS, "" if there is one."""
+    # What TFDS downloads with, so that it takes the same proxies and certificates.
+    import requests
+
+    reason = [f"no answer in {CONNECT_SECONDS:g} s"]
+
+    def connect() -> None:
+        try:
+            requests.head(url, timeout=CONNECT_SECONDS)
+            reason[0] = ""
+        except (OSError, ValueError) as error:  # All of requests' own are OSErrors.
+            reason[0] = type(error).__name__
+
+    # A look-up of the host's name knows no timeout: a daemon thread can be left behind, even when the program ends.
+    thread = threading.Thread(target=connect, name="connect", daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    return reason[0]
