@@ -111,13 +111,8 @@ def _forward(x, kernel, kept, make, strides, padding):
 def _backward(make, strides, padding, saved, d):
     kernel, kept = saved
     shape = jax.eval_shape(make, *kept).shape
-    return (
-        _input_gradient(d, kernel, shape, strides, padding),
-        _filter_gradient(d, *kept, make=make, shape=kernel.shape, strides=strides, padding=padding).astype(
-            kernel.dtype
-        ),
-        None,
-    )
+    by_kernel = _filter_gradient(d, *kept, make=make, shape=kernel.shape, strides=strides, padding=padding)
+    return _input_gradient(d, kernel, shape, strides, padding), by_kernel.astype(kernel.dtype), None
 
 
 def _input_gradient(d, kernel, shape, strides, padding):
@@ -131,8 +126,8 @@ def _input_gradient(d, kernel, shape, strides, padding):
 
 @functools.partial(alone, static=("make", "shape", "strides", "padding"))
 def _filter_gradient(d, *kept, make, shape, strides, padding):
-    x = make(*kept)
     wide = jnp.promote_types(d.dtype, jnp.float32)
+    x = kept[0] if make is _unchanged else alone(make)(*kept)
     if shape[:2] == (1, 1) and not any(map(any, padding)):
         x = x[:, :: strides[0], :: strides[1]]
         x, d = (a.reshape(-1, a.shape[-1]) for a in (x, d))
@@ -140,9 +135,14 @@ def _filter_gradient(d, *kept, make, shape, strides, padding):
     # A convolution in which channels take the place of images, and images that of channels.
     lengths = zip(shape[:2], x.shape[1:3], d.shape[1:3], strides, padding, strict=True)
     padding = [(low, size + (steps - 1) * stride - length - low) for size, length, steps, stride, (low, _) in lengths]
+    return _correlate(x.transpose(3, 1, 2, 0).astype(wide), d, strides=strides, padding=tuple(padding))
+
+
+@functools.partial(alone, static=("strides", "padding"))
+def _correlate(x, d, *, strides, padding):
     return lax.conv_general_dilated(
-        x.transpose(3, 1, 2, 0).astype(wide),
-        d.transpose(1, 2, 0, 3).astype(wide),
+        x,
+        d.transpose(1, 2, 0, 3).astype(x.dtype),
         window_strides=(1, 1),
         padding=padding,
         rhs_dilation=strides,

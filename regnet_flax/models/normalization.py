@@ -55,7 +55,8 @@ class BatchNorm(nn.BatchNorm):
             running = self.get_variable("batch_stats", name)
             value = self.momentum * running + (1 - self.momentum) * lax.stop_gradient(value)
             self.put_variable("batch_stats", name, value)
-        return Remade(y, (x, scale, bias, mean, variance), _normalizer(*options))
+        factor = lax.rsqrt(variance + self.epsilon) * scale
+        return Remade(y, (x, mean, factor, bias), _normalizer(*options[1:]))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -82,14 +83,14 @@ def normalize(
 def _forward(x, scale, bias, epsilon, relu, dtype, axis_name):
     mean = _over_devices(_mean(x), axis_name)
     variance = _over_devices(_variance(x, mean), axis_name)
-    y = _normalizer(epsilon, relu, dtype)(x, scale, bias, mean, variance)
+    y = _normalizer(relu, dtype)(x, mean, lax.rsqrt(variance + epsilon) * scale, bias)
     return (y, mean, variance), (x, scale, bias, mean, variance)
 
 
 @functools.cache  # so that equal ones are one
-def _normalizer(epsilon, relu, dtype):
-    def make(x, scale, bias, mean, variance):
-        y = (x - mean) * (lax.rsqrt(variance + epsilon) * scale) + bias
+def _normalizer(relu, dtype):
+    def make(x, mean, factor, bias):
+        y = (x - mean) * factor + bias
         return (nn.relu(y) if relu else y).astype(dtype)
 
     return make
