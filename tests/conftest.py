@@ -1,6 +1,7 @@
 """Eight CPU devices, and one compilation cache for the whole run, subprocesses included.
 
-JAX_COMPILATION_CACHE_DIR names a cache that outlives the run.
+JAX_COMPILATION_CACHE_DIR names a cache that outlives the run. Compiling takes most of the time, so it is done without
+most optimisations, unless --slow is given.
 """
 
 import contextlib
@@ -57,6 +58,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if not config.getoption("--slow"):
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        jax.config.update("jax_disable_most_optimizations", True)
     if (device := config.getoption("--torch-device")) != "cpu":
         import torch
 
