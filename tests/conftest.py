@@ -1,7 +1,7 @@
 """Eight CPU devices, and one compilation cache for the whole run, subprocesses included.
 
 JAX_COMPILATION_CACHE_DIR names a cache that outlives the run. Compiling takes most of the time, so it is done without
-most optimisations, unless --slow is given.
+most optimisations, unless --slow, --parity-report or a GPU's --torch-device asks for the program as its users have it.
 """
 
 import contextlib
@@ -58,10 +58,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if not config.getoption("--slow"):
+    device = config.getoption("--torch-device")
+    if device == "cpu" and not (config.getoption("--slow") or config.getoption("--parity-report")):
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
         jax.config.update("jax_disable_most_optimizations", True)
-    if (device := config.getoption("--torch-device")) != "cpu":
+    if device != "cpu":
         import torch
 
         if not device.startswith("cuda") or not torch.cuda.is_available():
