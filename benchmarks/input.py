@@ -30,6 +30,7 @@ from PIL import Image
 
 from regnet_flax.data import decode, host_batches, streaming
 from regnet_flax.data.records import FolderRecords
+from regnet_flax.training.workdir import processor
 
 SIZE, BATCH, EPOCHS = 224, 32, 1
 
@@ -155,8 +156,7 @@ def main():
         print(f"{name}: {results['pipelines'][name]}", flush=True)
     packages = ("grain", "pillow", "numpy", "torch", "tensorflow-cpu")
     results["versions"] = {package: importlib.metadata.version(package) for package in packages}
-    with open("/proc/cpuinfo") as lines:
-        results["cpu"] = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
+    results["cpu"] = processor()
     if arguments.out:
         with open(arguments.out, "w") as file:
             json.dump(results, file, indent=2)

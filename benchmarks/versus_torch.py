@@ -112,8 +112,14 @@ def their_calls(model, batch, size, dtype, channels_last=False, compile=False):
 def work(name, *settings):
     """A variant's process: for each line "train 3" on stdin, seconds a step over three steps on stdout."""
     sys.path.insert(0, str(ROOT))
-    make = our_calls if name.startswith("ours") else their_calls
-    calls, wait, facts = make(*settings, **VARIANTS[name])
+    ours = name.startswith("ours")
+    calls, wait, facts = (our_calls if ours else their_calls)(*settings, **VARIANTS[name])
+    if ours:  # here, since JAX would take a GPU in the process that waits for all of them
+        import jax
+
+        from regnet_flax.training.workdir import environment
+
+        facts |= {key: environment(jax.local_devices()[:1])[key] for key in ("hardware", "versions")}
     for what in ("train", "infer"):  # what is compiled or chosen at the first calls
         for _ in range(3):
             wait(calls[what]())
@@ -232,7 +238,11 @@ def main():
         for dtype in arguments.dtypes:
             settings = model, arguments.batch, arguments.size, dtype
             found = measure(*settings, arguments.rounds, arguments.seconds, variants)
-            results.append(dict(zip(("model", "batch", "size", "dtype"), settings, strict=True)) | {"variants": found})
+            where = {}
+            for variant in found.values():
+                where |= {key: variant["facts"].pop(key) for key in ("hardware", "versions") if key in variant["facts"]}
+            result = dict(zip(("model", "batch", "size", "dtype"), settings, strict=True))
+            results.append(result | where | {"variants": found})
             print(table(results[-1:]), flush=True)
             if arguments.out:
                 command = shlex.join(["python", "benchmarks/versus_torch.py", *sys.argv[1:]])

@@ -67,6 +67,7 @@ def test_versus_torch_takes_turns(tmp_path):
         timeout=300,
     )
     (result,) = json.loads(out.read_text())["results"]
+    assert result["hardware"]["cpu_cores"] >= 1 and result["versions"]["jax"]
     for what in ("train", "infer"):
         theirs = [result["variants"][name][what] for name in variants[2:]]
         assert max(found["ratio"] for found in theirs) == 1.0

@@ -200,10 +200,22 @@ def test_train_log_has_what_the_run_says_with_the_time_and_the_error_that_ended_
     assert len((tmp_path / "train.log").read_text().splitlines()) == 4
 
 
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [("processor\t: 0\nmodel name\t: A: 3 @ 2 GHz\nmodel name\t: B\n", "A: 3 @ 2 GHz"), ("Features : fp\n", "z80")],
+)
+def test_the_processor_is_named(monkeypatch, said, name):
+    monkeypatch.setattr(workdir.pathlib.Path, "read_text", lambda path: said)
+    monkeypatch.setattr(workdir.platform, "processor", lambda: "")
+    monkeypatch.setattr(workdir.platform, "machine", lambda: "z80")
+    assert workdir.processor() == name
+
+
 def test_hardware_and_versions_are_recorded():
     found = workdir.environment(jax.devices())
     assert json.loads(json.dumps(found)) == found
     assert found["hardware"]["devices"] == len(jax.devices())
     assert found["hardware"]["cpu_cores"] >= 1
+    assert found["hardware"]["cpu"] == workdir.processor()
     assert found["versions"]["jax"] == jax.__version__
     assert found["versions"].keys() >= {"python", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"}

@@ -251,8 +251,19 @@ def environment(devices: list[Any]) -> dict[str, Any]:
             "devices": len(devices),
             "processes": jax.process_count(),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            "cpu": processor(),
             "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         },
         "versions": versions,
         "command": shlex.join([*program, *sys.argv[1:]]),
     }
+
+
+def processor() -> str:
+    """The processor's name, as the system has it; its architecture where it has none."""
+    with contextlib.suppress(OSError):  # Linux alone has the file
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
