@@ -119,7 +119,7 @@ def work(name, *settings):
 
         from regnet_flax.training.workdir import environment
 
-        facts |= {key: environment(jax.local_devices()[:1])[key] for key in ("hardware", "versions")}
+        facts["environment"] = environment(jax.local_devices()[:1])
     for what in ("train", "infer"):  # what is compiled or chosen at the first calls
         for _ in range(3):
             wait(calls[what]())
@@ -240,7 +240,8 @@ def main():
             found = measure(*settings, arguments.rounds, arguments.seconds, variants)
             where = {}
             for variant in found.values():
-                where |= {key: variant["facts"].pop(key) for key in ("hardware", "versions") if key in variant["facts"]}
+                where = variant["facts"].pop("environment", where)
+            where.pop("command", None)  # of that process; the whole file has the one that was given
             result = dict(zip(("model", "batch", "size", "dtype"), settings, strict=True))
             results.append(result | where | {"variants": found})
             print(table(results[-1:]), flush=True)
