@@ -36,7 +36,7 @@ from regnet_flax.analysis import plots  # noqa: E402
 from regnet_flax.data import sources  # noqa: E402
 from regnet_flax.modes import train as loop  # noqa: E402
 from regnet_flax.training.checkpoint import Checkpoints  # noqa: E402
-from regnet_flax.training.trainer import Program  # noqa: E402
+from regnet_flax.training.trainer import Trainer  # noqa: E402
 
 announce("-import")
 
@@ -46,7 +46,7 @@ jax.monitoring.register_event_duration_secs_listener(
     lambda event, *_, **__: event == LOWERED and announce(f"={'compile' if compiled else 'initialize'}")
 )
 
-train = Program.train
+train = Trainer.train
 
 
 def train_or_compile(*args, **kwargs):
@@ -54,8 +54,8 @@ def train_or_compile(*args, **kwargs):
     return announcing(train, "compile" if len(compiled) == 1 else "train")(*args, **kwargs)
 
 
-Program.train = train_or_compile
-Program.evaluate = announcing(Program.evaluate, "evaluate")
+Trainer.train = train_or_compile
+Trainer.evaluate = announcing(Trainer.evaluate, "evaluate")
 Checkpoints.save = announcing(Checkpoints.save, "save")
 loop.write_figures = announcing(loop.write_figures, "figures")
 plots.curves = announcing(plots.curves, "curves")

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from configs import digits
+from regnet_flax.modes.setup import build_model, build_step
 from regnet_flax.training.checkpoint import Checkpoints
-from regnet_flax.training.trainer import build_model, build_optimizer, build_state
+from regnet_flax.training.optimizer import build_optimizer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # 66 steps, a checkpoint every 4, and evaluations of 18 batches after every 11.
@@ -150,12 +151,13 @@ def arrays(workdir, step=STEPS):
     """Every array of a checkpoint, optimiser state included, by its path."""
     config = digits.get_config("resnet8")
     config.model.overrides.width, config.dataset.num_classes = 4, 10
-    shapes = jax.eval_shape(lambda: build_state(build_model(config), build_optimizer(config, 1)[1], (8, 8, 1), 0))
+    model, tx = build_model(config), build_optimizer(config, 1)[1]
+    shapes = jax.eval_shape(build_step(config, model, tx, (8, 8, 1), True).init, 0)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), shapes)
     checkpoints = Checkpoints(workdir)
     try:
-        state = jax.device_get(checkpoints.read(str(step), like)[1])
+        state = jax.device_get(checkpoints._read(step, like)[0])
     finally:
         checkpoints.close()
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}

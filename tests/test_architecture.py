@@ -82,9 +82,9 @@ def calls(path, *names):
     return [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and n.attr in names]
 
 
-def test_the_only_pmap_is_in_the_loop_and_reductions_are_in_the_steps_and_batch_normalisation():
+def test_the_only_pmap_is_in_parallel_and_reductions_are_in_the_step_and_batch_normalisation():
     for path in PACKAGE:
-        if module_name(path) != f"{P}.modes.train":
+        if module_name(path) != f"{P}.training.parallel":
             assert not [n for n in calls(path, "pmap") if getattr(n.value, "id", "") == "jax"], path
         # A batch normalisation over several devices has its own, as Flax's has.
         if module_name(path) not in (f"{P}.training.step", f"{P}.models.normalization"):

@@ -13,22 +13,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from regnet_flax.errors import CheckpointError, WorkdirError
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.optimizer import make_optimizer
-from regnet_flax.training.step import create_train_state
+from regnet_flax.training.step import TrainState, create_train_state
 
 
 def state(step):
     """Some arrays that tell the step, incompressible, so that the largest file holds them."""
-    return {
-        "params": {"kernel": jax.random.normal(jax.random.key(step), (60, 50)), "bias": jnp.full(3, step, jnp.float32)},
-        "step": jnp.int32(step),
-    }
+    params = {"kernel": jax.random.normal(jax.random.key(step), (60, 50)), "bias": jnp.full(3, step, jnp.float32)}
+    return TrainState(jnp.int32(step), params, {"mean": jnp.ones(2)}, (), {}, jnp.int32(-1))
 
 
 def like(tree):
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
 
 
-LIKE = like(state(0))
+LIKE, PLACE = like(state(0)), state(0).step.sharding
 
 
 def same(a, b):
@@ -105,7 +103,7 @@ def test_a_train_state_comes_back_bitwise_with_its_record(tmp_path, opened):
     odd = np.array([np.nan, -np.nan, -0.0, 1e-42, np.inf], np.float32)
     odd[0] = np.uint32(0x7FC00123).view(np.float32)  # a NaN with a payload
     params = {"a": jnp.asarray(odd), "b": {"c": jnp.arange(4, dtype=jnp.bfloat16) / 3, "scalar": jnp.float32(0.1)}}
-    tx = make_optimizer(lambda count: 0.1, momentum=0.9, weight_decay=1e-4, clip_norm=1.0)
+    tx = make_optimizer("sgd", lambda count: 0.1, momentum=0.9, weight_decay=1e-4, clip_norm=1.0)
     before = create_train_state({"params": params, "batch_stats": {"mean": jnp.ones(2)}}, tx)
     before = before.replace(step=jnp.int32(7))
     record = {"logged": False, "seconds": 0.1 + 0.2, "nested": {"names": ["ä", "b"]}}
@@ -195,8 +193,8 @@ def test_metrics_that_come_late_count(tmp_path, opened):
     save(reopened, 2, 0.8)
     save(reopened, 3, 0.7)
     assert saved(reopened) == [1, 3]
-    assert reopened.read("best", LIKE)[0] == 1
-    assert opened(tmp_path).read("best", LIKE)[0] == 1
+    assert reopened.read_variables("best", PLACE)[0] == 1
+    assert opened(tmp_path).read_variables("best", PLACE)[0] == 1
     assert is_step(reopened.restore(LIKE), 3)
 
 
@@ -260,7 +258,7 @@ def test_a_damaged_newest_is_named_and_set_aside_and_the_one_before_is_used(work
         save(checkpoints, step)
     assert saved(checkpoints) == [10, 20, 25, 30, 35]
     assert is_step(checkpoints.restore(LIKE), 35)
-    assert checkpoints.read("30", LIKE)[0] == 30 and same(checkpoints.read("30", LIKE)[1], state(30))
+    assert checkpoints.read_variables("30", PLACE)[0] == 30
 
 
 def test_a_stray_empty_step_is_set_aside(workdir, opened, warnings):
@@ -330,7 +328,7 @@ def test_damaged_metrics_do_not_count_and_harm_nothing_else(workdir, opened, war
     checkpoints = opened(workdir, keep=1)
     assert any("checkpoint 20" in message and "metrics" in message for message in warnings())
     assert is_step(checkpoints.restore(LIKE), 30)
-    assert checkpoints.read("best", LIKE)[0] == 30
+    assert checkpoints.read_variables("best", PLACE)[0] == 30
     save(checkpoints, 40, 0.1)
     assert saved(checkpoints) == [30, 40]
 
@@ -355,7 +353,7 @@ def test_what_a_killed_save_left_is_ignored_and_cleared_by_the_run_that_goes_on(
     unfinished = workdir / "checkpoints/40.orbax-checkpoint-tmp"
     shutil.copytree(workdir / "checkpoints/30", unfinished)
     evaluation = opened(workdir)
-    assert evaluation.read("last", LIKE)[0] == 30
+    assert evaluation.read_variables("last", PLACE)[0] == 30
     assert unfinished.is_dir()  # it may be another process's, that is saving now
     checkpoints = opened(workdir)
     assert is_step(checkpoints.restore(LIKE), 30)
@@ -382,7 +380,7 @@ def test_where_all_are_damaged_nothing_is_moved_or_deleted(workdir, opened, dama
 
 
 def test_a_state_of_another_shape_is_not_restored(workdir, opened):
-    other = {**state(0), "params": {"kernel": jnp.zeros((60, 51)), "bias": jnp.zeros(3)}}
+    other = state(0).replace(params={"kernel": jnp.zeros((60, 51)), "bias": jnp.zeros(3)})
     with pytest.raises(CheckpointError):
         opened(workdir).restore(like(other))
     assert is_step(opened(workdir).restore(LIKE), 30)
@@ -413,8 +411,8 @@ def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoints(workdir, ope
 
 @pytest.mark.parametrize(("which", "step"), [("best", 20), ("last", 30), ("10", 10), ("20", 20)])
 def test_reading_by_name(workdir, opened, which, step):
-    found, tree = opened(workdir).read(which, LIKE)
-    assert found == step and same(tree, state(step))
+    found, tree = opened(workdir).read_variables(which, PLACE)
+    assert found == step and same(tree, {"params": state(step).params, "batch_stats": state(step).batch_stats})
 
 
 def test_the_best_is_the_newest_where_none_was_evaluated(tmp_path, opened):
@@ -422,17 +420,17 @@ def test_the_best_is_the_newest_where_none_was_evaluated(tmp_path, opened):
     for step in (1, 2):
         save(checkpoints, step)
     checkpoints.wait()
-    assert checkpoints.read("best", LIKE)[0] == 2
+    assert checkpoints.read_variables("best", PLACE)[0] == 2
 
 
 def test_reading_an_unknown_step_names_the_known_ones(workdir, opened):
     with pytest.raises(WorkdirError, match="15.* 10, 20, 30$"):
-        opened(workdir).read("15", LIKE)
+        opened(workdir).read_variables("15", PLACE)
 
 
 def test_reading_where_there_is_none(tmp_path, opened):
     with pytest.raises(WorkdirError, match="no checkpoint"):
-        opened(tmp_path).read("best", LIKE)
+        opened(tmp_path).read_variables("best", PLACE)
 
 
 @by_name
@@ -441,7 +439,7 @@ def test_reading_a_damaged_one_is_an_error_and_moves_nothing(workdir, opened, da
     before = files(workdir)
     checkpoints = opened(workdir)
     with pytest.raises(CheckpointError, match="checkpoint 20 ") as caught:
-        checkpoints.read("20", LIKE)
+        checkpoints.read_variables("20", PLACE)
     assert "\n" not in str(caught.value)
     assert files(workdir) == before
-    assert checkpoints.read("last", LIKE)[0] == 30
+    assert checkpoints.read_variables("last", PLACE)[0] == 30

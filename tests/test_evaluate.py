@@ -1,16 +1,18 @@
 """Metrics of a whole split, exactly."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from regnet_flax.analysis.by_class import confusion_matrix, per_class
-from regnet_flax.data.feeds import eval_batch
-from regnet_flax.training.evaluate import evaluate
-from regnet_flax.training.step import eval_step
+from regnet_flax.data.feeds import MemoryFeed
+from regnet_flax.data.folder import Split
+from regnet_flax.data.sources import Dataset
+from regnet_flax.training.parallel import AXIS, Placement
+from regnet_flax.training.step import create_train_state, eval_step
+from regnet_flax.training.trainer import Step, Trainer, mean_metrics
 
 
 def split(size, classes, seed=0):
@@ -19,22 +21,30 @@ def split(size, classes, seed=0):
     return 3 * rng.normal(size=(size, classes)).astype("f"), rng.integers(0, classes, size).astype("i")
 
 
-@functools.partial(jax.jit, static_argnames="batch_size")
-def one_batch(data, start, batch_size):
-    batch = eval_batch(data, start, batch_size=batch_size)
-    # What stands in the padding must not count, whatever it is.
-    batch["images"] = jnp.where(batch["mask"][:, None], batch["images"], jnp.nan)
-    return eval_step({}, batch, apply_fn=lambda variables, images, train: images)
+def evaluate(logits, labels, batch_size, devices=1, **options):
+    """By a trainer whose model is the identity."""
+
+    def identity(variables, batch):
+        # What stands in the padding must not count, whatever it is.
+        images = jnp.where(batch["mask"][:, None], batch["images"], jnp.nan)
+        return eval_step({}, batch | {"images": images}, apply_fn=lambda _, x, train: x, axis_name=AXIS)
+
+    placement, data = Placement(jax.devices()[:devices]), Split(logits, labels)
+    feed = MemoryFeed(Dataset("logits", data, data, ()), (0,), placement, batch_size)
+    step = Step(lambda seed: create_train_state({"params": {}}, optax.identity()), lambda *_: None, identity, 1)
+    return Trainer(step, feed, (0,), placement).evaluate({}, "test", len(labels), batch_size, **options)
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(1, 4), (7, 7), (23, 5), (23, 64), (101, 3)])
+@pytest.mark.parametrize(
+    ("size", "batch_size", "devices"), [(1, 4, 1), (7, 7, 1), (23, 5, 1), (23, 64, 2), (101, 3, 1), (101, 6, 3)]
+)
 @pytest.mark.parametrize("classes", [5, 6])
-def test_metrics_are_those_of_the_whole_split(size, batch_size, classes):
+def test_metrics_are_those_of_the_whole_split(size, batch_size, devices, classes):
     logits, labels = split(size, classes)
-    data = {"images": jnp.asarray(logits), "labels": jnp.asarray(labels)}
     done = []
     outcomes = np.empty((size, 2), np.int32)
-    metrics = evaluate(lambda start: one_batch(data, start, batch_size), size, batch_size, done.append, outcomes)
+    metrics = evaluate(logits, labels, batch_size, devices, poll=done.append, outcomes=outcomes)
+    batch_size = -(-min(batch_size, size) // devices) * devices
 
     exact = logits.astype(np.float64)
     losses = np.log(np.exp(exact).sum(1)) - exact[np.arange(size), labels]
@@ -74,28 +84,18 @@ def test_precision_and_recall_of_each_class_are_scikit_learns():
 
 def test_many_batches_lose_no_example():
     # 2**24 + 1 is the first whole number that float32 has not.
-    sums = {0: (2**24, 2**24), 2**24: (1, 1)}
-
-    def fake(start):
-        correct, count = sums[start]
-        return {"loss": np.float32(0), "correct": np.int32(correct), "count": np.int32(count)}
-
-    metrics = evaluate(fake, 2**24 + 1, 2**24)
-    assert metrics == {"loss": 0, "accuracy": 1, "count": 2**24 + 1}
+    sums = [{"loss": np.float32(0), "correct": np.int32(n), "count": np.int32(n)} for n in (2**24, 1)]
+    assert mean_metrics(sums, "") == {"loss": 0, "accuracy": 1, "count": 2**24 + 1}
 
 
 def test_poll_can_end_an_evaluation():
-    data = dict(zip(("images", "labels"), map(jnp.asarray, split(20, 3)), strict=True))
-    started = []
-
-    def step(start):
-        started.append(start)
-        return one_batch(data, start, 5)
+    seen = []
 
     def poll(done):
+        seen.append(done)
         if done >= 10:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(step, 20, 5, poll)
-    assert started == [0, 5]
+        evaluate(*split(20, 3), 5, poll=poll)
+    assert seen == [5, 10]

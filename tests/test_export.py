@@ -112,9 +112,9 @@ def test_a_stranger_runs_the_program_as_its_card_says(trained, tmp_path, monkeyp
     )
 
     config, _ = main.parse(["--mode=eval", "--workdir", str(trained), "--config.eval.checkpoint=last"])
-    from regnet_flax.modes import train as loop
+    from regnet_flax.modes.setup import load_trained
 
-    model, variables, step = loop.load_trained(config, trained)
+    model, variables, step = load_trained(config, trained)
     images = normalize(given, config.dataset.mean, config.dataset.std)
     expected = jax.jit(lambda x: model.apply(variables, x, train=False))(images)
     logits = np.load(file.parent / "logits.npy")

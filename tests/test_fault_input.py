@@ -130,7 +130,7 @@ def _is_number(text):
 @pytest.mark.fault("wrong values on the command line")
 def test_a_wrong_value_on_the_command_line_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "Program", None)  # whatever comes so far would be a value that was not refused
+    monkeypatch.setattr(loop, "make_trainer", None)  # whatever comes so far would be a value that was not refused
     counted = []
 
     @settings(deadline=None, max_examples=150, derandomize=True)

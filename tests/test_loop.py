@@ -16,10 +16,11 @@ from regnet_flax import create_model
 from regnet_flax.analysis.summary import count_parameters
 from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError, WorkdirError
 from regnet_flax.modes import train as loop
-from regnet_flax.training import workdir as workdir_lib
+from regnet_flax.modes.evaluate import evaluate_only
+from regnet_flax.training import run
 from regnet_flax.training.checkpoint import CHECKPOINTS
 from regnet_flax.training.run import Run
-from regnet_flax.training.trainer import Program
+from regnet_flax.training.trainer import Trainer
 
 ONE = slice(0, 1)
 IMAGE = jnp.zeros((1, 8, 8, 1))
@@ -90,7 +91,7 @@ def test_what_a_run_leaves(finished):
 def test_eval_finds_what_training_measured(finished):
     workdir, results = finished
     for which, expected in (("last", results["last"]), ("best", results["best"])):
-        metrics = loop.evaluate_only(tiny_config(**{"eval.checkpoint": which}), workdir, devices=jax.devices()[ONE])
+        metrics = evaluate_only(tiny_config(**{"eval.checkpoint": which}), workdir, devices=jax.devices()[ONE])
         assert metrics["step"] == expected["step"] and metrics["count"] == 360
         assert metrics["accuracy"] == expected["eval_accuracy"]
         assert metrics["top5_accuracy"] == expected["eval_top5_accuracy"]
@@ -102,10 +103,10 @@ def test_eval_finds_what_training_measured(finished):
     assert by_class == json.loads((workdir / "results.json").read_text())["per_class"] or which == "best"
     assert {path.name for path in (workdir / "figures" / "eval").iterdir()} == {"predictions.png", "confusion.png"}
     # A batch that the devices do not divide was that of training: it does not matter here.
-    other = loop.evaluate_only(tiny_config(**{"eval.checkpoint": "last", "train.batch_size": 100}), workdir)
+    other = evaluate_only(tiny_config(**{"eval.checkpoint": "last", "train.batch_size": 100}), workdir)
     assert other["count"] == 360
     # Another batch size and eight devices count every image once, too.
-    again = loop.evaluate_only(tiny_config(**{"eval.batch_size": 56, "eval.checkpoint": "last"}), workdir)
+    again = evaluate_only(tiny_config(**{"eval.batch_size": 56, "eval.checkpoint": "last"}), workdir)
     assert again["count"] == 360
     assert again["accuracy"] == pytest.approx(results["last"]["eval_accuracy"], abs=1 / 360)
     assert again["loss"] == pytest.approx(results["last"]["eval_loss"], rel=1e-3)
@@ -158,7 +159,7 @@ def test_a_run_that_goes_on_is_not_taken_for_finished_when_it_is_stopped(tmp_pat
 def test_the_best_checkpoint_is_kept_whatever_the_cadence_and_the_time_left_is_said(tmp_path):
     results = train(tmp_path, **{"checkpoint.every_steps": 7, "checkpoint.keep": 1, "train.steps_per_call": 50})
     best = results["best"]["step"]
-    metrics = loop.evaluate_only(tiny_config(**{"train.steps_per_call": 50}), tmp_path, devices=jax.devices()[ONE])
+    metrics = evaluate_only(tiny_config(**{"train.steps_per_call": 50}), tmp_path, devices=jax.devices()[ONE])
     assert metrics["step"] == best and metrics["accuracy"] == results["best"]["eval_accuracy"]
     lines = [line for line in (tmp_path / "train.log").read_text().splitlines() if " step " in line and "epoch" in line]
     assert all(" left" in line for line in lines[1:]) and len(lines) > 3
@@ -166,13 +167,13 @@ def test_the_best_checkpoint_is_kept_whatever_the_cadence_and_the_time_left_is_s
 
 def test_a_run_that_goes_on_elsewhere_is_warned(tmp_path, monkeypatch):
     train(tmp_path, **{"train.max_steps": 2})
-    here = workdir_lib.environment
+    here = run.environment
 
     def elsewhere(devices):
         found = here(devices)
         return found | {"hardware": found["hardware"] | {"cpu_cores": 999}}
 
-    monkeypatch.setattr(workdir_lib, "environment", elsewhere)
+    monkeypatch.setattr(run, "environment", elsewhere)
     train(tmp_path, **{"train.max_steps": 3})
     assert "cpu_cores" in (tmp_path / "train.log").read_text().partition("the run began elsewhere")[2]
 
@@ -185,14 +186,14 @@ def test_another_config_is_no_matter_before_the_first_checkpoint(tmp_path):
 @pytest.mark.fault("SIGTERM in an evaluation, fast suite")
 def test_stopped_while_it_evaluates_it_evaluates_when_it_goes_on(finished, tmp_path, monkeypatch):
     workdir, _ = finished
-    evaluate = Program.evaluate
+    evaluate = Trainer.evaluate
 
-    def stop(self, state, poll):
+    def stop(self, *args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(self, state, poll)
+        return evaluate(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Program, "evaluate", stop)
+        patch.setattr(Trainer, "evaluate", stop)
         with pytest.raises(Interrupted, match=f"saved at step {STEPS_PER_EPOCH}") as stopped:
             train(tmp_path)
     assert stopped.value.exit_code == 143
@@ -200,7 +201,7 @@ def test_stopped_while_it_evaluates_it_evaluates_when_it_goes_on(finished, tmp_p
     # Nothing is trained after the first epoch's evaluation, so that its accuracy is the best one.
     again = train(tmp_path, **{"train.max_steps": STEPS_PER_EPOCH})
     assert again["best"]["step"] == STEPS_PER_EPOCH
-    found = loop.evaluate_only(tiny_config(**{"eval.checkpoint": "best"}), tmp_path, devices=jax.devices()[ONE])
+    found = evaluate_only(tiny_config(**{"eval.checkpoint": "best"}), tmp_path, devices=jax.devices()[ONE])
     assert found["step"] == STEPS_PER_EPOCH
     train(tmp_path)
     assert read_lines(tmp_path) == read_lines(workdir)
@@ -266,7 +267,7 @@ def test_other_images_are_refused(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "data" / split / "a").rename(tmp_path / "data" / split / "c")
     with pytest.raises(ConfigError, match="trained on a, b"):
-        loop.evaluate_only(tiny_config(**config), tmp_path / "run", devices=jax.devices()[ONE])
+        evaluate_only(tiny_config(**config), tmp_path / "run", devices=jax.devices()[ONE])
     for split in ("train", "test"):
         (tmp_path / "data" / split / "c").rename(tmp_path / "data" / split / "a")
     pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
@@ -281,21 +282,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     train(tmp_path, **(config | {"train.max_steps": 2}))
     before = checksums(tmp_path, 2)
     # The third step's statistics cannot be finite, whatever the rate.
-    restore = Program.train
+    restore = Trainer.train
 
-    def spoil(self, state, step, count):
+    def spoil(self, state, totals, step, count):
         if step == 2:
             state = state.replace(params=jax.tree.map(lambda a: a * np.float32(np.inf), state.params))
-        return restore(self, state, step, count)
+        return restore(self, state, totals, step, count)
 
-    Program.train = spoil
+    Trainer.train = spoil
     try:
         with pytest.raises(
             NonFiniteError, match=r"at step 3, learning rate 0\.\d+; the last good checkpoint is step 2"
         ):
             train(tmp_path, **config)
     finally:
-        Program.train = restore
+        Trainer.train = restore
     assert checksums(tmp_path, 2) == before
     assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir() if p.name.isdigit()] == ["2"]
 
@@ -306,7 +307,7 @@ def test_wrong_input_leaves_nothing_behind(tmp_path):
     with pytest.raises(ConfigError, match=r"batch_size is 2000: digits has 1437 .*batch_size=1024"):
         train(tmp_path / "run", **{"train.batch_size": 2000})
     with pytest.raises(WorkdirError, match="no checkpoint"):
-        loop.evaluate_only(tiny_config(), tmp_path / "run", devices=jax.devices()[ONE])
+        evaluate_only(tiny_config(), tmp_path / "run", devices=jax.devices()[ONE])
     assert not (tmp_path / "run").exists()
 
 

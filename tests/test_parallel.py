@@ -7,15 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import Program, in_float64, relative
 
 from configs import digits
-from regnet_flax.config.resolve import resolve
 from regnet_flax.data import augment, feeds
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import Dataset
-from regnet_flax.modes import train as loop
 from regnet_flax.training import step as steps
-from regnet_flax.training.trainer import Program
+from regnet_flax.training.optimizer import build_optimizer
 
 STEPS = 5
 
@@ -39,7 +38,7 @@ def make_program(devices, **overrides):
     config.dtype = "float64"
     config.update_from_flattened_dict(overrides)
     data = dataset()
-    return Program(resolve(config, data), data, jax.devices()[:devices], loop.pmap)
+    return Program(config, data, jax.devices()[:devices])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -49,7 +48,8 @@ def _float64():
 
 
 def initial_state(program):
-    return jax.tree.map(lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, program.initial_state())
+    program.totals = None
+    return in_float64(program.initial_state())
 
 
 def train(program, count=STEPS):
@@ -59,14 +59,11 @@ def train(program, count=STEPS):
     return jax.device_get(state)
 
 
-def relative(a, b):
-    return float(np.linalg.norm(np.asarray(a, np.float64) - b) / (np.linalg.norm(b) + 1e-8))
-
-
 @pytest.fixture(scope="module")
 def one_device():
     program = make_program(1)
-    return program, train(program)
+    state = train(program)
+    return program, state, program.totals
 
 
 @pytest.mark.parametrize("devices", [2, 8])
@@ -77,8 +74,9 @@ def test_any_number_of_devices_trains_to_the_same_state(devices, one_device):
     for name in ("params", "batch_stats", "opt_state"):
         errors = jax.tree.map(relative, getattr(state, name), getattr(expected, name))
         assert max(jax.tree.leaves(errors)) < 1e-6, name
-    for name, total in expected.sums.items():
-        np.testing.assert_allclose(state.sums[name], total, rtol=1e-6)
+    assert program.totals["steps"] == STEPS
+    for name, total in one_device[2].items():
+        np.testing.assert_allclose(program.totals[name], total, rtol=1e-6)
     assert program.evaluate(state) == pytest.approx(one_device[0].evaluate(expected), rel=1e-6)
     assert program.evaluate(state)["count"] == 21
     outcomes, alone = np.empty((2, 21, 2), np.int32)
@@ -97,17 +95,20 @@ def test_local_statistics_and_gradients_are_means_over_the_devices():
     halves = []
     for shard in (0, 1):
         half = jax.jit(lambda s, d, o, shard=shard: _one_half(alone, s, d, o, shard))
-        halves.append(jax.device_get(half(initial_state(alone), alone._train_data, _order(alone))))
-    for name in ("params", "batch_stats", "opt_state", "sums"):
-        first, second = (getattr(half, name) for half in halves)
+        halves.append(jax.device_get(half(initial_state(alone), *_data_and_order())))
+    metrics = {name: total for name, total in program.totals.items() if name != "steps"}
+    for name in ("params", "batch_stats", "opt_state", "metrics"):
+        first, second = (half[1] if name == "metrics" else getattr(half[0], name) for half in halves)
         mean = jax.tree.map(lambda a, b: (a.astype(np.float64) + b) / 2, first, second)
-        assert max(jax.tree.leaves(jax.tree.map(relative, getattr(state, name), mean))) < 1e-6, name
+        found = metrics if name == "metrics" else getattr(state, name)
+        assert max(jax.tree.leaves(jax.tree.map(relative, found, mean))) < 1e-6, name
         if name == "batch_stats":
             assert max(jax.tree.leaves(jax.tree.map(relative, first, second))) > 1e-2, "the halves must differ"
 
 
-def _order(program):
-    return feeds.epoch_order(program._config.seed, 0, program._size)
+def _data_and_order():
+    data = dataset().train
+    return {"images": data.images, "labels": data.labels}, feeds.epoch_order(0, 0, len(data.labels))
 
 
 def _one_half(program, state, data, order, shard):
@@ -115,9 +116,12 @@ def _one_half(program, state, data, order, shard):
     images = augment.augment(("crop", "flip"), keys, batch["images"])
     return steps.train_step(
         state,
-        {"images": program._normalize(images), "labels": batch["labels"]},
+        {
+            "images": augment.normalize(images, program.config.dataset.mean, program.config.dataset.std),
+            "labels": batch["labels"],
+        },
         apply_fn=program.model.apply,
-        tx=program._tx,
+        tx=build_optimizer(program.config, 3)[1],
     )
 
 
@@ -129,12 +133,12 @@ def test_several_steps_a_call_are_the_same_steps(one_device):
         for count in counts:
             state, done = program.train(state, step, count)
             step += count
-            assert done == step
-        return jax.device_get(state)
+            assert done.sum() == count and program.totals["steps"] == step
+        return jax.device_get((state, program.totals))
 
     jax.tree.map(np.testing.assert_array_equal, run(3, 2), run(1, 1, 1, 1, 1))
     # Against the step outside a loop to rounding only, images being normalised in float32, and so only one step.
-    errors = jax.tree.map(relative, run(1).params, train(one_device[0], 1).params)
+    errors = jax.tree.map(relative, run(1)[0].params, train(one_device[0], 1).params)
     assert max(jax.tree.leaves(errors)) < 1e-4
 
 

@@ -22,6 +22,8 @@ from test_loop import tiny_config
 from conftest import checksums
 from regnet_flax import main
 from regnet_flax.modes import train as loop
+from regnet_flax.modes.setup import load_trained
+from regnet_flax.training import parallel
 from regnet_flax.training.checkpoint import CHECKPOINTS
 from regnet_flax.training.trainer import AXIS
 
@@ -90,7 +92,7 @@ def finish(processes, code):
 
 def params(workdir, step="last"):
     config = tiny_config(**FIELDS | {"eval.checkpoint": step, "dataset.num_classes": 10})
-    _, variables, step = loop.load_trained(config, workdir)
+    _, variables, step = load_trained(config, workdir)
     return variables, step
 
 
@@ -151,7 +153,7 @@ def test_what_is_streamed_is_read_in_parts_and_trains_to_the_same_parameters(tmp
     for line, other in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
         assert line == pytest.approx(other, rel=1e-4)
     fields |= {"eval.checkpoint": "last", "dataset.num_classes": 2}
-    found = [loop.load_trained(tiny_config(**FIELDS | fields), tmp_path / name)[1] for name in ("two", "one")]
+    found = [load_trained(tiny_config(**FIELDS | fields), tmp_path / name)[1] for name in ("two", "one")]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
 
 
@@ -258,6 +260,6 @@ def test_shard_map_is_what_pmap_is():
         return total + jax.lax.psum(part["x"] * scale, AXIS)
 
     arguments = jnp.arange(3.0), {"x": jnp.arange(12.0).reshape(4, 3)}, 2.0
-    found = loop.shard_map(function, (None, 0, None), devices)(*arguments)
-    np.testing.assert_array_equal(found, loop.pmap(function, (None, 0, None), devices)(*arguments))
+    found = parallel.shard_map(function, (None, 0, None), devices)(*arguments)
+    np.testing.assert_array_equal(found, parallel.pmap(function, (None, 0, None), devices)(*arguments))
     np.testing.assert_array_equal(found, [36.0, 45.0, 54.0])

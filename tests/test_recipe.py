@@ -1,5 +1,6 @@
 """Averaged weights, gradient accumulation, mixing, bfloat16 and traces, in a run and in a step."""
 
+import contextlib
 import functools
 import gzip
 import json
@@ -9,21 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from programs import Program, relative
 from test_loop import tiny_config
-from test_parallel import dataset, initial_state, relative
+from test_parallel import dataset, initial_state
 
 from configs import digits
 from conftest import checksums
 from regnet_flax import create_model
-from regnet_flax.config.resolve import resolve
+from regnet_flax.modes import evaluate, setup
 from regnet_flax.modes import train as loop
 from regnet_flax.training import step as steps
+from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.optimizer import make_optimizer
-from regnet_flax.training.trainer import Program
 
 RNG = np.random.default_rng(0)
 BATCH = {"images": jnp.asarray(RNG.normal(size=(8, 8, 8, 3)), jnp.float32), "labels": jnp.arange(8) % 4}
-TX = make_optimizer(lambda count: jnp.float32(0.1), weight_decay=1e-4)
+TX = make_optimizer("sgd", lambda count: jnp.float32(0.1), weight_decay=1e-4)
 
 
 def make_program(devices=1, model="resnet8", **fields):
@@ -32,7 +34,7 @@ def make_program(devices=1, model="resnet8", **fields):
     config.train.batch_size = 16
     config.update_from_flattened_dict(fields)
     data = dataset()
-    return Program(resolve(config, data), data, jax.devices()[:devices], loop.pmap)
+    return Program(config, data, jax.devices()[:devices])
 
 
 def states(program, count, state=None):
@@ -52,12 +54,13 @@ def assert_close(a, b, error):
 
 
 def test_averages_are_of_the_weights_and_statistics_and_are_what_is_evaluated():
-    start = jax.device_get(make_program(**{"optimizer.ema_decay": 0.9}).initial_state())
-    program = make_program(**{"optimizer.ema_decay": 0.9})
+    program = make_program(**{"optimizer.ema_decay": 0.15})  # from the second step on below the warm-up's
+    start = jax.device_get(program.initial_state())
     expected = {"params": start.params, "batch_stats": start.batch_stats}
-    for state in states(program, 3):
+    for step, state in enumerate(states(program, 3)):
         latest = {"params": state.params, "batch_stats": state.batch_stats}
-        expected = jax.tree.map(lambda a, b: 0.9 * a.astype(np.float64) + 0.1 * b, expected, latest)
+        decay = min(0.15, (1 + step) / (10 + step))
+        expected = jax.tree.map(lambda a, b, d=decay: d * a.astype(np.float64) + (1 - d) * b, expected, latest)
     assert_close(state.variables, expected, 1e-6)
     plain = states(make_program(), 3)[-1]
     assert plain.ema == {}
@@ -79,26 +82,30 @@ def test_a_run_with_all_options_goes_on_to_the_same_end_and_gives_the_averages_a
     assert any("ema" in name for name in checksums(tmp_path / "whole", 11))
 
     config = tiny_config(**options, **{"eval.checkpoint": "last"})
-    found = loop.evaluate_only(config, tmp_path / "parts", devices=jax.devices()[:1])
+    found = evaluate.evaluate_only(config, tmp_path / "parts", devices=jax.devices()[:1])
     assert found["accuracy"] == results["last"]["eval_accuracy"]
     config.dataset.num_classes = 10
-    _, variables, _ = loop.load_trained(config, tmp_path / "parts")
-    latest = loop._read_checkpoint(resolve(config, loop.load(config)), tmp_path / "parts", _like(config))[1]
+    _, variables, _ = setup.load_trained(config, tmp_path / "parts")
+    latest = restored(config, tmp_path / "parts")
     jax.tree.map(np.testing.assert_array_equal, variables, latest.ema)
     assert max(jax.tree.leaves(jax.tree.map(relative, variables["params"], latest.params))) > 1e-3
 
 
-def _like(config):
-    return Program(resolve(config, loop.load(config)), loop.load(config), jax.devices()[:1], loop.pmap).like
+def restored(config, workdir):
+    like = Program(config, setup.open_dataset(config), jax.devices()[:1]).like
+    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        found = checkpoints.restore(like)
+    assert found is not None
+    return found[0]
 
 
 def test_a_model_of_given_weights_begins_with_them_as_averages():
     model = make_program()
     start = jax.tree.map(lambda a: a + 1, jax.device_get(model.initial_state()))
     start = {"params": start.params, "batch_stats": start.batch_stats}
-    config = model._config
+    config = model.config
     config.optimizer.ema_decay = 0.5
-    program = Program(config, dataset(), jax.devices()[:1], loop.pmap, start)
+    program = Program(config, dataset(), jax.devices()[:1], start=start)
     jax.tree.map(np.testing.assert_array_equal, program.initial_state().ema, start)
     program.train(program.initial_state(), 0, 1)  # no buffer is given up twice
 
@@ -118,11 +125,11 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(parts, unroll):
     params = {"kernel": jnp.asarray(RNG.normal(size=(192, 4)), jnp.float32)}
     state = steps.create_train_state({"params": params}, TX)
     step = functools.partial(steps.train_step, apply_fn=linear, tx=TX, label_smoothing=0.1)
-    whole = jax.jit(step)(state, BATCH)
-    found = jax.jit(functools.partial(step, accumulate_steps=parts, unroll=unroll))(state, BATCH)
+    whole, expected = jax.jit(step)(state, BATCH)
+    found, metrics = jax.jit(functools.partial(step, accumulate_steps=parts, unroll=unroll))(state, BATCH)
     assert_close(found.params, whole.params, 1e-6)
     assert_close(found.opt_state, whole.opt_state, 1e-5)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found.sums, whole.sums)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), metrics, expected)
     assert relative(found.params["kernel"], params["kernel"]) > 1e-3
 
 
@@ -130,7 +137,8 @@ def test_each_part_has_statistics_of_its_own_one_after_another():
     """Against batches of half the size, their gradients averaged by hand."""
     model = create_model("resnet8", num_classes=4, width=4)
     state = steps.create_train_state(model.init(jax.random.key(0), BATCH["images"][:1], train=False), TX)
-    found = jax.jit(functools.partial(steps.train_step, apply_fn=model.apply, tx=TX, accumulate_steps=2))(state, BATCH)
+    step = functools.partial(steps.train_step, apply_fn=model.apply, tx=TX, accumulate_steps=2)
+    found, _ = jax.jit(step)(state, BATCH)
 
     def loss(params, batch_stats, half):
         variables = {"params": params, "batch_stats": batch_stats}
@@ -178,8 +186,9 @@ def test_one_hot_probabilities_take_the_step_of_labels():
     state = steps.create_train_state(model.init(jax.random.key(0), BATCH["images"][:1], train=False), TX)
     step = jax.jit(functools.partial(steps.train_step, apply_fn=model.apply, tx=TX, label_smoothing=0.1))
     soft = BATCH | {"labels": jax.nn.one_hot(BATCH["labels"], 4)}
-    assert_close(step(state, soft).params, step(state, BATCH).params, 1e-6)
-    np.testing.assert_allclose(step(state, soft).sums["accuracy"], step(state, BATCH).sums["accuracy"])
+    (found, metrics), (expected, others) = step(state, soft), step(state, BATCH)
+    assert_close(found.params, expected.params, 1e-6)
+    np.testing.assert_allclose(metrics["accuracy"], others["accuracy"])
 
 
 @pytest.mark.parametrize("field", ["train.mixup", "train.cutmix"])

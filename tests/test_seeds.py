@@ -11,17 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from programs import Program, in_float64
 
 from configs import digits
 from conftest import checksums
 from regnet_flax import create_model
-from regnet_flax.config.resolve import resolve
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import Dataset
 from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError
+from regnet_flax.modes import evaluate, setup
 from regnet_flax.modes import train as loop
-from regnet_flax.training.seeds import SeedsProgram, averaged, of_one
-from regnet_flax.training.trainer import Program
+from regnet_flax.training.run import averaged
+from regnet_flax.training.trainer import Trainer, take_seed
 
 SEEDS = (3, 0, 11)
 STEPS = 5  # of 3 steps an epoch
@@ -50,14 +51,13 @@ def make_program(seeds, together="auto", devices=1, **overrides):
     config.dataset.augment = ("crop", "flip")
     config.dtype = "float64"
     data, devices = dataset(), jax.devices()[:devices]
-    if isinstance(seeds, int):
-        config.seed = seeds
-        return Program(resolve(config, data), data, devices, loop.pmap)
-    return SeedsProgram(resolve(config, data), data, devices, loop.pmap, seeds=seeds, together=together)
+    config.compare.together = together
+    return Program(config, data, devices, seeds=(seeds,) if isinstance(seeds, int) else seeds)
 
 
 def initial_state(program):
-    return jax.tree.map(lambda a: a.astype(jnp.float64) if a.dtype == jnp.float32 else a, program.initial_state())
+    program.totals = None
+    return in_float64(program.initial_state())
 
 
 def train(program, *counts):
@@ -65,7 +65,8 @@ def train(program, *counts):
     for count in counts or (1,) * STEPS:
         state, done = program.train(state, step, count)
         step += count
-        np.testing.assert_array_equal(done, step)
+        np.testing.assert_array_equal(np.sum(done, -1), count)
+        np.testing.assert_array_equal(program.totals["steps"], step)
     return state
 
 
@@ -84,7 +85,7 @@ def lone():
         for seed in SEEDS:
             program = make_program(seed)
             state = jax.device_get(train(program))
-            found[seed] = program, state, program.evaluate(state)
+            found[seed] = program, state, program.evaluate(state), jax.device_get(program.totals)
         return found
 
 
@@ -98,14 +99,15 @@ def programs():
 def test_each_seed_trains_as_it_would_alone(together, devices, lone, programs):
     with jax.enable_x64(True):
         program = programs[together] if devices == 1 else make_program(SEEDS, together, devices)
-        assert program.together == (together == "always")
+        assert program.trainer.together == (together == "always")
         states = train(program)
         metrics = program.evaluate(states)
         assert jax.tree.map(jnp.shape, states) == jax.tree.map(lambda a: a.shape, program.like)
         for index, seed in enumerate(SEEDS):
-            state, (_, expected, expected_metrics) = jax.device_get(of_one(states, index)), lone[seed]
-            for name in ("params", "batch_stats", "opt_state", "sums"):
+            state, (_, expected, expected_metrics, totals) = jax.device_get(take_seed(states, index)), lone[seed]
+            for name in ("params", "batch_stats", "opt_state"):
                 assert errors(getattr(state, name), getattr(expected, name)) < TOLERANCE, (seed, name)
+            assert errors(take_seed(program.totals, index), totals) < TOLERANCE, seed
             assert state.step == STEPS and state.nonfinite_step == -1
             own = {name: value[index] for name, value in metrics.items()}
             assert own == pytest.approx(expected_metrics, rel=TOLERANCE), seed
@@ -119,7 +121,7 @@ def test_the_initial_state_is_bitwise_that_of_a_lone_run():
     with jax.enable_x64(True):
         states = make_program(SEEDS).initial_state()
         for index, seed in enumerate(SEEDS):
-            jax.tree.map(np.testing.assert_array_equal, of_one(states, index), make_program(seed).initial_state())
+            jax.tree.map(np.testing.assert_array_equal, take_seed(states, index), make_program(seed).initial_state())
 
 
 def test_several_steps_a_call_are_the_same_steps():
@@ -134,13 +136,13 @@ def test_a_seed_that_is_not_finite_stands_still_and_the_others_go_on(together, l
         program = programs[together]
         states = initial_state(program)
         spoiled = states.replace(params=jax.tree.map(lambda a: a.at[1].multiply(jnp.nan), states.params))
-        spoiled_params = jax.device_get(of_one(spoiled, 1).params)
+        spoiled_params = jax.device_get(take_seed(spoiled, 1).params)
         for step in range(STEPS):
             spoiled, _ = program.train(spoiled, step, 1)
         np.testing.assert_array_equal(spoiled.nonfinite_step, [-1, 0, -1])
         np.testing.assert_array_equal(spoiled.step, [STEPS, 0, STEPS])
-        jax.tree.map(np.testing.assert_array_equal, of_one(spoiled, 1).params, spoiled_params)
-        assert errors(jax.device_get(of_one(spoiled, 2).params), lone[SEEDS[2]][1].params) < TOLERANCE
+        jax.tree.map(np.testing.assert_array_equal, take_seed(spoiled, 1).params, spoiled_params)
+        assert errors(jax.device_get(take_seed(spoiled, 2).params), lone[SEEDS[2]][1].params) < TOLERANCE
 
 
 def test_a_line_has_the_means_and_each_seeds_own():
@@ -206,16 +208,16 @@ def test_a_single_seed_is_a_plain_run(tmp_path):
     assert "seeds" not in read_lines(tmp_path / "a")[-1]
 
 
-def test_stopped_while_it_evaluates_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
+def test_interrupted_while_evaluating_it_resumes_to_the_same_end(finished, tmp_path, monkeypatch):
     workdir, _ = finished
-    evaluate = Program.evaluate
+    evaluate = Trainer.evaluate
 
-    def stop(self, state, poll):
+    def stop(self, *args):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(self, state, poll)
+        return evaluate(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Program, "evaluate", stop)
+        patch.setattr(Trainer, "evaluate", stop)
         with pytest.raises(Interrupted, match=f"saved at step {STEPS_PER_EPOCH}"):
             run(tmp_path)
     run(tmp_path)
@@ -227,7 +229,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_mean(finished, tmp_path):
     workdir, results = finished
     best = max(read_lines(workdir), key=lambda line: line["eval_accuracy"])
     assert results["best"]["step"] == best["step"]
-    found = loop.evaluate_only(tiny_config(**RUN, seed=1), workdir, jax.devices()[:1])
+    found = evaluate.evaluate_only(tiny_config(**RUN, seed=1), workdir, jax.devices()[:1])
     assert found["step"] == best["step"] and found["accuracy"] == best["seeds"]["1"]["eval_accuracy"]
 
 
@@ -236,12 +238,12 @@ def test_one_seed_of_several_is_evaluated_and_loaded(finished):
     last = {"eval.checkpoint": "last"}
     for seed in (4, 1):
         config = tiny_config(**RUN, **last, **{"seed": seed, "dataset.num_classes": 10})
-        found = loop.evaluate_only(config, workdir, jax.devices()[:1])
+        found = evaluate.evaluate_only(config, workdir, jax.devices()[:1])
         assert found["loss"] == results["seeds"][str(seed)]["last"]["eval_loss"]
-        model, variables, _ = loop.load_trained(config, workdir)
+        model, variables, _ = setup.load_trained(config, workdir)
         assert model.apply(variables, jnp.zeros((1, 8, 8, 1)), train=False).shape == (1, 10)
     with pytest.raises(ConfigError, match="seed is 7: .* has the seeds 4, 1"):
-        loop.evaluate_only(tiny_config(**RUN, seed=7), workdir, jax.devices()[:1])
+        evaluate.evaluate_only(tiny_config(**RUN, seed=7), workdir, jax.devices()[:1])
 
 
 @pytest.mark.parametrize("seeds", [(4,), (4, 1, 2), (1, 4)])
@@ -255,14 +257,33 @@ def test_seeds_that_are_wrong_are_refused(tmp_path):
         run(tmp_path, seeds=(1, 1))
 
 
-def test_the_seed_that_is_not_finite_is_named(tmp_path, monkeypatch):
-    train = SeedsProgram.train
+def spoil(monkeypatch, spoiled):
+    """From the third step on the weights of these seeds, by their places, are infinite."""
+    train = Trainer.train
 
-    def spoil(self, state, step, count):
+    def spoil(self, state, totals, step, count):
         if step == 2:
-            state = state.replace(params=jax.tree.map(lambda a: a.at[1].multiply(np.inf), state.params))
-        return train(self, state, step, count)
+            places = jnp.array(spoiled)
+            state = state.replace(params=jax.tree.map(lambda a: a.at[places].multiply(np.inf), state.params))
+        return train(self, state, totals, step, count)
 
-    monkeypatch.setattr(SeedsProgram, "train", spoil)
-    with pytest.raises(NonFiniteError, match=r"at step 3 of seed 1, .*the last good checkpoint is step 2"):
+    monkeypatch.setattr(Trainer, "train", spoil)
+
+
+def test_a_seed_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypatch, finished):
+    spoil(monkeypatch, [1])
+    results = run(tmp_path)
+    assert list(results["seeds"]) == ["4"] and list(results["failed"]) == ["1"]
+    assert results["failed"]["1"].startswith("the loss or a gradient is not finite at step 3 of seed 1, learning rate")
+    lines = read_lines(tmp_path)
+    assert [list(line["seeds"]) for line in lines] == [["4"], ["4"]]
+    expected = [line["seeds"]["4"] for line in read_lines(finished[0])]
+    assert [line["seeds"]["4"] for line in lines] == expected  # bitwise, as beside a seed that did not fail
+    assert lines[-1]["eval_loss"] == expected[-1]["eval_loss"]
+    assert run(tmp_path) == results  # a finished run says the same
+
+
+def test_where_all_seeds_diverge_the_run_ends(tmp_path, monkeypatch):
+    spoil(monkeypatch, [0, 1])
+    with pytest.raises(NonFiniteError, match=r"at step 3 of seed 4, .*the last good checkpoint is step 2"):
         run(tmp_path, **{"checkpoint.every_steps": 2})

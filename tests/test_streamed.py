@@ -10,15 +10,17 @@ import sys
 import jax
 import numpy as np
 import pytest
+from programs import Program, in_float64, relative
 from test_loop import checksums, read_lines
 from test_streaming import alive, children, folder, imagenet, wait_until  # noqa: F401
 
 from configs import folder as folder_config
 from regnet_flax import main
-from regnet_flax.config import check as config_lib
+from regnet_flax.data import augment
 from regnet_flax.errors import ConfigError, DataError
+from regnet_flax.modes import setup
 from regnet_flax.modes import train as loop
-from regnet_flax.training.streamed import StreamedProgram
+from regnet_flax.training.trainer import take_seed
 
 OPTIONS = {
     "model.name": "regnet8_convgru",
@@ -54,13 +56,11 @@ def arguments_of(data, workdir, **overrides):
 
 @pytest.fixture
 def program_on(folder):  # noqa: F811
-    """A StreamedProgram on the folder: program_on(devices, **overrides)."""
+    """A program on the folder: program_on(devices, **overrides)."""
 
-    def make(devices=1, **overrides):
+    def make(devices=1, seeds=(), **overrides):
         config = config_of(folder, **overrides)
-        dataset = loop.load(config)
-        config = config_lib.resolve(config, dataset)
-        return StreamedProgram(config, dataset, jax.devices()[:devices], loop.pmap)
+        return Program(config, setup.open_dataset(config), jax.devices()[:devices], seeds=seeds)
 
     return make
 
@@ -105,6 +105,42 @@ def test_two_devices_train_as_one(program_on):
     assert metrics["loss"] == pytest.approx(others["loss"], rel=1e-4)
 
 
+def test_which_images_share_batch_statistics_does_not_depend_on_the_number_of_devices(program_on):
+    """The parts of an accumulated batch, in float64, where another grouping would show."""
+
+    def trained(devices):
+        program = program_on(devices, **{"optimizer.accumulate_steps": 2, "dtype": "float64"})
+        state, _ = program.train(in_float64(program.initial_state()), 0, 1)
+        program.close()
+        return jax.device_get(state)
+
+    with jax.enable_x64(True):
+        one, two = trained(1), trained(2)
+    for name in ("params", "batch_stats"):
+        assert max(jax.tree.leaves(jax.tree.map(relative, getattr(two, name), getattr(one, name)))) < 1e-6, name
+
+
+@pytest.mark.parametrize("together", ["never", "always"])
+def test_several_seeds_on_streamed_data_train_as_they_would_alone(program_on, together):
+    def trained(seeds):
+        options = {"dtype": "float64", "seed": seeds[0], "compare.together": together}
+        program = program_on(seeds=seeds, **options)
+        state = in_float64(program.initial_state())
+        for step in range(2):
+            state, _ = program.train(state, step, 1)
+        metrics = program.evaluate(state)
+        program.close()
+        return jax.device_get(state), metrics
+
+    with jax.enable_x64(True):
+        states, metrics = trained((3, 0))
+        for index, seed in enumerate((3, 0)):
+            alone, expected = trained((seed,))
+            found = jax.device_get(take_seed(states, index))
+            assert max(jax.tree.leaves(jax.tree.map(relative, found.params, alone.params))) < 1e-6, seed
+            assert {name: value[index] for name, value in metrics.items()} == pytest.approx(expected, rel=1e-6), seed
+
+
 @pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (3, 1), (5, 2), (100, 4)])
 def test_evaluation_counts_every_photograph_that_decodes_once(folder, program_on, batch_size, devices):  # noqa: F811
     (folder / "val/b/17.jpg").write_bytes(b"no photograph")
@@ -113,13 +149,11 @@ def test_evaluation_counts_every_photograph_that_decodes_once(folder, program_on
     metrics = program.evaluate(state)
     assert metrics["count"] == 6
 
-    batch = program._dataset.eval_batches("test", 7)(0)
+    batch = program.dataset.eval_batches("test", 7)(0)
     kept = batch["mask"]
     assert kept.sum() == 6
-    images = program._normalize(batch["images"][kept])
-    logits = loop.build_model(program._config).apply(
-        {"params": state.params, "batch_stats": state.batch_stats}, images, train=False
-    )
+    images = augment.normalize(batch["images"][kept], program.config.dataset.mean, program.config.dataset.std)
+    logits = program.model.apply({"params": state.params, "batch_stats": state.batch_stats}, images, train=False)
     losses = -jax.nn.log_softmax(logits)[np.arange(6), batch["labels"][kept]]
     assert metrics["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
     assert metrics["accuracy"] == np.mean(np.asarray(logits.argmax(-1)) == batch["labels"][kept])

@@ -235,7 +235,7 @@ class Trainer:
             poll(min(size, number * batch_size))
         found = []
         for index, parts in enumerate(zip(*sums, strict=True)):
-            found.append(_mean_metrics(parts, f"none of the {size} {split} images decodes: check that they are images"))
+            found.append(mean_metrics(parts, f"none of the {size} {split} images decodes: check that they are images"))
             if outcomes is not None:
                 whole = np.concatenate([np.asarray(part["outcomes"]) for part in parts])[:size]
                 (outcomes[index] if several else outcomes)[:] = whole
@@ -246,7 +246,7 @@ class Trainer:
         self._feed.close()
 
 
-def _mean_metrics(parts: Sequence[dict[str, jax.Array]], empty: str) -> dict[str, float]:
+def mean_metrics(parts: Sequence[dict[str, jax.Array]], empty: str) -> dict[str, float]:
     """From step.eval_step's sums of each batch to means over a split; DataError(empty) if there is no example."""
     names = [name for name in parts[0] if name != "outcomes"]
     totals = {name: np.sum([np.asarray(part[name]) for part in parts], dtype=np.float64) for name in names}
