@@ -163,9 +163,10 @@ def test_the_splits_are_said(folder, logger, caplog):
         ("100", "digits: 1337 training, 100 validation and 360 test images of 10"),
         ("0.1", "digits: 1293 training, 144 validation and 360 test images of 10"),
     ):
-        config, _ = main.parse([f"--config.dataset.validation={value}"])
+        config, _ = main.parse([f"--config.dataset.validation={value}", "--config.seed=5"])
         assert json.loads(config.to_json())["dataset"]["validation"] == float(value)
-        inputs.load(config)
+        expected = load_dataset("digits", validation=float(value), seed=5)
+        assert inputs.load(config).fingerprint() == expected.fingerprint()
         assert words in caplog.text
     arguments = ["--config=configs/folder.py", f"--config.dataset.data_dir={folder}", "--config.dataset.image_size=8"]
     config, _ = main.parse([*arguments, "--config.dataset.augment=()"])

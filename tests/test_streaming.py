@@ -254,13 +254,15 @@ def test_the_same_images_are_held_out_as_in_memory(folder):
 
 
 def test_a_folder_with_val_and_test_is_streamed_as_three_splits(folder):
-    before = opened(folder).fingerprint()
     (folder / "test/b").mkdir(parents=True)
     (folder / "test/b/1.jpg").write_bytes(jpeg(1))
     dataset = opened(folder)
     assert [dataset.size(split) for split in ("train", "validation", "test")] == [13, 7, 1]
-    assert dataset.evaluated == "validation" and dataset.fingerprint() != before
+    assert dataset.evaluated == "validation"
     assert [number_of(image) for image in dataset.images("validation", np.arange(7))] == TEST
+    before = dataset.fingerprint()
+    (folder / "val/b/13.jpg").write_bytes(jpeg(13) + b" ")
+    assert opened(folder).fingerprint() != before
     with pytest.raises(DataError, match="dataset.validation is 2, but .* val/ beside test/"):
         opened(folder, validation=2)
 
