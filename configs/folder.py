@@ -4,6 +4,8 @@
     python -m regnet_flax.main --config configs/folder.py:regnety_400mf --config.dataset.data_dir=DIR \
         --config.dataset.image_size=224 --config.train.batch_size=32
 
+DIR/val/, beside DIR/test/, is what chooses the best checkpoint.
+
 Resized, flipped, rotated by up to 15 degrees, changed in colour and moved by up to 10 %, at random; the test images are
 only resized.
 """

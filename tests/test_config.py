@@ -148,6 +148,7 @@ WRONG = {
     "dataset.name": ["cifar", "", 10, None],
     "dataset.data_dir": [None, 3, pathlib.Path("x")],
     "dataset.num_classes": [-1, 10.0, "10", False],
+    "dataset.validation": [-1, 1.5, math.nan, math.inf, "0.1", True, None],
     "dataset.in_memory": ["sometimes", True],
     "dataset.workers": [-1, 1.0, "2", None, 2000],
     "dataset.prefetch": [0, 1.5, True],
@@ -205,6 +206,7 @@ RIGHT = {
     "model.overrides.regulated_stages": [(1, 3), (), [2]],
     "model.overrides.remat": [True],
     "dataset.mean": [()],
+    "dataset.validation": [0, 0.1, 1, 5000.0],
     "dataset.workers": [0, 16],
     "dataset.prefetch": [1, 8],
     "optimizer.learning_rate": [1, 1e-9],
@@ -443,6 +445,14 @@ def test_a_changed_field_is_named_with_both_values():
         "optimizer.boundaries: (0.5, 0.75) before, (0.5,) now",
         "train.batch_size: 64 before, 32 now",
     ]
+
+
+def test_a_run_of_before_a_field_has_the_value_of_then():
+    before = stored()
+    del before["dataset"]["validation"]
+    assert changed_fields(before, DIGITS, resolved=False) == []
+    lines = changed_fields(before, changed({"dataset.validation": 0.1}), resolved=False)
+    assert lines == ["dataset.validation: 0 before, 0.1 now"]
 
 
 def test_fields_that_change_no_number_may_change():

@@ -1,6 +1,8 @@
 """Data sets read into memory: what is read, and the one line that is said when it cannot be."""
 
+import dataclasses
 import json
+import logging
 import shutil
 import socket
 import subprocess
@@ -15,12 +17,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regnet_flax import main
 from regnet_flax.data import folder as image_folder
 from regnet_flax.data import sources
 from regnet_flax.data import tfds as tfds_prepared
 from regnet_flax.data.folder import Split
-from regnet_flax.data.sources import Dataset, channel_statistics, load_dataset
+from regnet_flax.data.sources import Dataset, channel_statistics, hold_out, load_dataset
 from regnet_flax.errors import DataError
+from regnet_flax.modes import inputs
 
 ROOT = Path(__file__).parents[1]
 RED, GREEN, BLUE = (250, 0, 0), (0, 250, 0), (0, 0, 250)
@@ -70,6 +74,8 @@ def test_fingerprint_sees_every_part():
 
         return Dataset(name, split(pixel, label), split(test_pixel, test_label), classes)
 
+    whole = dataset()
+    others = [dataclasses.replace(whole, validation=split) for split in (whole.train, dataset(pixel=1).train)]
     changes = (
         {"name": "b"},
         {"pixel": 1},
@@ -79,7 +85,7 @@ def test_fingerprint_sees_every_part():
         {"classes": ("x", "z")},
         {"shape": (2, 3, 2, 1)},
     )
-    prints = [dataset(**change).fingerprint() for change in ({}, *changes)]
+    prints = [other.fingerprint() for other in (whole, *others, *(dataset(**change) for change in changes))]
     assert len(set(prints)) == len(prints)
     assert dataset().fingerprint() == prints[0]
 
@@ -109,6 +115,68 @@ def test_resizing_beyond_the_memory_is_refused(monkeypatch):
     monkeypatch.setattr(image_folder, "_free_memory", lambda: 10**6)
     message = error_of("digits", image_size=224)
     assert "1,797 images of 224x224x1" in message and "image_size" in message
+
+
+# Held out for validation
+
+
+def test_held_out_images_are_drawn_by_seed():
+    # A run that goes on under another version of NumPy or of this package has to train on the same images.
+    kept, held = hold_out("x", 10, 3, 0, None)
+    assert kept.tolist() == [1, 2, 4, 5, 6, 8, 9] and held.tolist() == [0, 3, 7]
+    assert hold_out("x", 10, 0.3, 0, None)[1].tolist() == [0, 3, 7]
+    assert hold_out("x", 10, 3, 1, None)[1].tolist() == [4, 7, 8]
+
+    whole = load_dataset("digits")
+    kept, held = hold_out("digits", 1437, 0.1, 5, whole.train.labels)
+    assert len(held) == 144 and sorted([*kept, *held]) == list(range(1437))
+    dataset = load_dataset("digits", validation=0.1, seed=5)
+    assert (dataset.size("train"), dataset.size("validation"), dataset.size("test")) == (1293, 144, 360)
+    for split, indices in ((dataset.train, kept), (dataset.validation, held)):
+        np.testing.assert_array_equal(split.images, whole.train.images[indices])
+        np.testing.assert_array_equal(split.labels, whole.train.labels[indices])
+    np.testing.assert_array_equal(dataset.images("validation", np.array([2])), whole.train.images[held[2:3]])
+    np.testing.assert_array_equal(dataset.test.images, whole.test.images)
+    assert (whole.evaluated, dataset.evaluated) == ("test", "validation")
+    assert dataset.statistics() == channel_statistics(whole.train.images[kept])
+    large = load_dataset("digits", validation=0.1, seed=5, image_size=9)
+    assert large.train.images.shape == (1293, 9, 9, 1) and large.validation.images.shape == (144, 9, 9, 1)
+
+    others = [load_dataset("digits", **options) for options in ({"validation": 144}, {"validation": 145, "seed": 5})]
+    assert len({other.fingerprint() for other in (whole, dataset, *others)}) == 4
+    assert load_dataset("digits", validation=144, seed=5).fingerprint() == dataset.fingerprint()
+
+
+@pytest.mark.fault("more images to hold out than there are")
+def test_too_many_images_held_out(folder):
+    for validation in (1437, 10**9, 1e-5):
+        message = error_of("digits", validation=validation)
+        assert f"dataset.validation is {validation}: " in message and "a number of 1 to 1436" in message
+    message = error_of("folder", data_dir=str(folder), validation=3)
+    assert "dataset.validation is 3: " in message and "all those of 1 of the classes" in message
+
+
+def test_the_splits_are_said(folder, logger, caplog):
+    caplog.set_level(logging.INFO, "regnet_flax")
+    for value, words in (
+        ("0", "digits: 1437 training and 360 test images of 10"),
+        ("100", "digits: 1337 training, 100 validation and 360 test images of 10"),
+        ("0.1", "digits: 1293 training, 144 validation and 360 test images of 10"),
+    ):
+        config, _ = main.parse([f"--config.dataset.validation={value}", "--config.seed=5"])
+        assert json.loads(config.to_json())["dataset"]["validation"] == float(value)
+        expected = load_dataset("digits", validation=float(value), seed=5)
+        assert inputs.load(config).fingerprint() == expected.fingerprint()
+        assert words in caplog.text
+    arguments = ["--config=configs/folder.py", f"--config.dataset.data_dir={folder}", "--config.dataset.image_size=8"]
+    config, _ = main.parse([*arguments, "--config.dataset.augment=()"])
+    inputs.load(config)
+    assert f"{folder}: train on train/, test on test/\n" in caplog.text
+    draw(folder / "Val/ant/d.png")
+    config.dataset.in_memory = "never"
+    inputs.load(config)
+    assert f"{folder}: train on train/, test on test/, validation on Val/\n" in caplog.text
+    assert "folder: 4 training, 1 validation and 2 test images of 2" in caplog.text
 
 
 # Digits and synthetic images
@@ -169,6 +237,24 @@ def test_folder_names_of_the_splits(folder, names):
     (folder / "test").rename(folder / names[1])
     dataset = load_dataset("folder", data_dir=str(folder))
     assert len(dataset.train.labels) == 4 and len(dataset.test.labels) == 2
+
+
+def test_folder_with_val_beside_test_has_a_validation_split(folder):
+    # That of every version, so that a run on such a folder goes on.
+    before = load_dataset("folder", data_dir=str(folder))
+    assert before.validation is None and before.fingerprint() == "5ec4b6d46428b189"
+    draw(folder / "val/cat/d.png", BLUE)
+    dataset = load_dataset("folder", data_dir=str(folder))
+    assert dataset.evaluated == "validation" and dataset.validation.labels.tolist() == [1]
+    np.testing.assert_array_equal(dataset.validation.images, np.broadcast_to(BLUE, (1, 8, 12, 3)))
+    assert (dataset.size("train"), dataset.size("test")) == (4, 2)
+    assert dataset.fingerprint() != before.fingerprint()
+    message = error_of("folder", data_dir=str(folder), validation=1)
+    assert (
+        "dataset.validation is 1, but" in message and "val/ beside test/: set --config.dataset.validation=0" in message
+    )
+    draw(folder / "val/dog/d.png", BLUE)
+    assert "validation classes without train images: dog" in error_of("folder", data_dir=str(folder))
 
 
 def test_folder_of_one_size_needs_no_image_size(folder):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from regnet_flax.data import batches, photos, stream
 from regnet_flax.data.batches import epoch_order
-from regnet_flax.data.sources import channel_statistics
+from regnet_flax.data.sources import channel_statistics, load_dataset
 from regnet_flax.data.stream import CROP, Stream, open_stream
 from regnet_flax.errors import DataError, StreamError
 
@@ -129,7 +129,10 @@ def test_the_order_and_the_crops_are_those_of_every_version():
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_processes_read_their_parts_of_the_same_batches(folder, split):
     dataset = opened(folder)
-    make = dataset.test_batches if split == "test" else lambda *args: dataset.train_batches(5, *args)
+
+    def make(*args):
+        return dataset.eval_batches(split, *args) if split == "test" else dataset.train_batches(5, *args)
+
     for k in range(3):
         whole = make(6)(k)
         parts = [make(6, process, 3)(k) for process in range(3)]
@@ -218,6 +221,58 @@ def test_the_fingerprint_sees_names_and_sizes(folder):
     assert opened(folder).fingerprint() == before
     path.rename(path.with_name("x.jpg"))
     assert len({before, longer, opened(folder).fingerprint()}) == 3
+
+
+def test_the_fingerprint_is_that_of_every_version(folder):
+    for path in folder.glob("*/*/*"):
+        path.write_bytes(b"x" * int(path.stem))  # since it sees sizes only, not what Pillow makes of an image
+    assert opened(folder).fingerprint() == "a42031f3296857c1"
+
+
+def test_the_same_images_are_held_out_as_in_memory(folder):
+    options = {"validation": 4, "seed": 5, "augment": ("flip",)}
+    dataset = opened(folder, **options)
+    held = load_dataset("folder", data_dir=str(folder), image_size=SIZE, validation=4, seed=5)
+    for split, size in (("train", 9), ("validation", 4), ("test", 7)):
+        assert dataset.size(split) == size
+        batch = dataset.eval_batches(split, size)(0)
+        np.testing.assert_array_equal(batch["images"], getattr(held, split).images)
+        np.testing.assert_array_equal(batch["labels"], getattr(held, split).labels)
+    assert dataset.evaluated == "validation" and dataset.statistics() == held.statistics()
+    images = dataset.images("validation", np.array([3, 1]))
+    np.testing.assert_array_equal(images, held.validation.images[[3, 1]])
+
+    make = dataset.train_batches(seed=0, batch_size=9)
+    batch = make(0)
+    assert sorted(batch["examples"]) == list(range(9))
+    np.testing.assert_array_equal(batch["images"], held.train.images[batch["examples"]])
+    assert_same(read(make, range(2), workers=1), [{k: np.array(v) for k, v in make(i).items()} for i in range(2)])
+
+    others = [{"validation": 4}, {"validation": 3, "seed": 5}, {"seed": 5}]
+    assert len({opened(folder, **other).fingerprint() for other in (options, *others)}) == 4
+    assert opened(folder, **options | {"validation": 0.3}).fingerprint() == dataset.fingerprint()
+
+
+def test_a_folder_with_val_and_test_is_streamed_as_three_splits(folder):
+    (folder / "test/b").mkdir(parents=True)
+    (folder / "test/b/1.jpg").write_bytes(jpeg(1))
+    dataset = opened(folder)
+    assert [dataset.size(split) for split in ("train", "validation", "test")] == [13, 7, 1]
+    assert dataset.evaluated == "validation"
+    assert [number_of(image) for image in dataset.images("validation", np.arange(7))] == TEST
+    before = dataset.fingerprint()
+    (folder / "val/b/13.jpg").write_bytes(jpeg(13) + b" ")
+    assert opened(folder).fingerprint() != before
+    with pytest.raises(DataError, match="dataset.validation is 2, but .* val/ beside test/"):
+        opened(folder, validation=2)
+
+
+@pytest.mark.parametrize(("validation", "reason"), [(13, "13 training images"), (12, "all those of 1 of the classes")])
+@pytest.mark.fault("more images to hold out than there are")
+def test_too_many_images_held_out(folder, validation, reason):
+    with pytest.raises(DataError, match=f"dataset.validation is {validation}: .*{reason}") as caught:
+        opened(folder, validation=validation)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_is_streamed(folder, monkeypatch):
@@ -373,6 +428,11 @@ def test_imagenet_is_read_as_tfds_wrote_it(imagenet):
     numbers = [number_of(image) for image in batch["images"]]
     assert sorted(numbers) == list(range(24)) and batch["labels"].tolist() == [n % 2 for n in numbers]
     assert batch["skipped"] == ""
+    held = open_stream("imagenet2012", data_dir=str(imagenet), image_size=SIZE, validation=5)
+    assert [held.size(split) for split in ("train", "validation", "test")] == [19, 5, 7]
+    both = [held.images(split, np.arange(held.size(split))) for split in ("train", "validation")]
+    assert sorted(map(number_of, np.concatenate(both))) == list(range(24))
+    assert held.fingerprint() != dataset.fingerprint()
     other = open_stream("imagenet2012", data_dir=str(imagenet), image_size=SIZE)
     assert other.fingerprint() == dataset.fingerprint()
     assert_same(read(make, range(3), workers=1), [{k: np.array(v) for k, v in make(i).items()} for i in range(3)])

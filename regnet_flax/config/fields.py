@@ -71,6 +71,11 @@ def _checkpoint(value: Any) -> str:
     return "" if known or not _whole(0)(value) else "best, last or a step"
 
 
+def _count_or_fraction(value: Any) -> str:
+    good = not _number(0)(value) and (value < 1 or value == int(value))
+    return "" if good else "0, a whole number, or a fraction between 0 and 1"
+
+
 def _any(value: Any) -> str:
     return ""
 
@@ -90,6 +95,7 @@ FIELDS: dict[str, Check] = {
     "dataset.name": _choice(*dict.fromkeys((*SOURCES, *stream.STREAMED))),
     "dataset.data_dir": _text,
     "dataset.num_classes": _whole(0),
+    "dataset.validation": _count_or_fraction,
     "dataset.in_memory": _choice("auto", "always", "never"),
     "dataset.workers": _whole(0, 1024),
     "dataset.prefetch": _whole(1, 1024),
@@ -163,6 +169,8 @@ MAY_CHANGE = (
 # And those in which it may where no learning rate already used changes by it (program.changed_rate): boundaries that
 # are fractions of the run, and the cosine, depend on them.
 MAY_CHANGE_LATER_RATES = ("train.epochs",)
+# The fields that earlier versions did not have, and the values that are those of their runs.
+ADDED = {"dataset.validation": 0, "optimizer.name": "sgd", "optimizer.decayed": "all", "optimizer.betas": (0.9, 0.999)}
 # The values that stand for "from the data set".
 AUTOMATIC = {"dataset.num_classes": 0, "dataset.image_size": 0, "dataset.mean": (), "dataset.std": ()}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regnet_flax.config.check import flatten
-from regnet_flax.config.fields import AUTOMATIC, MAY_CHANGE, MAY_CHANGE_LATER_RATES
+from regnet_flax.config.fields import ADDED, AUTOMATIC, MAY_CHANGE, MAY_CHANGE_LATER_RATES
 from regnet_flax.data import stream
 from regnet_flax.data.sources import Dataset
 from regnet_flax.errors import ConfigError
@@ -46,7 +46,7 @@ def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, resolve
     Returns:
       A line for each field that differs and may not, "train.batch_size: 128 before, 64 now".
     """
-    old, new = dict(flatten(before)), dict(flatten(now))
+    old, new = ADDED | dict(flatten(before)), dict(flatten(now))
     lines = []
     for field in new:
         automatic = not resolved and field in AUTOMATIC and new[field] == AUTOMATIC[field]

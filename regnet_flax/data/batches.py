@@ -23,6 +23,11 @@ HostBatch = dict[str, Any]
 class Records(Protocol):
     """The encoded photographs of one split."""
 
+    @property
+    def labels(self) -> np.ndarray | None:
+        """int32 (N,), where they are known without reading."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> list[tuple[str | IO[bytes], int, str]]:
@@ -32,6 +37,26 @@ class Records(Protocol):
     def identity(self) -> Iterable[bytes]:
         """What changes with the files, at the cost of listing them."""
         ...
+
+
+class Subset:
+    """Some of a split's records, in the order of `indices`, int (N,)."""
+
+    def __init__(self, records: Records, indices: np.ndarray):
+        self._records, self._indices = records, indices
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        return None if self._records.labels is None else self._records.labels[self._indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, indices: Sequence[int]) -> list[tuple[str | IO[bytes], int, str]]:
+        return self._records.read(self._indices[list(indices)].tolist())
+
+    def identity(self) -> Iterable[bytes]:
+        return *self._records.identity(), self._indices.astype(np.int64).tobytes()
 
 
 @functools.lru_cache(maxsize=2)

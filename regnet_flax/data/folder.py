@@ -17,8 +17,8 @@ from PIL import Image, ImageOps
 
 from regnet_flax.errors import DataError, one_line, printable
 
-TRAIN_NAMES = ("train", "Train")
-TEST_NAMES = ("test", "Test", "val", "Val")
+# The directories of each split; val/ serves to validate where there is test/ too, and else to test.
+DIRECTORIES = {"train": ("train", "Train"), "test": ("test", "Test", "val", "Val"), "validation": ("val", "Val")}
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".jp2"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"),
@@ -101,68 +101,101 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def read_image_folder(
-    data_dir: str, image_size: int, strict: bool
-) -> tuple[Split, Split, tuple[str, ...], tuple[str, ...]]:
-    """Reads `<data_dir>/{train,Train}/<class>/*` and `<data_dir>/{test,Test,val,Val}/<class>/*`.
+    data_dir: str, image_size: int, strict: bool, validation: float = 0
+) -> tuple[dict[str, Split], tuple[str, ...], tuple[str, ...]]:
+    """Reads an image folder; see split_directories for its layout.
 
     Args:
-        data_dir: the directory that holds both splits.
+        data_dir: the directory that holds the splits.
         image_size: images are resized to this height and width; 0 keeps their size, which must be the same for all.
         strict: an image that does not decode is an error instead of being skipped.
+        validation: dataset.validation, which must be 0 where the folder has a validation split.
 
     Returns:
-        The train and test splits (RGB), the class names (the train folders' names, sorted), and "path: reason" for each
-        image that was skipped.
+        The splits (RGB) by name, the class names (the train folders' names, sorted), and "path: reason" for each image
+        that was skipped.
 
     Raises:
-        DataError: the folders are not laid out as above, hold no usable images, or images differ in size.
+        DataError: the folders are laid out otherwise, hold no usable images, or images differ in size.
     """
-    root, train, test = list_image_folder(data_dir)
-    class_names = tuple(train)
-    paths = [path for split in (train, test) for files in split.values() for path in files]
+    root, listed = list_image_folder(data_dir, validation)
+    class_names = tuple(listed["train"])
+    paths = [path for classes in listed.values() for files in classes.values() for path in files]
     size = (image_size, image_size) if image_size else _first_size(root, paths)
     check_memory(str(root), len(paths), (size[1], size[0], 3))
-    splits, skipped = [], []
-    for split in (train, test):
-        arrays, reasons = _decode_split(split, class_names, size, bool(image_size), strict)
-        splits.append(arrays)
+    splits, skipped = {}, []
+    for split, classes in listed.items():
+        splits[split], reasons = _decode_split(classes, class_names, size, bool(image_size), strict)
         skipped += reasons
-    return splits[0], splits[1], class_names, tuple(skipped)
+    return splits, class_names, tuple(skipped)
 
 
-def list_image_folder(data_dir: str) -> tuple[Path, dict[str, list[str]], dict[str, list[str]]]:
-    """Lists an image folder without reading any image.
+def split_directories(data_dir: str) -> dict[str, Path]:
+    """Finds `<data_dir>/{train,Train}`, `{val,Val}` and `{test,Test}`, each with a folder per class.
 
     Returns:
-        The directory, and the sorted image paths of each class of the train and of the test split; the train split's
-        classes, sorted, have the labels 0, 1, …
+        The directories of "train", "test" and, of a folder that has both val/ and test/, "validation". With only one of
+        the two, that is the test split.
 
     Raises:
-        DataError: see read_image_folder.
+        DataError: there is no directory to train or to test on.
     """
     if not data_dir:
         raise DataError("image folders need a directory: set --config.dataset.data_dir=DIR with DIR/train and DIR/test")
     root = Path(data_dir).expanduser()
     if not root.is_dir():
         raise DataError(f"{root} is not a directory; set --config.dataset.data_dir to one with train/ and test/ in it")
+    found: dict[str, Path] = {}
+    for split, names in DIRECTORIES.items():
+        directory = next((root / name for name in names if (root / name).is_dir()), None)
+        if directory and directory not in found.values():
+            found[split] = directory
+        elif split != "validation":
+            raise DataError(
+                f"{root} has no directory {' or '.join(names)}; expected {root / names[0]}/<class>/<images>"
+            )
+    return found
+
+
+def list_image_folder(data_dir: str, validation: float = 0) -> tuple[Path, dict[str, dict[str, list[str]]]]:
+    """Lists an image folder without reading any image.
+
+    Args:
+        data_dir: see read_image_folder.
+        validation: likewise.
+
+    Returns:
+        The directory, and of each split in split_directories the sorted image paths of each class; the train split's
+        classes, sorted, have the labels 0, 1, …
+
+    Raises:
+        DataError: see read_image_folder.
+    """
     try:
-        train, test = _list_split(root, TRAIN_NAMES), _list_split(root, TEST_NAMES)
+        directories = split_directories(data_dir)
+        splits = {split: _list_split(directory) for split, directory in directories.items()}
     except OSError as error:
-        raise DataError(f"{root} cannot be listed ({one_line(error)}); check its permissions") from error
+        raise DataError(f"{data_dir} cannot be listed ({one_line(error)}); check its permissions") from error
+    root, train = directories["train"].parent, splits["train"]
+    if validation and "validation" in splits:
+        raise DataError(
+            f"dataset.validation is {validation:.10g}, but {root} has a validation split of its own, "
+            f"{directories['validation'].name}/ beside {directories['test'].name}/: set --config.dataset.validation=0"
+        )
     if len(train) < 2:
         raise DataError(
             f"{root}: only one class ({', '.join(train)}) to train on; put each class in a folder of its own"
         )
-    if unknown := [name for name in test if name not in train]:
-        raise DataError(f"{root}: test classes without train images: {', '.join(unknown)}; add or remove these folders")
-    return root, train, test
+    for split, classes in splits.items():
+        if unknown := [name for name in classes if name not in train]:
+            raise DataError(
+                f"{root}: {split} classes without train images: {', '.join(unknown)}; add or remove these folders"
+            )
+    return root, splits
 
 
-def _list_split(root: Path, names: tuple[str, ...]) -> dict[str, list[str]]:
+def _list_split(directory: Path) -> dict[str, list[str]]:
     """Returns the sorted image paths of each class, classes sorted by name."""
-    directory = next((root / name for name in names if (root / name).is_dir()), None)
-    if directory is None:
-        raise DataError(f"{root} has no directory {' or '.join(names)}; expected {root / names[0]}/<class>/<images>")
     classes = {}
     for folder in sorted(directory.iterdir()):
         if folder.name.startswith(".") or not folder.is_dir():
@@ -248,6 +281,9 @@ class FolderRecords:
         root: the directory that holds the splits.
         files: the paths of each class, classes in order.
         labels: of each class.
+
+    Attributes:
+        labels: int32 (N,), of each file.
     """
 
     def __init__(self, root: Path, files: dict[str, list[str]], labels: dict[str, int]):
@@ -255,18 +291,18 @@ class FolderRecords:
         # An array of bytes: a million paths as str would be slow to hand to worker processes, and large in each.
         names = [os.fsencode(os.path.relpath(path, root)) for paths in files.values() for path in paths]
         self._names = np.array(names, dtype=np.bytes_)
-        self._labels = np.concatenate([np.full(len(files[name]), labels[name], np.int32) for name in files])
+        self.labels = np.concatenate([np.full(len(files[name]), labels[name], np.int32) for name in files])
 
     def __len__(self) -> int:
-        return len(self._labels)
+        return len(self.labels)
 
     def _path(self, index: int) -> str:
         return os.path.join(self._root, os.fsdecode(self._names[index]))
 
     def read(self, indices: Sequence[int]) -> list[tuple[str | IO[bytes], int, str]]:
-        return [(path := self._path(index), int(self._labels[index]), path) for index in indices]
+        return [(path := self._path(index), int(self.labels[index]), path) for index in indices]
 
     def identity(self) -> Iterable[bytes]:
         with ThreadPoolExecutor(32) as pool:  # network file systems answer slowly, but many at once
             sizes = list(pool.map(lambda index: os.path.getsize(self._path(index)), range(len(self))))
-        return self._names.tobytes(), self._labels.tobytes(), np.array(sizes, np.int64).tobytes()
+        return self._names.tobytes(), self.labels.tobytes(), np.array(sizes, np.int64).tobytes()

@@ -62,11 +62,12 @@ class Dataset:
         return channel_statistics(self.train.images)
 
     def fingerprint(self) -> str:
-        """Returns 16 hex digits that change with the name, the class names, or any image or label of either split."""
+        """Returns 16 hex digits that change with the name, the class names, or any image or label of any split."""
         digest = hashlib.blake2b(repr((self.name, self.class_names)).encode(), digest_size=8)
-        for array in (self.train.images, self.train.labels, self.test.images, self.test.labels):
-            digest.update(repr((array.shape, array.dtype.str)).encode())
-            digest.update(np.ascontiguousarray(array).data)
+        for split in (self.train, self.test) if self.validation is None else (self.train, self.test, self.validation):
+            for array in (split.images, split.labels):
+                digest.update(repr((array.shape, array.dtype.str)).encode())
+                digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()
 
 
@@ -77,6 +78,7 @@ def load_dataset(
     image_size: int = 0,
     num_classes: int = 0,
     strict: bool = False,
+    validation: float = 0,
     seed: int = 0,
 ) -> Dataset:
     """Reads a whole data set into memory.
@@ -87,30 +89,80 @@ def load_dataset(
         image_size: images are resized to this height and width; 0 keeps the data's own size.
         num_classes: the number of classes that the data must have; 0 takes what they have. Synthetic data get it.
         strict: an image file that does not decode is an error instead of being skipped.
-        seed: fixes the synthetic images.
+        validation: training images that become the validation split; see hold_out. 0 holds none out.
+        seed: fixes which these are, and the synthetic images.
 
     Returns:
         The data set, in the same order at each call.
 
     Raises:
-        DataError: the name is unknown, or the data set is missing, unreadable, too large, or of other classes.
+        DataError: the name is unknown, or the data set is missing, unreadable, too large, or of other classes, or has
+            too few training images for `validation`.
     """
     if name not in SOURCES:
         close = difflib.get_close_matches(name, SOURCES)
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise DataError(f"unknown data set {name!r}: {hint}--config.dataset.name is one of {', '.join(SOURCES)}")
-    dataset = SOURCES[name](data_dir=data_dir, image_size=image_size, num_classes=num_classes, strict=strict, seed=seed)
-    if num_classes and num_classes != len(dataset.class_names):
-        raise DataError(
-            f"--config.dataset.num_classes={num_classes}, but {name} has {len(dataset.class_names)} classes; "
-            "set it to that, or to 0 to take it from the data"
-        )
+    options = {"data_dir": data_dir, "image_size": image_size, "num_classes": num_classes, "strict": strict}
+    dataset = SOURCES[name](**options, validation=validation, seed=seed)
+    check_classes(name, num_classes, len(dataset.class_names))
     if image_size and image_size != dataset.train.images.shape[1]:
         count = len(dataset.train.images) + len(dataset.test.images)
         check_memory(name, count, (image_size, image_size, dataset.train.images.shape[3]))
         train, test = _resize(dataset.train, image_size), _resize(dataset.test, image_size)
         dataset = dataclasses.replace(dataset, train=train, test=test)
+    if validation:
+        train = dataset.train
+        kept, held = (
+            Split(train.images[indices], train.labels[indices])
+            for indices in hold_out(name, len(train.labels), validation, seed, train.labels)
+        )
+        dataset = dataclasses.replace(dataset, train=kept, validation=held)
     return dataset
+
+
+def check_classes(name: str, num_classes: int, found: int) -> None:
+    """Raises DataError if a data set was to have `num_classes` classes, 0 for any number, and has others."""
+    if num_classes not in (0, found):
+        raise DataError(
+            f"--config.dataset.num_classes={num_classes}, but {name} has {found} classes; "
+            "set it to that, or to 0 to take it from the data"
+        )
+
+
+def hold_out(
+    name: str, size: int, validation: float, seed: int, labels: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws the training images that are held out for validation, whatever their classes.
+
+    Args:
+        name: of the data set, for the message.
+        size: the number of its training images.
+        validation: how many to hold out, 1 or more; or which fraction of them, above 0 and below 1.
+        seed: another one draws others.
+        labels: int (size,), of the images; None where they are unknown.
+
+    Returns:
+        The indices of the images that are left to train on, and of those held out, both in the data's order.
+
+    Raises:
+        DataError: none would be held out, or no image be left of some class.
+    """
+    count = round(validation if validation >= 1 else validation * size)
+    if not 1 <= count < size:
+        raise DataError(
+            f"dataset.validation is {validation:.10g}: {name} has {size} training images, of which it would hold out "
+            f"{count or 'none'}; set a number of 1 to {size - 1}, a fraction such as 0.1, or 0"
+        )
+    # RandomState's stream is frozen, as for digits; no epoch's order is drawn from this one.
+    order = np.random.RandomState((seed, 2**32 - 1)).permutation(size)
+    kept, held = np.sort(order[count:]), np.sort(order[:count])
+    if labels is not None and (lost := len(np.unique(labels)) - len(np.unique(labels[kept]))):
+        raise DataError(
+            f"dataset.validation is {validation:.10g}: it holds out {count} of {name}'s {size} training images, "
+            f"among them all those of {lost} of the classes; set a smaller one, or add images"
+        )
+    return kept, held
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -170,8 +222,9 @@ def _digits(**_) -> Dataset:
     return Dataset("digits", Split(images[train], labels[train]), Split(images[test], labels[test]), class_names)
 
 
-def _folder(*, data_dir: str, image_size: int, strict: bool, **_) -> Dataset:
-    return Dataset("folder", *read_image_folder(data_dir, image_size, strict))
+def _folder(*, data_dir: str, image_size: int, strict: bool, validation: float, **_) -> Dataset:
+    splits, class_names, skipped = read_image_folder(data_dir, image_size, strict, validation)
+    return Dataset("folder", **splits, class_names=class_names, skipped=skipped)
 
 
 def _synthetic(*, image_size: int, num_classes: int, seed: int, **_) -> Dataset:

@@ -24,9 +24,9 @@ import numpy as np
 from PIL import Image
 
 from regnet_flax.data import folder
-from regnet_flax.data.batches import EvalBatches, HostBatch, Records, TrainBatches
+from regnet_flax.data.batches import EvalBatches, HostBatch, Records, Subset, TrainBatches
 from regnet_flax.data.folder import FolderRecords
-from regnet_flax.data.sources import channel_statistics
+from regnet_flax.data.sources import channel_statistics, check_classes, hold_out
 from regnet_flax.data.tfds import TfdsRecords, prepare_tfds
 from regnet_flax.errors import DataError, StreamError, one_line
 
@@ -83,9 +83,9 @@ class StreamedDataset:
         return len(getattr(self, split))
 
     def fingerprint(self) -> str:
-        """Returns 16 hex digits that change with the name, the class names, or the names or sizes of the files."""
+        """Returns 16 hex digits that change with the name, the class names, the splits, or files' names or sizes."""
         digest = hashlib.blake2b(repr((self.name, self.class_names)).encode(), digest_size=8)
-        for records in (self.train, self.test):
+        for records in (self.train, self.test) if self.validation is None else (self.train, self.test, self.validation):
             for part in records.identity():
                 digest.update(len(part).to_bytes(8, "little") + part)
         return digest.hexdigest()
@@ -248,6 +248,8 @@ def open_stream(
     in_memory: str = "auto",
     augment: Sequence[str] = (),
     strict: bool = False,
+    validation: float = 0,
+    seed: int = 0,
 ) -> StreamedDataset | None:
     """Opens a data set that is to be streamed.
 
@@ -260,34 +262,40 @@ def open_stream(
             images would take more than FOLDER_BYTES.
         augment: of training images; CROP among them crops.
         strict: see StreamedDataset.
+        validation: as for sources.load_dataset. The same photographs are held out, where all of them decode.
+        seed: fixes which these are.
 
     Returns:
         The data set; None if it is to be held in memory.
 
     Raises:
-        DataError: the data set is missing, unreadable or of other classes.
+        DataError: the data set is missing, unreadable, of other classes, or too small for `validation`.
     """
     _refuse_bombs()
     crop = CROP in augment
     if name == "imagenet2012":
         dataset = _imagenet(data_dir, image_size or IMAGENET_SIZE, crop, strict)
     elif name == "folder" and in_memory != "always":
-        root, train, test = folder.list_image_folder(data_dir)
-        count = sum(len(files) for split in (train, test) for files in split.values())
+        root, splits = folder.list_image_folder(data_dir, validation)
+        count = sum(len(files) for classes in splits.values() for files in classes.values())
         if in_memory == "auto" and not crop and count * image_size**2 * 3 <= FOLDER_BYTES:
             return None
         if not image_size:
             raise DataError(f"{root} is streamed: set --config.dataset.image_size, which its images are brought to")
-        labels = {name: label for label, name in enumerate(train)}
-        splits = FolderRecords(root, train, labels), FolderRecords(root, test, labels)
-        dataset = StreamedDataset(name, *splits, tuple(train), image_size, crop, strict)
+        class_names = tuple(splits["train"])
+        labels = {name: label for label, name in enumerate(class_names)}
+        records = {split: FolderRecords(root, classes, labels) for split, classes in splits.items()}
+        common = class_names, image_size, crop, strict
+        dataset = StreamedDataset(
+            name, records["train"], records["test"], *common, validation=records.get("validation")
+        )
     else:
         return None
-    if num_classes not in (0, len(dataset.class_names)):
-        raise DataError(
-            f"--config.dataset.num_classes={num_classes}, but {name} has {len(dataset.class_names)} classes; "
-            "set it to that, or to 0 to take it from the data"
-        )
+    check_classes(name, num_classes, len(dataset.class_names))
+    if validation:
+        train = dataset.train
+        kept, held = hold_out(name, len(train), validation, seed, train.labels)
+        dataset = dataclasses.replace(dataset, train=Subset(train, kept), validation=Subset(train, held))
     return dataset
 
 

@@ -17,7 +17,7 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from regnet_flax.config.check import check_config, model_options
-from regnet_flax.data import augment, mix, sources, stream
+from regnet_flax.data import augment, folder, mix, sources, stream
 from regnet_flax.data.feeds import make_feed
 from regnet_flax.errors import ConfigError, WeightsError, WorkdirError
 from regnet_flax.files import duration
@@ -39,23 +39,31 @@ logger = logging.getLogger("regnet_flax")
 
 
 def open_dataset(config: Any) -> Dataset:
-    """The config's data set, in memory or to be streamed; says which images could not be read."""
+    """The config's data set, in memory or to be streamed; says what it is of, and which images could not be read."""
     began = time.monotonic()
     settings = config.dataset
-    options = {name: settings[name] for name in ("data_dir", "image_size", "num_classes", "strict")}
+    options = {name: settings[name] for name in ("data_dir", "image_size", "num_classes", "strict", "validation")}
+    options["seed"] = config.seed
     dataset = stream.open_stream(settings.name, in_memory=settings.in_memory, augment=settings.augment, **options)
     streamed = dataset is not None
     if dataset is None:
-        dataset = sources.load_dataset(settings.name, seed=config.seed, **options)
+        dataset = sources.load_dataset(settings.name, **options)
     if streamed and config.train.steps_per_call > 1:
         raise ConfigError(
             f"train.steps_per_call is {config.train.steps_per_call}: {dataset.name} is streamed, a batch a call, so it "
             "must be 1, or 0"
         )
+    if dataset.name == "folder":
+        directories = folder.split_directories(settings.data_dir)
+        uses = ", ".join(f"{split} on {directory.name}/" for split, directory in directories.items())
+        logger.info("%s: %s", directories["train"].parent, uses)
+    counted = f"{dataset.size('train')} training"
+    if dataset.validation is not None:
+        counted += f", {dataset.size('validation')} validation"
     logger.info(
-        "%s: %d training and %d test images of %d classes, %s, %s in %s",
+        "%s: %s and %d test images of %d classes, %s, %s in %s",
         dataset.name,
-        dataset.size("train"),
+        counted,
         dataset.size("test"),
         len(dataset.class_names),
         "×".join(map(str, dataset.image_shape)),
