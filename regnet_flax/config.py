@@ -8,6 +8,7 @@ from typing import Any
 
 from regnet_flax.config_fields import AUTOMATIC, FIELDS, MAY_CHANGE, MAY_CHANGE_LATER_RATES
 from regnet_flax.data import streaming
+from regnet_flax.data.augment import ERASE
 from regnet_flax.data.sources import IMAGES, Dataset
 from regnet_flax.models.registry import OPTIONS, create_model, parse_variant
 from regnet_flax.training.optimizer import boundary_steps
@@ -89,6 +90,8 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
             f"dataset.mean has {len(mean)} values and dataset.std {len(std)}: "
             "give both one value a channel, or both () to take them from the data"
         )
+    if ERASE in (names := values.get("dataset.augment", ()))[:-1]:
+        yield f"dataset.augment is {names}: {ERASE} must be the last, and there once"
     epochs, boundaries = values.get("train.epochs"), values.get("optimizer.boundaries", ())
     if epochs is not None:
         steps = boundary_steps(boundaries, epochs, 1000)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from regnet_flax.data import streaming
-from regnet_flax.data.augment import AUGMENTATIONS
+from regnet_flax.data.augment import AUGMENTATIONS, ERASE
 from regnet_flax.data.sources import SOURCES
 from regnet_flax.models.registry import OPTIONS
 from regnet_flax.training.optimizer import SCHEDULES
@@ -93,7 +93,7 @@ FIELDS: dict[str, Check] = {
     "dataset.prefetch": _whole(1, 1024),
     "dataset.strict": _flag,
     "dataset.image_size": _whole(0, 8192),
-    "dataset.augment": _each(_choice(streaming.CROP, *AUGMENTATIONS)),
+    "dataset.augment": _each(_choice(streaming.CROP, *AUGMENTATIONS, ERASE)),
     "dataset.mean": _each(_number(-10, 10)),
     "dataset.std": _each(_number(0, 10, above=True)),
     "train.batch_size": _whole(1),

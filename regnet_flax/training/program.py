@@ -214,7 +214,7 @@ class Program:
 
     def _train_step(self, state, batch, keys, names, seed):
         train, settings = self._config.train, self._config.optimizer
-        images = self._normalize(augment.augment(names, keys, batch["images"]))
+        images = augment.prepare(names, keys, batch["images"], self._config.dataset.mean, self._config.dataset.std)
         labels = batch["labels"]
         if train.mixup or train.cutmix:
             alphas = {"mixup_alpha": train.mixup, "cutmix_alpha": train.cutmix}
