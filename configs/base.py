@@ -43,8 +43,9 @@ def get_config() -> config_dict.ConfigDict:
     dataset.prefetch = 2  # batches that each of these processes (or this one) holds ready
     dataset.strict = False  # an image that does not decode is an error, instead of being listed and left out
     dataset.image_size = 0  # images are resized to this height and width; 0: as they are
-    # Of training images, in this order: "crop", "flip", "rotate", "color", "translate"; streamed, "random_resized_crop"
-    dataset.augment = ()  # may come first
+    # Of training images, in this order: "crop", "flip", "rotate", "color", "translate", "trivialaugment",
+    # "randaugment"; last "erase"; streamed, "random_resized_crop" may come first
+    dataset.augment = ()
     dataset.mean = ()  # of each channel, for pixels in 0…1; (): from the training images
     dataset.std = ()  # likewise
 

@@ -158,7 +158,8 @@ def test_an_optimiser_takes_the_steps_of_torch(name, settings, float64):
         theirs.param_groups[0]["lr"] = rate
         theirs.step()
         for name, value in weights.items():
-            np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=1e-7 if clip else 1e-9)  # PyTorch adds 1e-6
+            # PyTorch adds 1e-6 to the norm by which it clips.
+            np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=1e-7 if clip else 1e-9)
     assert not clip or min(norms) < clip < max(norms), "the bound must be met and not met"
 
 

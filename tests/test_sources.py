@@ -24,7 +24,7 @@ from regnet_flax.data import tfds as tfds_prepared
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import Dataset, channel_statistics, hold_out, load_dataset
 from regnet_flax.errors import DataError
-from regnet_flax.modes import inputs
+from regnet_flax.modes import setup
 
 ROOT = Path(__file__).parents[1]
 RED, GREEN, BLUE = (250, 0, 0), (0, 250, 0), (0, 0, 250)
@@ -166,15 +166,15 @@ def test_the_splits_are_said(folder, logger, caplog):
         config, _ = main.parse([f"--config.dataset.validation={value}", "--config.seed=5"])
         assert json.loads(config.to_json())["dataset"]["validation"] == float(value)
         expected = load_dataset("digits", validation=float(value), seed=5)
-        assert inputs.load(config).fingerprint() == expected.fingerprint()
+        assert setup.open_dataset(config).fingerprint() == expected.fingerprint()
         assert words in caplog.text
     arguments = ["--config=configs/folder.py", f"--config.dataset.data_dir={folder}", "--config.dataset.image_size=8"]
     config, _ = main.parse([*arguments, "--config.dataset.augment=()"])
-    inputs.load(config)
+    setup.open_dataset(config)
     assert f"{folder}: train on train/, test on test/\n" in caplog.text
     draw(folder / "Val/ant/d.png")
     config.dataset.in_memory = "never"
-    inputs.load(config)
+    setup.open_dataset(config)
     assert f"{folder}: train on train/, test on test/, validation on Val/\n" in caplog.text
     assert "folder: 4 training, 1 validation and 2 test images of 2" in caplog.text
 

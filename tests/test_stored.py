@@ -1,4 +1,4 @@
-"""Workdirs that version 0.1.0 left resume and are evaluated, one of each kind; stored/ has them and what they come to."""
+"""Workdirs of version 0.1.0, one of each kind, resume and are evaluated; stored/ has what they come to."""
 
 import json
 import pathlib

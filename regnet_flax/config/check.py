@@ -7,6 +7,7 @@ from typing import Any
 
 from regnet_flax.config.fields import FIELDS, boundary_steps
 from regnet_flax.data import stream
+from regnet_flax.data.augment import ERASE
 from regnet_flax.data.sources import IMAGES
 from regnet_flax.errors import ConfigError
 from regnet_flax.models.registry import OPTIONS, create_model, parse_variant
@@ -84,6 +85,8 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
             f"dataset.mean has {len(mean)} values and dataset.std {len(std)}: "
             "give both one value a channel, or both () to take them from the data"
         )
+    if ERASE in (names := values.get("dataset.augment", ()))[:-1]:
+        yield f"dataset.augment is {names}: {ERASE} must be the last, and there once"
     epochs, boundaries = values.get("train.epochs"), values.get("optimizer.boundaries", ())
     if epochs is not None:
         steps = boundary_steps(boundaries, epochs, 1000)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from regnet_flax.data import stream
-from regnet_flax.data.augment import AUGMENTATIONS
+from regnet_flax.data.augment import AUGMENTATIONS, ERASE
 from regnet_flax.data.sources import SOURCES
 from regnet_flax.models.registry import OPTIONS
 
@@ -101,7 +101,7 @@ FIELDS: dict[str, Check] = {
     "dataset.prefetch": _whole(1, 1024),
     "dataset.strict": _flag,
     "dataset.image_size": _whole(0, 8192),
-    "dataset.augment": _each(_choice(stream.CROP, *AUGMENTATIONS)),
+    "dataset.augment": _each(_choice(stream.CROP, *AUGMENTATIONS, ERASE)),
     "dataset.mean": _each(_number(-10, 10)),
     "dataset.std": _each(_number(0, 10, above=True)),
     "train.batch_size": _whole(1),

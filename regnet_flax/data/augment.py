@@ -1,7 +1,8 @@
 """Augmentation of training images, and normalisation, inside the compiled step.
 
 Each augmentation maps a random key and one uint8 image (height, width, channels) to such an image, so that what an
-example becomes depends on its own key alone, not on the batch or the device it is in.
+example becomes depends on its own key alone, not on the batch or the device it is in. Erasing alone comes after
+normalisation: what it erases becomes the mean.
 """
 
 from __future__ import annotations
@@ -14,12 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from regnet_flax.data import policies
+
 Array = jax.Array
 CROP_PADDING = 4  # pixels on each side; He et al. 2015, section 4.2
 ROTATION = 15.0  # degrees, either way
 JITTER = 0.2  # brightness, contrast and saturation are multiplied by 1 ± this
 HUE = 0.1  # of a turn of the colour wheel, either way
 TRANSLATION = 0.1  # of the width and the height, either way
+ERASE = "erase"  # must come last, and is done to the normalised image
+ERASED_AREA = (0.02, 0.33)  # of a random box, as a share of the image's
+ERASED_RATIO = (0.3, 3.3)  # height to width
+ERASE_TRIES = 10
 ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)  # of the four adjustments of a colour jitter
 
 
@@ -51,20 +58,12 @@ def rotate_by(image: Array, degrees: Array | float) -> Array:
     to_x, to_y = 0.5 - width / 2, 0.5 - height / 2  # from the centre to the first pixel's
     left = _fixed_point(width / 2 + cos * to_x - sin * to_y)
     top = _fixed_point(height / 2 + sin * to_x + cos * to_y)
-    x, y = jnp.arange(width), jnp.arange(height)[:, None]
     cos, sin = _fixed_point(cos), _fixed_point(sin)
-    return _pixels(image, (top + sin * x + cos * y) >> 16, (left + cos * x - sin * y) >> 16)
+    return policies.affine(image, (cos, -sin, left, sin, cos, top))
 
 
 def _fixed_point(value: Array) -> Array:
     return jnp.floor(value * 2**16 + 0.5).astype(jnp.int32)
-
-
-def _pixels(image: Array, y: Array, x: Array) -> Array:
-    """The pixels at rows y and columns x, int and broadcast to (height, width); black where there is none."""
-    height, width, _ = image.shape
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    return jnp.where(inside[..., None], image[jnp.clip(y, 0, height - 1), jnp.clip(x, 0, width - 1)], 0)
 
 
 def translate(key: Array, image: Array) -> Array:
@@ -78,7 +77,7 @@ def translate(key: Array, image: Array) -> Array:
 def translate_by(image: Array, right: Array | int, down: Array | int) -> Array:
     """The image moved by whole pixels, black where it was not."""
     height, width, _ = image.shape
-    return _pixels(image, jnp.arange(height)[:, None] - down, jnp.arange(width) - right)
+    return policies.pixels_at(image, jnp.arange(height)[:, None] - down, jnp.arange(width) - right)
 
 
 def color(key: Array, image: Array) -> Array:
@@ -104,8 +103,7 @@ def adjust_color(image: Array, order: Array, factors: Array, hue: Array | float)
     Raises:
       ValueError: an image of two channels, or more than three.
     """
-    if image.shape[-1] not in (1, 3):
-        raise ValueError(f"colours are changed of images of 1 or 3 channels, and this has {image.shape[-1]}")
+    policies.check_channels(image.shape[-1])
     # Of a switch that is mapped over examples every branch would be computed: four times the hue, the dearest. So the
     # three others, which are of one form, run both before and after the hue, with factor 1 where it is not their turn.
     at = jnp.argmax(order == 3)
@@ -121,12 +119,7 @@ def adjust_color(image: Array, order: Array, factors: Array, hue: Array | float)
 
 def _blend(pixels: Array, which: Array, factor: Array) -> Array:
     """Away from black (0: brightness), the mean grey (1: contrast) or each pixel's grey (2: saturation)."""
-    grey = pixels
-    if pixels.shape[-1] == 3:
-        red, green, blue = pixels[..., :1], pixels[..., 1:2], pixels[..., 2:]
-        # Exact in float32: whole numbers below 2²⁴. A matrix product would be rounded on some accelerators.
-        grey = jnp.floor((19595 * red + 38470 * green + 7471 * blue + 2**15) / 2**16)
-    mean = (grey.astype(jnp.int32).sum() + grey.size // 2) // grey.size  # rounded, exactly
+    grey, mean = policies.greys(pixels)
     origin = jnp.where(which == 0, 0, jnp.where(which == 1, mean, grey))
     return jnp.floor(jnp.clip(origin + factor * (pixels - origin), 0, 255))
 
@@ -155,17 +148,60 @@ def _turn_hue(pixels: Array, turn: Array) -> Array:
     return jnp.stack(channels, -1)
 
 
+def erase(key: Array, image: Array) -> Array:
+    """A random box of a normalised image set to 0, the mean, with probability 1/2: torchvision's RandomErasing().
+
+    Zhong et al., arXiv 1708.04896. The first of ten boxes that fits is taken; where none does, nothing is erased.
+
+    Args:
+      key: random; it alone fixes the box.
+      image: float (height, width, channels).
+
+    Returns:
+      An image of the same shape and type.
+    """
+    whether_key, area_key, ratio_key, place_key = jax.random.split(key, 4)
+    height, width, _ = image.shape
+    low, high = np.log(ERASED_RATIO)
+    areas = jax.random.uniform(area_key, (ERASE_TRIES,), minval=ERASED_AREA[0], maxval=ERASED_AREA[1])
+    ratios = jnp.exp(jax.random.uniform(ratio_key, (ERASE_TRIES,), minval=low, maxval=high))
+    box = erased_size(areas, ratios, height, width)
+    top, left = jax.random.randint(place_key, (2,), 0, jnp.array([height, width]) - box + 1)
+    rows, columns = jnp.arange(height)[:, None], jnp.arange(width)
+    inside = (rows >= top) & (rows < top + box[0]) & (columns >= left) & (columns < left + box[1])
+    return jnp.where((inside & jax.random.bernoulli(whether_key))[..., None], 0, image)
+
+
+def erased_size(areas: Array, ratios: Array, height: int, width: int) -> Array:
+    """Height and width of the first box that is smaller than the image both ways; 0 and 0 if none is.
+
+    Args:
+      areas: (N,) of the boxes, as shares of the image's.
+      ratios: (N,), height to width.
+      height: of the image, in pixels, as width.
+
+    Returns:
+      int32 (2,).
+    """
+    areas = areas * height * width
+    boxes = jnp.round(jnp.sqrt(jnp.stack([areas * ratios, areas / ratios], -1))).astype(jnp.int32)
+    fits = (boxes < jnp.array([height, width])).all(-1)
+    return jnp.where(fits.any(), boxes[jnp.argmax(fits)], 0)
+
+
 AUGMENTATIONS: dict[str, Callable[[Array, Array], Array]] = {
     "crop": crop,
     "flip": flip,
     "rotate": rotate,
     "color": color,
     "translate": translate,
+    "trivialaugment": policies.trivialaugment,
+    "randaugment": policies.randaugment,
 }
 
 
 def augment(names: Sequence[str], keys: Array, images: Array) -> Array:
-    """Applies the named augmentations in order.
+    """Applies the named augmentations in order; see also `prepare`.
 
     Args:
       names: keys of AUGMENTATIONS.
@@ -187,3 +223,22 @@ def augment(names: Sequence[str], keys: Array, images: Array) -> Array:
 def normalize(images: Array, mean: Any, std: Any) -> Array:
     """(images / 255 − mean) / std, float32, for uint8 images and a mean and std a channel, or one of each for all."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
+
+
+def prepare(names: Sequence[str], keys: Array, images: Array, mean: Any, std: Any) -> Array:
+    """What a model trains on: images augmented, normalised, and erased where the last of the names is ERASE.
+
+    Args:
+      names: keys of AUGMENTATIONS, in order; ERASE may come last.
+      keys: (N,) random keys, one an example.
+      images: uint8 (N, height, width, channels).
+      mean: see `normalize`, as std.
+
+    Returns:
+      float32 of the same shape.
+    """
+    if ERASE not in names:
+        return normalize(augment(names, keys, images), mean, std)
+    pairs = jax.vmap(jax.random.split)(keys)
+    images = normalize(augment(names[:-1], pairs[:, 0], images), mean, std)
+    return jax.vmap(erase)(pairs[:, 1], images)

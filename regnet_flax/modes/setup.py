@@ -197,7 +197,7 @@ def build_step(
         return augment.normalize(images, data.mean, data.std)
 
     def train_one(state, batch, keys, seed, step):
-        images, labels = normalize(augment.augment(names, keys, batch["images"])), batch["labels"]
+        images, labels = augment.prepare(names, keys, batch["images"], data.mean, data.std), batch["labels"]
         if train.mixup or train.cutmix:
             alphas = {"mixup_alpha": train.mixup, "cutmix_alpha": train.cutmix}
             images, labels = mix.mix(seed, step, images, labels, classes=data.num_classes, **alphas)
