@@ -22,6 +22,8 @@ from regnet_flax.training.interrupt import Interrupted, WorkdirError
 from regnet_flax.training.program import Program
 from regnet_flax.training.run import NonFiniteError, Run
 
+pytestmark = pytest.mark.core
+
 ONE = slice(0, 1)
 IMAGE = jnp.zeros((1, 8, 8, 1))
 STEPS_PER_EPOCH = 1437 // 128
