@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import versus_torch
 
-from regnet_flax.training.workdir import environment
+from regnet_flax.environment import environment
 
 STEPS = 5
 REGULATOR = re.compile(r"ConvLSTM|ConvGRU|ConvRNN|/regulator/")

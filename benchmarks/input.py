@@ -6,7 +6,7 @@ Each pipeline runs in this process on one core, in turn, in rounds of EPOCHS epo
 images by second of the process's CPU time, which other programs on the machine disturb less than the clock, and by
 second of the clock.
 
-- grain: data/streaming.py, one thread; uint8 batches, flipped and normalised on the device later.
+- grain: data/stream.py, one thread; uint8 batches, flipped and normalised on the device later.
 - torch: PyTorch's DataLoader, num_workers=0; RandomResizedCrop and RandomHorizontalFlip as torchvision has them for
   Pillow images, and PILToTensor: uint8.
 - torch_float: the same, with torchvision's usual ToTensor and Normalize.
@@ -28,9 +28,9 @@ import tensorflow as tf
 import torch
 from PIL import Image
 
-from regnet_flax.data import decode, host_batches, streaming
-from regnet_flax.data.records import FolderRecords
-from regnet_flax.training.workdir import processor
+from regnet_flax.data import batches, photos, stream
+from regnet_flax.data.folder import FolderRecords
+from regnet_flax.environment import processor
 
 SIZE, BATCH, EPOCHS = 224, 32, 1
 
@@ -38,11 +38,11 @@ SIZE, BATCH, EPOCHS = 224, 32, 1
 def grain_batches(files, seed):
     root = pathlib.Path(os.path.commonpath(files))
     records = FolderRecords(root, {"": files}, {"": 0})
-    make = host_batches.TrainBatches(records, SIZE, True, False, BATCH, seed=seed)
-    stream = streaming.Stream(make, range(len(files) // BATCH * EPOCHS), workers=0, prefetch=2)
-    for batch in stream:
+    make = batches.TrainBatches(records, SIZE, True, False, BATCH, seed=seed)
+    read = stream.Stream(make, range(len(files) // BATCH * EPOCHS), workers=0, prefetch=2)
+    for batch in read:
         yield batch["images"]
-    stream.close()
+    read.close()
 
 
 class Files(torch.utils.data.Dataset):
@@ -57,14 +57,14 @@ class Files(torch.utils.data.Dataset):
     def __getitem__(self, index):
         with open(self.files[index], "rb") as file:
             image = Image.open(file).convert("RGB")
-        left, top, right, bottom = decode.random_box(*image.size, [random.random() for _ in range(decode.UNIFORMS)])
+        left, top, right, bottom = photos.random_box(*image.size, [random.random() for _ in range(photos.UNIFORMS)])
         image = image.crop((left, top, right, bottom)).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
         if random.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         array = torch.from_numpy(np.array(image, copy=True)).permute(2, 0, 1).contiguous()
         if self.floats:
             array = array.to(torch.float32).div(255)
-            mean, std = (torch.tensor(v)[:, None, None] for v in (streaming.IMAGENET_MEAN, streaming.IMAGENET_STD))
+            mean, std = (torch.tensor(v)[:, None, None] for v in (stream.IMAGENET_MEAN, stream.IMAGENET_STD))
             array = array.sub_(mean).div_(std)
         return array
 
@@ -85,9 +85,9 @@ def tf_dataset(files):
             shape,
             tf.zeros((1, 0, 4), tf.float32),
             min_object_covered=0,
-            aspect_ratio_range=decode.RATIO,
-            area_range=decode.AREA,
-            max_attempts=decode.TRIES,
+            aspect_ratio_range=photos.RATIO,
+            area_range=photos.AREA,
+            max_attempts=photos.TRIES,
             use_image_if_no_bounding_boxes=True,
         )
         (y, x, _), (h, w, _) = tf.unstack(begin), tf.unstack(size)

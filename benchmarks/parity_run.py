@@ -19,10 +19,11 @@ import torch
 
 from regnet_flax import create_model
 from regnet_flax.analysis import plots
-from regnet_flax.data import in_memory, sources
-from regnet_flax.torch_port import from_torch
-from regnet_flax.training import optimizer, steps
-from regnet_flax.training.workdir import environment
+from regnet_flax.data import feeds, sources
+from regnet_flax.environment import environment
+from regnet_flax.port.torch import from_torch
+from regnet_flax.training import optimizer
+from regnet_flax.training import step as steps
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent / "tests"))
 import torch_reference
@@ -38,7 +39,7 @@ def batches(count):
     an_epoch = len(images) // BATCH
     for step in range(count):
         epoch, k = divmod(step, an_epoch)
-        order = np.asarray(in_memory.epoch_order(0, epoch, len(images)))[k * BATCH : (k + 1) * BATCH]
+        order = np.asarray(feeds.epoch_order(0, epoch, len(images)))[k * BATCH : (k + 1) * BATCH]
         yield images[order], train.labels[order]
 
 

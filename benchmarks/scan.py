@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from regnet_flax import create_model, xla_flags
+from regnet_flax.environment import environment
 from regnet_flax.models.regnet import unstack_blocks
-from regnet_flax.training import optimizer, steps
-from regnet_flax.training.workdir import environment
+from regnet_flax.training import optimizer
+from regnet_flax.training import step as steps
 
 tx = optimizer.make_optimizer(lambda count: jnp.float32(0.1), weight_decay=1e-4)
 

@@ -14,12 +14,12 @@ import numpy as np
 
 from configs import cifar10, digits
 from regnet_flax import xla_flags
-from regnet_flax.config import resolve
+from regnet_flax.config.resolve import resolve
 from regnet_flax.data.sources import load_dataset
-from regnet_flax.training import loop
-from regnet_flax.training.program import Program
+from regnet_flax.environment import environment
+from regnet_flax.modes import train as loop
 from regnet_flax.training.seeds import SeedsProgram
-from regnet_flax.training.workdir import environment
+from regnet_flax.training.trainer import Program
 
 
 def programs(config, seeds):

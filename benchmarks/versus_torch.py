@@ -40,7 +40,8 @@ def our_calls(model, batch, size, dtype, **options):
     import jax.numpy as jnp
 
     from regnet_flax import create_model, xla_flags
-    from regnet_flax.training import optimizer, steps
+    from regnet_flax.training import optimizer
+    from regnet_flax.training import step as steps
 
     xla_flags.set_defaults()  # as regnet_flax.main does
     network = create_model(model, num_classes=CLASSES, dtype=jnp.dtype(dtype), **options)
@@ -117,7 +118,7 @@ def work(name, *settings):
     if ours:  # here, since JAX would take a GPU in the process that waits for all of them
         import jax
 
-        from regnet_flax.training.workdir import environment
+        from regnet_flax.environment import environment
 
         facts["environment"] = environment(jax.local_devices()[:1])
     for what in ("train", "infer"):  # what is compiled or chosen at the first calls

@@ -4,16 +4,12 @@ import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
-from regnet_flax.text import one_line
+from regnet_flax.errors import UsageError, one_line
 
 PACKAGE = Path(__file__).resolve().parent
 # A wheel has the configs inside the package; in the repository they stand beside it.
 SHIPPED = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 DEFAULT_CONFIG = "configs/digits.py"
-
-
-class UsageError(ValueError):
-    """What the command line says is wrong; the message is one line."""
 
 
 def find_config(name: str | None) -> str:

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from regnet_flax import xla_flags
-from regnet_flax.config_files import DEFAULT_CONFIG, UsageError, find_config, provide_configs
+from regnet_flax.config_files import DEFAULT_CONFIG, find_config, provide_configs
+from regnet_flax.errors import Error, Interrupted, UsageError
 
 _IN_CONFIG = "Error whilst parsing config file"  # ml_collections, before a traceback
 MODES = ("train", "eval", "predict", "summary", "benchmark", "compare", "export")
@@ -36,6 +37,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     from absl import flags
     from ml_collections import config_flags
 
+    from regnet_flax.files import read_json
     from regnet_flax.training import workdir
 
     names = [arg for arg in argv if re.match(r"--?config(=|$)", arg)]
@@ -76,9 +78,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     if not values.workdir:
         run = stem if values.mode == "compare" else f"{stem}-{config.model.name}-{config.seed}"
         values.workdir = str(pathlib.Path("runs") / run)
-    if values.mode not in ("train", "compare") and (
-        stored := workdir.read_json(pathlib.Path(values.workdir) / workdir.CONFIG)
-    ):
+    if values.mode not in ("train", "compare") and (stored := read_json(pathlib.Path(values.workdir) / workdir.CONFIG)):
         overrides, path = config_flags.get_override_values(values["config"]), config.export.path
         try:
             with config.ignore_type():
@@ -97,7 +97,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
 
 def _mend(arguments: Sequence[str], problem: str) -> str:
     """What is wrong with the value that absl could not parse, as check_config says it; "" if it is no field's."""
-    from regnet_flax.config import FIELDS
+    from regnet_flax.config.fields import FIELDS
 
     for argument in arguments:
         name, _, value = argument.lstrip("-").partition("=")
@@ -129,7 +129,7 @@ def _summary(config: Any) -> None:
     from rich.console import Console
 
     from regnet_flax.analysis import summary
-    from regnet_flax.config import check_config, image_shape, model_options
+    from regnet_flax.config.check import check_config, image_shape, model_options
     from regnet_flax.models.registry import create_model
 
     config.dataset.data_dir = config.dataset.data_dir or "."  # nothing is read
@@ -162,24 +162,24 @@ def run(argv: Sequence[str]) -> None:
     xla_flags.set_defaults()
     config, values = parse(argv)
 
-    from regnet_flax.training import processes
-    from regnet_flax.training.progress import log_to_console
+    from regnet_flax.training import parallel
+    from regnet_flax.training.display import log_to_console
 
     if values.distributed:
         if values.mode not in ("train", "eval"):
             raise UsageError(f"--distributed is for --mode train and eval: leave it out with {values.mode}")
-        processes.initialize(values.distributed)
-    log_to_console(logging.INFO if not values.distributed or processes.is_primary() else logging.WARNING)
+        parallel.initialize(values.distributed)
+    log_to_console(logging.INFO if not values.distributed or parallel.is_primary() else logging.WARNING)
     if values.mode == "summary":
         _summary(config)
         return
 
-    from regnet_flax.training import loop
+    from regnet_flax.modes import train as loop
 
     if values.mode == "train":
         loop.train_and_evaluate(config, values.workdir, profile=values.profile)
     elif values.mode == "compare":
-        from regnet_flax import compare
+        from regnet_flax.modes import compare
 
         compare.compare(config, values.workdir, loop.train_and_evaluate)
     elif values.mode == "benchmark":
@@ -187,17 +187,17 @@ def run(argv: Sequence[str]) -> None:
 
         import jax
 
-        from regnet_flax import benchmark
+        from regnet_flax.modes import benchmark
 
         config.dataset.data_dir = config.dataset.data_dir or "."  # nothing is read
         print(json.dumps(benchmark.benchmark(config, loop.pmap, jax.local_devices())))
     elif values.mode == "export":
-        from regnet_flax import export
+        from regnet_flax.modes import export
 
         model, variables, step = loop.load_trained(config, values.workdir)
         export.export_model(config, model, variables, step, values.workdir)
     elif values.mode == "predict":
-        from regnet_flax import predict
+        from regnet_flax.modes import predict
 
         with contextlib.redirect_stdout(sys.stderr) if config.predict.json else contextlib.nullcontext():
             model, variables, step = loop.load_trained(config, values.workdir)
@@ -209,47 +209,35 @@ def run(argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n."""
-    from regnet_flax.training import processes
+    from regnet_flax.training import parallel
 
     try:
         code = _exit_code(argv)
     except Exception:
-        if not processes.joined():
+        if not parallel.joined():
             raise
         traceback.print_exc()
         code = 1
-    if code in (1, 2) and processes.joined():
-        processes.end(code)
+    if code in (1, 2) and parallel.joined():
+        parallel.end(code)
     return code
 
 
 def _exit_code(argv: Sequence[str] | None) -> int:
-    from regnet_flax.config import ConfigError
-    from regnet_flax.data.sources import DataError
-    from regnet_flax.data.streaming import StreamError
-    from regnet_flax.training.checkpoint import CheckpointError
-    from regnet_flax.training.interrupt import Interrupted, WorkdirError
-    from regnet_flax.training.processes import ProcessError
-    from regnet_flax.training.run import NonFiniteError
-    from regnet_flax.weights import WeightsError
-
     try:
         run(sys.argv[1:] if argv is None else argv)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code
-    except (UsageError, ConfigError, DataError, ProcessError, WeightsError, WorkdirError) as error:
+    except Error as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
-        return 2
-    except (CheckpointError, NonFiniteError, StreamError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_code
     except OSError as error:
         if error.errno is None:
             raise
         place = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{place}: make room or mend it, and run the same command again", file=sys.stderr)
+        print(f"error: {error.strerror}{place}: make room or fix it, and run the same command again", file=sys.stderr)
         return 1
     return 0
 

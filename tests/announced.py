@@ -34,9 +34,9 @@ import jax  # noqa: E402
 from regnet_flax import main  # noqa: E402
 from regnet_flax.analysis import plots  # noqa: E402
 from regnet_flax.data import sources  # noqa: E402
-from regnet_flax.training import loop  # noqa: E402
+from regnet_flax.modes import train as loop  # noqa: E402
 from regnet_flax.training.checkpoint import Checkpoints  # noqa: E402
-from regnet_flax.training.program import Program  # noqa: E402
+from regnet_flax.training.trainer import Program  # noqa: E402
 
 announce("-import")
 

@@ -22,8 +22,8 @@ from regnet_flax.models import blocks, regnety
 from regnet_flax.models.normalization import BatchNorm
 from regnet_flax.models.regnet import CELLS, RegNet
 from regnet_flax.models.regnety import RegNetY
-from regnet_flax.torch_port import from_torch, to_torch
-from regnet_flax.training.steps import cross_entropy
+from regnet_flax.port.torch import from_torch, to_torch
+from regnet_flax.training.step import cross_entropy
 
 BATCH, CLASSES = 6, 10
 

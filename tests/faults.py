@@ -17,7 +17,7 @@ import pytest
 
 from configs import digits
 from regnet_flax.training.checkpoint import Checkpoints
-from regnet_flax.training.program import build_model, build_optimizer, build_state
+from regnet_flax.training.trainer import build_model, build_optimizer, build_state
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 # 66 steps, a checkpoint every 4, and evaluations of 18 batches after every 11.

@@ -51,12 +51,14 @@ RULES = [
     ),
     (f"{P}.data", [f"{P}.models", f"{P}.training", "flax"], ()),
     (P, ["configs", "tests", f"{P}.main"], ()),
-    (P, [f"{P}.training.loop"], (f"{P}.main",)),
-    (f"{P}.analysis", [f"{P}.data", f"{P}.training"], ()),
-    (P, ["torch"], (f"{P}.weights",)),
+    (f"{P}.config", [f"{P}.training", f"{P}.modes", f"{P}.analysis"], ()),
+    (f"{P}.training", [f"{P}.modes"], ()),
+    (f"{P}.analysis", [f"{P}.data", f"{P}.training", f"{P}.modes", f"{P}.config"], ()),
+    (f"{P}.port", [f"{P}.data", f"{P}.training", f"{P}.modes", f"{P}.config", f"{P}.analysis"], ()),
+    (P, ["torch"], (f"{P}.port.weights",)),
     (P, ["tensorflow"], ()),
     (P, ["matplotlib"], (f"{P}.analysis.plots",)),
-    (f"{P}.training.steps", [f"{P}.models", f"{P}.data"], ()),
+    (f"{P}.training.step", [f"{P}.models", f"{P}.data"], ()),
 ]
 
 
@@ -82,10 +84,10 @@ def calls(path, *names):
 
 def test_the_only_pmap_is_in_the_loop_and_reductions_are_in_the_steps_and_batch_normalisation():
     for path in PACKAGE:
-        if module_name(path) != f"{P}.training.loop":
+        if module_name(path) != f"{P}.modes.train":
             assert not [n for n in calls(path, "pmap") if getattr(n.value, "id", "") == "jax"], path
         # A batch normalisation over several devices has its own, as Flax's has.
-        if module_name(path) not in (f"{P}.training.steps", f"{P}.models.normalization"):
+        if module_name(path) not in (f"{P}.training.step", f"{P}.models.normalization"):
             assert not calls(path, "pmean", "psum"), path
 
 
@@ -93,6 +95,6 @@ def test_only_what_every_mode_needs_is_imported_at_start():
     """And so an image folder trains without TFDS, TensorFlow, Grain, scikit-learn, tensorboardX and safetensors."""
     late = ["ml_collections", "tensorflow", "tensorflow_datasets", "grain", "sklearn", "matplotlib", "tensorboardX"]
     late += ["safetensors", "torch", "scipy.io"]
-    code = f"import sys, regnet_flax.main, regnet_flax.training.loop; print([m for m in {late} if m in sys.modules])"
+    code = f"import sys, regnet_flax.main, regnet_flax.modes.train; print([m for m in {late} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from conftest import ROOT
-from regnet_flax import benchmark
-from regnet_flax.training.loop import pmap
+from regnet_flax.modes import benchmark
+from regnet_flax.modes.train import pmap
 
 TINY = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.batch_size=8"]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from regnet_flax.training.checkpoint import CheckpointError, Checkpoints
-from regnet_flax.training.interrupt import WorkdirError
+from regnet_flax.errors import CheckpointError, WorkdirError
+from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.optimizer import make_optimizer
-from regnet_flax.training.steps import create_train_state
+from regnet_flax.training.step import create_train_state
 
 pytestmark = pytest.mark.core
 

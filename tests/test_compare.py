@@ -19,12 +19,12 @@ import scipy.stats
 from PIL import Image
 
 from configs import compare_digits, compare_placement, compare_sharing
-from regnet_flax import compare as mode
 from regnet_flax import create_model, main
 from regnet_flax.analysis import compare, report
-from regnet_flax.config import ConfigError, model_options
+from regnet_flax.config.check import model_options
+from regnet_flax.errors import ConfigError, NonFiniteError
 from regnet_flax.models.registry import parse_variant
-from regnet_flax.training.run import NonFiniteError
+from regnet_flax.modes import compare as mode
 from regnet_flax.training.workdir import plain
 
 

@@ -11,7 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from regnet_flax.config import FIELDS, MAY_CHANGE, ConfigError, changed_fields, check_config, flatten, model_options
+from regnet_flax.config.check import check_config, flatten, model_options
+from regnet_flax.config.fields import FIELDS, MAY_CHANGE
+from regnet_flax.config.resolve import changed_fields
+from regnet_flax.errors import ConfigError
 from regnet_flax.models.registry import list_models
 from regnet_flax.training.optimizer import boundary_steps
 

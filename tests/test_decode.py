@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from regnet_flax.data import decode
-from regnet_flax.data.image_folder import to_rgb
+from regnet_flax.data import photos
+from regnet_flax.data.folder import to_rgb
 
 
 def photograph(width, height, seed=0):
@@ -51,7 +51,7 @@ def get_params(width, height, random):
 @pytest.mark.parametrize("size", [(500, 375), (375, 500), (300, 300), (640, 200)])
 def test_random_crops_are_distributed_as_torchvisions(size):
     count, random = 4000, np.random.default_rng(0)
-    ours = np.array([decode.random_box(*size, random.random(decode.UNIFORMS)) for _ in range(count)], float)
+    ours = np.array([photos.random_box(*size, random.random(photos.UNIFORMS)) for _ in range(count)], float)
     reference = np.array([get_params(*size, random) for _ in range(count)], float)
     for boxes in (ours, reference):
         assert (boxes[:, :2] >= 0).all() and (boxes[:, 2] <= size[0]).all() and (boxes[:, 3] <= size[1]).all()
@@ -68,14 +68,14 @@ def test_random_crops_are_distributed_as_torchvisions(size):
 
 
 def test_where_no_try_fits_the_centre_is_cropped():
-    assert decode.random_box(1000, 10, [0.99] * decode.UNIFORMS) == (493, 0, 506, 10)
-    assert decode.random_box(10, 1000, [0.99] * decode.UNIFORMS) == (0, 493, 10, 506)
+    assert photos.random_box(1000, 10, [0.99] * photos.UNIFORMS) == (493, 0, 506, 10)
+    assert photos.random_box(10, 1000, [0.99] * photos.UNIFORMS) == (0, 493, 10, 506)
 
 
 @pytest.mark.parametrize("size", [(500, 375), (333, 500), (256, 256), (40, 90)])
 def test_the_test_crop_is_resize_and_centre_crop(size):
     image = photograph(*size)
-    ours = decode.read_crop(encoded(image, "PNG"), 224, lambda w, h: decode.centre_box(w, h, 224))
+    ours = photos.read_crop(encoded(image, "PNG"), 224, lambda w, h: photos.centre_box(w, h, 224))
     width, height = (256, int(256 * size[1] / size[0])) if size[0] <= size[1] else (int(256 * size[0] / size[1]), 256)
     left, top = round((width - 224) / 2), round((height - 224) / 2)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -85,7 +85,7 @@ def test_the_test_crop_is_resize_and_centre_crop(size):
 
 def test_a_crop_is_pillows_resize_of_the_box():
     image, box = photograph(120, 90), (10.5, 20, 100.25, 80)
-    ours = decode.read_crop(encoded(image, "PNG"), 32, lambda w, h: box)
+    ours = photos.read_crop(encoded(image, "PNG"), 32, lambda w, h: box)
     np.testing.assert_array_equal(ours, np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR, box)))
     assert ours.dtype == np.uint8 and ours.shape == (32, 32, 3)
 
@@ -105,7 +105,7 @@ def test_exif_orientation_comes_before_the_crop(orientation, large):
         seen.append((width, height))
         return width / 8, 0, width, height / 2
 
-    ours = decode.read_crop(encoded(stored, quality=95, exif=exif), 32, box)
+    ours = photos.read_crop(encoded(stored, quality=95, exif=exif), 32, box)
     expected = upright.resize((32, 32), Image.Resampling.BILINEAR, (size[0] / 8, 0, size[0], size[1] / 2))
     assert seen == [size]
     assert np.abs(ours - np.asarray(expected, int)).mean() < 4  # turned another way it is above 20
@@ -114,10 +114,10 @@ def test_exif_orientation_comes_before_the_crop(orientation, large):
 @pytest.mark.parametrize(("size", "scale"), [((2048, 1536), 4), ((1000, 750), 2), ((500, 375), 1)])
 def test_a_large_jpeg_is_decoded_small_and_looks_the_same(monkeypatch, size, scale):
     decoded = []
-    monkeypatch.setattr(decode, "to_rgb", lambda image: decoded.append(image.size) or to_rgb(image))
+    monkeypatch.setattr(photos, "to_rgb", lambda image: decoded.append(image.size) or to_rgb(image))
     file = encoded(photograph(*size), quality=92)
-    whole = decode.read_crop(file, 224, lambda w, h: decode.centre_box(w, h, 224), draft=False)
-    small = decode.read_crop(file, 224, lambda w, h: decode.centre_box(w, h, 224))
+    whole = photos.read_crop(file, 224, lambda w, h: photos.centre_box(w, h, 224), draft=False)
+    small = photos.read_crop(file, 224, lambda w, h: photos.centre_box(w, h, 224))
     assert decoded == [size, (math.ceil(size[0] / scale), math.ceil(size[1] / scale))]
     assert np.abs(small - whole.astype(int)).mean() < 1
     assert scale > 1 or (small == whole).all()
@@ -125,8 +125,8 @@ def test_a_large_jpeg_is_decoded_small_and_looks_the_same(monkeypatch, size, sca
 
 def test_a_small_crop_of_a_large_jpeg_keeps_its_detail(monkeypatch):
     decoded = []
-    monkeypatch.setattr(decode, "to_rgb", lambda image: decoded.append(image.size) or to_rgb(image))
-    decode.read_crop(encoded(photograph(2048, 1536)), 224, lambda w, h: (0, 0, 300, 300))
+    monkeypatch.setattr(photos, "to_rgb", lambda image: decoded.append(image.size) or to_rgb(image))
+    photos.read_crop(encoded(photograph(2048, 1536)), 224, lambda w, h: (0, 0, 300, 300))
     assert decoded == [(2048, 1536)]
 
 
@@ -142,7 +142,7 @@ def test_every_mode_becomes_rgb(mode, form):
         expected = (124, 124, 124) if mode == "L" else (200, 100, 50)
         image = image.convert(mode)
     options = {"transparency": 0} if mode == "P" and form == "PNG" else {}
-    ours = decode.read_crop(encoded(image, form, **options), 16, decode.whole_box)
+    ours = photos.read_crop(encoded(image, form, **options), 16, photos.whole_box)
     assert ours.shape == (16, 16, 3)
     assert np.abs(ours.astype(int) - expected).max() <= 26 * (form == "GIF" or mode == "P") + 3
 
@@ -150,4 +150,4 @@ def test_every_mode_becomes_rgb(mode, form):
 def test_a_truncated_file_is_an_error():
     data = encoded(photograph(300, 200)).getvalue()
     with pytest.raises(OSError, match="truncated"):
-        decode.read_crop(io.BytesIO(data[: len(data) // 2]), 32, decode.whole_box)
+        photos.read_crop(io.BytesIO(data[: len(data) // 2]), 32, photos.whole_box)

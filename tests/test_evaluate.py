@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regnet_flax.data.in_memory import eval_batch
-from regnet_flax.training.evaluate import confusion_matrix, evaluate, per_class
-from regnet_flax.training.steps import eval_step
+from regnet_flax.analysis.by_class import confusion_matrix, per_class
+from regnet_flax.data.feeds import eval_batch
+from regnet_flax.training.evaluate import evaluate
+from regnet_flax.training.step import eval_step
 
 
 def split(size, classes, seed=0):

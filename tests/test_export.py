@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regnet_flax import create_model, export, main
+from regnet_flax import create_model, main
 from regnet_flax.data.augment import normalize
+from regnet_flax.modes import export
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 TINY = [
@@ -111,7 +112,7 @@ def test_a_stranger_runs_the_program_as_its_card_says(trained, tmp_path, monkeyp
     )
 
     config, _ = main.parse(["--mode=eval", "--workdir", str(trained), "--config.eval.checkpoint=last"])
-    from regnet_flax.training import loop
+    from regnet_flax.modes import train as loop
 
     model, variables, step = loop.load_trained(config, trained)
     images = normalize(given, config.dataset.mean, config.dataset.std)

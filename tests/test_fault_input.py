@@ -18,9 +18,11 @@ from PIL import Image
 
 from configs import digits
 from regnet_flax import main
-from regnet_flax.config import FIELDS, ConfigError, check_config, flatten
-from regnet_flax.data.sources import DataError, load_dataset
-from regnet_flax.training import loop
+from regnet_flax.config.check import check_config, flatten
+from regnet_flax.config.fields import FIELDS
+from regnet_flax.data.sources import load_dataset
+from regnet_flax.errors import ConfigError, DataError
+from regnet_flax.modes import train as loop
 
 DEFAULTS = dict(flatten(digits.get_config()))
 NOT_FINITE = st.sampled_from([math.nan, math.inf, -math.inf])
@@ -394,7 +396,7 @@ def test_a_file_of_weights_names_no_path(tmp_path):
     """Names of arrays stay names: nothing of that name is written or read."""
     from safetensors.numpy import save_file
 
-    from regnet_flax.weights import read_weights
+    from regnet_flax.port.weights import read_weights
 
     save_file({"../../outside": np.zeros(2, np.float32)}, tmp_path / "w.safetensors")
     before = sorted(tmp_path.rglob("*"))

@@ -29,7 +29,7 @@ from PIL import Image
 
 from regnet_flax import create_model
 from regnet_flax.training.optimizer import make_optimizer
-from regnet_flax.training.steps import create_train_state, train_step
+from regnet_flax.training.step import create_train_state, train_step
 
 # The moments of one run's stops, and how long that takes at most, in seconds, on an idle core.
 PHASES = {"compile": 1.0, "train": 0.05, "evaluate": 0.02, "save": 0.1, "figures": 0.5}

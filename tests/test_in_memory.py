@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regnet_flax.data import augment, in_memory
+from regnet_flax.data import augment, feeds
 
 SIZE = 23
 RNG = np.random.default_rng(0)
@@ -21,17 +21,17 @@ DATA = {
 @functools.partial(jax.jit, static_argnames=("batch_size", "shards"))
 def train_batch(order, seed, step, batch_size, shard=0, shards=1):
     """A batch as the compiled step has it, with its keys as numbers and its images augmented."""
-    batch, keys = in_memory.train_batch(DATA, order, seed, step, batch_size=batch_size, shard=shard, shards=shards)
+    batch, keys = feeds.train_batch(DATA, order, seed, step, batch_size=batch_size, shard=shard, shards=shards)
     augmented = augment.augment(("crop", "flip"), keys, batch["images"])
     return batch | {"keys": jax.random.key_data(keys), "augmented": augmented}
 
 
-eval_batch = jax.jit(in_memory.eval_batch, static_argnames=("batch_size", "shards"))
+eval_batch = jax.jit(feeds.eval_batch, static_argnames=("batch_size", "shards"))
 
 
 def epoch(seed, epoch, batch_size, shards=1):
     """All batches of an epoch, what the shards give put together."""
-    order = in_memory.epoch_order(seed, epoch, SIZE)
+    order = feeds.epoch_order(seed, epoch, SIZE)
     steps = SIZE // batch_size
     batches = []
     for step in range(epoch * steps, (epoch + 1) * steps):
@@ -41,13 +41,13 @@ def epoch(seed, epoch, batch_size, shards=1):
 
 
 def test_an_order_is_a_permutation_fixed_by_seed_and_epoch():
-    orders = {key: np.asarray(in_memory.epoch_order(*key, 200)) for key in [(0, 0), (0, 1), (1, 0), (1, 1)]}
+    orders = {key: np.asarray(feeds.epoch_order(*key, 200)) for key in [(0, 0), (0, 1), (1, 0), (1, 1)]}
     for order in orders.values():
         np.testing.assert_array_equal(np.sort(order), np.arange(200))
         assert order.dtype == np.int32
     assert len({order.tobytes() for order in orders.values()}) == 4
     for key, order in orders.items():
-        np.testing.assert_array_equal(in_memory.epoch_order(*key, 200), order)
+        np.testing.assert_array_equal(feeds.epoch_order(*key, 200), order)
 
 
 @pytest.mark.parametrize("number", [0, 1, 7])
@@ -62,12 +62,10 @@ def test_batch_k_of_an_epoch_is_the_kth_slice_of_its_order(number):
 
 @pytest.mark.parametrize("parts", [2, 3])
 def test_the_parts_of_a_batch_are_the_same_for_any_number_of_shards(parts):
-    order = in_memory.epoch_order(0, 0, SIZE)
+    order = feeds.epoch_order(0, 0, SIZE)
     for shards in (1, 2):
         taken = [
-            in_memory.train_batch(
-                DATA, order, 0, jnp.int32(0), batch_size=6 * shards, shard=s, shards=shards, parts=parts
-            )
+            feeds.train_batch(DATA, order, 0, jnp.int32(0), batch_size=6 * shards, shard=s, shards=shards, parts=parts)
             for s in range(shards)
         ]
         found = np.stack([np.asarray(batch["labels"]).reshape(parts, -1) for batch, _ in taken], 1).reshape(parts, -1)

@@ -8,13 +8,15 @@ import sys
 
 import pytest
 
-from regnet_flax.training.interrupt import Interrupted, StopSignals, WorkdirError, workdir_lock
+from regnet_flax.errors import Interrupted, WorkdirError
+from regnet_flax.training.signals import StopSignals
+from regnet_flax.training.workdir import workdir_lock
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 HOLD = """
 import pathlib, sys, time
-from regnet_flax.training.interrupt import workdir_lock
+from regnet_flax.training.signals import workdir_lock
 with workdir_lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -14,13 +14,12 @@ from configs import digits
 from conftest import checksums
 from regnet_flax import create_model
 from regnet_flax.analysis.summary import count_parameters
-from regnet_flax.config import ConfigError
-from regnet_flax.training import loop
+from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError, WorkdirError
+from regnet_flax.modes import train as loop
 from regnet_flax.training import workdir as workdir_lib
 from regnet_flax.training.checkpoint import CHECKPOINTS
-from regnet_flax.training.interrupt import Interrupted, WorkdirError
-from regnet_flax.training.program import Program
-from regnet_flax.training.run import NonFiniteError, Run
+from regnet_flax.training.run import Run
+from regnet_flax.training.trainer import Program
 
 pytestmark = pytest.mark.core
 

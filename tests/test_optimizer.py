@@ -11,7 +11,7 @@ import torch
 
 from comparison import check
 from regnet_flax.training.optimizer import make_optimizer, make_schedule
-from regnet_flax.training.steps import cross_entropy
+from regnet_flax.training.step import cross_entropy
 
 EPOCHS, STEPS_PER_EPOCH, RATE = 8, 10, 0.4
 TOTAL = EPOCHS * STEPS_PER_EPOCH

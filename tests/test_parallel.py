@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from configs import digits
-from regnet_flax.config import resolve
-from regnet_flax.data import augment, in_memory
-from regnet_flax.data.sources import Dataset, Split
-from regnet_flax.training import loop, steps
-from regnet_flax.training.program import Program
+from regnet_flax.config.resolve import resolve
+from regnet_flax.data import augment, feeds
+from regnet_flax.data.folder import Split
+from regnet_flax.data.sources import Dataset
+from regnet_flax.modes import train as loop
+from regnet_flax.training import step as steps
+from regnet_flax.training.trainer import Program
 
 STEPS = 5
 
@@ -105,11 +107,11 @@ def test_local_statistics_and_gradients_are_means_over_the_devices():
 
 
 def _order(program):
-    return in_memory.epoch_order(program._config.seed, 0, program._size)
+    return feeds.epoch_order(program._config.seed, 0, program._size)
 
 
 def _one_half(program, state, data, order, shard):
-    batch, keys = in_memory.train_batch(data, order, 0, state.step, batch_size=16, shard=shard, shards=2)
+    batch, keys = feeds.train_batch(data, order, 0, state.step, batch_size=16, shard=shard, shards=2)
     images = augment.augment(("crop", "flip"), keys, batch["images"])
     return steps.train_step(
         state,

@@ -18,9 +18,9 @@ import torch_reference
 from comparison import BATCH, BEGIN, BOUNDS, CLASSES, END, arrays, check, check_all, compare_network, create, reference
 from regnet_flax import create_model
 from regnet_flax.models.registry import MODELS
-from regnet_flax.torch_port import from_torch, to_torch
+from regnet_flax.port.torch import from_torch, to_torch
 from regnet_flax.training.optimizer import make_optimizer, make_schedule
-from regnet_flax.training.steps import create_train_state, train_step
+from regnet_flax.training.step import create_train_state, train_step
 
 SMALL = {"width": 4, "stage_sizes": (3, 2)}  # the first stage's scan has two steps, the second's one
 FAST = [  # trained without --slow

@@ -11,12 +11,13 @@ import pytest
 from PIL import Image
 
 from configs import folder
-from regnet_flax import main, predict
-from regnet_flax.config import ConfigError
-from regnet_flax.data import decode
-from regnet_flax.data.image_folder import read_image
+from regnet_flax import main
+from regnet_flax.data import photos
+from regnet_flax.data.folder import read_image
 from regnet_flax.data.sources import load_dataset
-from regnet_flax.training import loop
+from regnet_flax.errors import ConfigError
+from regnet_flax.modes import predict
+from regnet_flax.modes import train as loop
 
 COLORS = {"brick": (170, 60, 40), "grass": (60, 160, 50), "sky": (110, 160, 230)}
 
@@ -152,7 +153,7 @@ def test_images_are_resized_as_for_evaluation(trained):
 def test_the_centre_is_cropped_as_for_evaluation(trained):
     _, data = trained
     file = sorted(data.glob("val/*/*.png"))[0]
-    expected = decode.read_crop(file, 6, functools.partial(decode.centre_box, size=6))
+    expected = photos.read_crop(file, 6, functools.partial(photos.centre_box, size=6))
     found = predict.to_input(read_image(file), (6, 6, 3), crop=True)
     np.testing.assert_array_equal(found, expected)
 

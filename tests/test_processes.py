@@ -21,9 +21,9 @@ from test_loop import tiny_config
 
 from conftest import checksums
 from regnet_flax import main
-from regnet_flax.training import loop
+from regnet_flax.modes import train as loop
 from regnet_flax.training.checkpoint import CHECKPOINTS
-from regnet_flax.training.program import AXIS
+from regnet_flax.training.trainer import AXIS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIELDS = {  # 360 test images do not divide into batches of 56, and process 1 has none of the last one's
@@ -228,7 +228,7 @@ def test_processes_with_other_configs_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_a_workdir_in_use_is_refused_by_both(two):
-    from regnet_flax.training.interrupt import workdir_lock
+    from regnet_flax.training.workdir import workdir_lock
 
     workdir, _ = two
     with workdir_lock(workdir):

@@ -8,8 +8,9 @@ import time
 import pytest
 
 from conftest import LINE
-from regnet_flax.training import progress
-from regnet_flax.training.progress import RunDisplay, describe, duration
+from regnet_flax.files import duration
+from regnet_flax.training import display as progress
+from regnet_flax.training.display import RunDisplay, describe
 
 
 @pytest.mark.parametrize(

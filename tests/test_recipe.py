@@ -15,10 +15,11 @@ from test_parallel import dataset, initial_state, relative
 from configs import digits
 from conftest import checksums
 from regnet_flax import create_model
-from regnet_flax.config import resolve
-from regnet_flax.training import loop, steps
+from regnet_flax.config.resolve import resolve
+from regnet_flax.modes import train as loop
+from regnet_flax.training import step as steps
 from regnet_flax.training.optimizer import make_optimizer
-from regnet_flax.training.program import Program
+from regnet_flax.training.trainer import Program
 
 RNG = np.random.default_rng(0)
 BATCH = {"images": jnp.asarray(RNG.normal(size=(8, 8, 8, 3)), jnp.float32), "labels": jnp.arange(8) % 4}

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from regnet_flax import create_model, main
-from regnet_flax.config import check_config, flatten, model_options
+from regnet_flax.config.check import check_config, flatten, model_options
 from regnet_flax.models.registry import IMAGENET_STAGES
 from regnet_flax.models.regnet import RegNet
-from regnet_flax.training.loop import train_and_evaluate
-from regnet_flax.training.program import build_optimizer
+from regnet_flax.modes.train import train_and_evaluate
+from regnet_flax.training.trainer import build_optimizer
 
 ROOT = pathlib.Path(main.__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))

@@ -10,7 +10,7 @@ import torch_reference
 from comparison import arrays, check
 from regnet_flax import create_model
 from regnet_flax.analysis.summary import count_parameters
-from regnet_flax.torch_port import from_torch, to_torch
+from regnet_flax.port.torch import from_torch, to_torch
 
 
 def torchvisions_names():

@@ -15,13 +15,13 @@ import pytest
 from configs import digits
 from conftest import checksums
 from regnet_flax import create_model
-from regnet_flax.config import ConfigError, resolve
-from regnet_flax.data.sources import Dataset, Split
-from regnet_flax.training import loop
-from regnet_flax.training.interrupt import Interrupted
-from regnet_flax.training.program import Program
-from regnet_flax.training.run import NonFiniteError
+from regnet_flax.config.resolve import resolve
+from regnet_flax.data.folder import Split
+from regnet_flax.data.sources import Dataset
+from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError
+from regnet_flax.modes import train as loop
 from regnet_flax.training.seeds import SeedsProgram, averaged, of_one
+from regnet_flax.training.trainer import Program
 
 SEEDS = (3, 0, 11)
 STEPS = 5  # of 3 steps an epoch

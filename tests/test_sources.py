@@ -18,8 +18,12 @@ import pytest
 from PIL import Image
 
 from regnet_flax import main
-from regnet_flax.data import image_folder, sources, tfds_prepared
-from regnet_flax.data.sources import DataError, Dataset, Split, channel_statistics, load_dataset
+from regnet_flax.data import folder as image_folder
+from regnet_flax.data import sources
+from regnet_flax.data import tfds as tfds_prepared
+from regnet_flax.data.folder import Split
+from regnet_flax.data.sources import Dataset, channel_statistics, load_dataset
+from regnet_flax.errors import DataError
 
 ROOT = Path(__file__).parents[1]
 RED, GREEN, BLUE = (250, 0, 0), (0, 250, 0), (0, 0, 250)
@@ -360,7 +364,8 @@ WRITE = """
 import sys
 import numpy as np
 from tensorflow_datasets.image_classification import cifar
-from regnet_flax.data import sources, tfds_prepared
+from regnet_flax.data import sources
+from regnet_flax.data import tfds as tfds_prepared
 
 def generate(keys, count):
     for i in range(count):

@@ -14,11 +14,10 @@ from test_loop import checksums, read_lines
 from test_streaming import alive, children, folder, imagenet, wait_until  # noqa: F401
 
 from configs import folder as folder_config
-from regnet_flax import config as config_lib
 from regnet_flax import main
-from regnet_flax.config import ConfigError
-from regnet_flax.data.image_folder import DataError
-from regnet_flax.training import loop
+from regnet_flax.config import check as config_lib
+from regnet_flax.errors import ConfigError, DataError
+from regnet_flax.modes import train as loop
 from regnet_flax.training.streamed import StreamedProgram
 
 OPTIONS = {
@@ -114,7 +113,7 @@ def test_evaluation_counts_every_photograph_that_decodes_once(folder, program_on
     metrics = program.evaluate(state)
     assert metrics["count"] == 6
 
-    batch = program._dataset.test_batches(7)(0)
+    batch = program._dataset.eval_batches("test", 7)(0)
     kept = batch["mask"]
     assert kept.sum() == 6
     images = program._normalize(batch["images"][kept])

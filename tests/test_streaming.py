@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regnet_flax.data import decode, host_batches, streaming
-from regnet_flax.data.host_batches import epoch_order
-from regnet_flax.data.image_folder import DataError
+from regnet_flax.data import batches, photos, stream
+from regnet_flax.data.batches import epoch_order
 from regnet_flax.data.sources import channel_statistics
-from regnet_flax.data.streaming import CROP, Stream, StreamError, open_stream
+from regnet_flax.data.stream import CROP, Stream, open_stream
+from regnet_flax.errors import DataError, StreamError
 
 ROOT = Path(__file__).parents[1]
 SIZE = 16
@@ -123,8 +123,8 @@ def test_the_same_example_is_cropped_otherwise_in_another_epoch_and_not_without_
 def test_the_order_and_the_crops_are_those_of_every_version():
     # A run that goes on under another version of NumPy or of this package has to see the same batches.
     assert epoch_order(0, 0, 10).tolist() == [3, 7, 6, 4, 1, 0, 2, 8, 5, 9]
-    random = np.random.RandomState((0, 0, 0)).random_sample((2, decode.UNIFORMS))
-    assert decode.random_box(500, 375, random[1]) == (82, 100, 352, 338)
+    random = np.random.RandomState((0, 0, 0)).random_sample((2, photos.UNIFORMS))
+    assert photos.random_box(500, 375, random[1]) == (82, 100, 352, 338)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -142,9 +142,9 @@ def test_processes_read_their_parts_of_the_same_batches(folder, split):
 @pytest.mark.parametrize(("batch_size", "processes"), [(1, 1), (3, 1), (7, 1), (4, 2), (10, 2)])
 def test_every_test_example_counts_once(folder, batch_size, processes):
     dataset, numbers, labels = opened(folder), [], []
-    for k in range(-(-dataset.test_size // batch_size)):
+    for k in range(-(-dataset.size("test") // batch_size)):
         for process in range(processes):
-            batch = dataset.test_batches(batch_size, process, processes)(k)
+            batch = dataset.eval_batches("test", batch_size, process, processes)(k)
             numbers += [number_of(image) for image, real in zip(batch["images"], batch["mask"], strict=True) if real]
             labels += batch["labels"][batch["mask"]].tolist()
     assert numbers == TEST and labels == [number % 2 for number in TEST]
@@ -163,7 +163,7 @@ def test_a_damaged_photograph_is_left_out_and_named(folder):
     assert rows[2] == 6 and [rows[i] for i in range(13) if i != 2] == [n for n in TRAIN if n != 4]
     assert re.fullmatch(rf"{path}: OSError: Truncated File Read", batch["skipped"])
 
-    batch = dataset.test_batches(7)(0)
+    batch = dataset.eval_batches("test", 7)(0)
     assert [number_of(image) for image in batch["images"][batch["mask"]]] == [14, 16, 18, 13, 17, 19]
     assert "val/b/15.jpg: UnidentifiedImageError" in batch["skipped"] and "\n" not in batch["skipped"]
 
@@ -184,7 +184,7 @@ def test_nothing_that_decodes(folder, monkeypatch):
         opened(folder).train_batches(seed=0, batch_size=4)(0)
     with pytest.raises(DataError, match="none of 13 training images decodes"):
         opened(folder).statistics()
-    monkeypatch.setattr(host_batches, "SUBSTITUTES", 5)
+    monkeypatch.setattr(batches, "SUBSTITUTES", 5)
     with pytest.raises(DataError, match="nor do 4 images"):
         opened(folder).train_batches(seed=0, batch_size=4)(0)
 
@@ -200,10 +200,10 @@ def test_decompression_bombs_do_not_decode(folder, monkeypatch):
 
 def test_a_folders_statistics_are_those_of_a_fixed_sample(folder, monkeypatch):
     dataset = opened(folder)
-    box = lambda w, h: decode.centre_box(w, h, SIZE)  # noqa: E731
-    images = np.stack([decode.read_crop(io.BytesIO(jpeg(number)), SIZE, box) for number in TRAIN])
+    box = lambda w, h: photos.centre_box(w, h, SIZE)  # noqa: E731
+    images = np.stack([photos.read_crop(io.BytesIO(jpeg(number)), SIZE, box) for number in TRAIN])
     assert dataset.statistics() == channel_statistics(images)
-    monkeypatch.setattr(streaming, "SAMPLE", 4)
+    monkeypatch.setattr(stream, "SAMPLE", 4)
     assert dataset.statistics() == channel_statistics(images[[0, 3, 6, 9]])
     assert dataset.image_shape == (SIZE, SIZE, 3) and dataset.class_names == ("a", "b")
 
@@ -227,9 +227,9 @@ def test_what_is_streamed(folder, monkeypatch):
     assert opened(folder, in_memory="always", augment=()) is None
     assert opened(folder, in_memory="never", augment=()) is not None
     assert opened(folder, in_memory="auto") is not None
-    monkeypatch.setattr(streaming, "FOLDER_BYTES", 20 * SIZE * SIZE * 3)
+    monkeypatch.setattr(stream, "FOLDER_BYTES", 20 * SIZE * SIZE * 3)
     assert opened(folder, in_memory="auto", augment=()) is None
-    monkeypatch.setattr(streaming, "FOLDER_BYTES", 20 * SIZE * SIZE * 3 - 1)
+    monkeypatch.setattr(stream, "FOLDER_BYTES", 20 * SIZE * SIZE * 3 - 1)
     assert opened(folder, in_memory="auto", augment=()) is not None
     with pytest.raises(DataError, match="set --config.dataset.image_size"):
         opened(folder, image_size=0)
@@ -294,7 +294,7 @@ ENDLESS = """
 import sys
 sys.path.insert(0, "tests")
 from test_streaming import opened
-from regnet_flax.data.streaming import Stream
+from regnet_flax.data.stream import Stream
 
 if __name__ == "__main__":
     stream = Stream(opened(sys.argv[1]).train_batches(0, 4), range(10**6), workers=2, prefetch=1)
@@ -345,7 +345,7 @@ def write_archives(directory):
 
 PREPARE = """
 import sys
-from regnet_flax.data.streaming import open_stream
+from regnet_flax.data.stream import open_stream
 open_stream("imagenet2012", data_dir=sys.argv[1], image_size=16)
 """
 
@@ -366,7 +366,7 @@ def imagenet(tmp_path_factory):
 
 def test_imagenet_is_read_as_tfds_wrote_it(imagenet):
     dataset = open_stream("imagenet2012", data_dir=str(imagenet), image_size=0, augment=(CROP,))
-    assert (dataset.train_size, dataset.test_size, len(dataset.class_names)) == (24, 7, 1000)
+    assert (dataset.size("train"), dataset.size("test"), len(dataset.class_names)) == (24, 7, 1000)
     assert dataset.class_names[:2] == ("n01440764", "n01443537")
     assert dataset.image_shape == (224, 224, 3)
     assert dataset.statistics() == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

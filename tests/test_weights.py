@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from regnet_flax import create_model, main
-from regnet_flax.torch_port import from_torch, to_torch
-from regnet_flax.weights import WeightsError, read_weights, write_weights
+from regnet_flax.errors import WeightsError
+from regnet_flax.port.torch import from_torch, to_torch
+from regnet_flax.port.weights import read_weights, write_weights
 
 ARRAYS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float32([1.5])}
 TINY = [

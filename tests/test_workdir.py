@@ -11,9 +11,12 @@ import pytest
 from faults import events
 
 from conftest import LINE
-from regnet_flax.training import workdir
-from regnet_flax.training.interrupt import WorkdirError
-from regnet_flax.training.workdir import MetricsLog, read_json, read_metrics, write_json
+from regnet_flax import environment
+from regnet_flax.errors import WorkdirError
+from regnet_flax.files import read_json, write_json
+from regnet_flax.training import logs, workdir
+from regnet_flax.training.logs import MetricsLog
+from regnet_flax.training.workdir import read_metrics
 
 
 @contextlib.contextmanager
@@ -62,7 +65,7 @@ def test_a_line_cut_off_in_the_middle_is_dropped(tmp_path, logger, caplog):
     with metrics_log(tmp_path, 20) as log:
         log.write({"step": 20, "train_loss": 1.0})
     assert [line["step"] for line in strictly((tmp_path / "metrics.jsonl").read_text())] == [10, 20]
-    assert "metrics.jsonl has a line that is none of its own" in caplog.text
+    assert "metrics.jsonl has a damaged line" in caplog.text
 
 
 DAMAGED_LINES = [b"", b"\xff\xfe\x00", b"3", b"[]", b"{}", b'{"step": null}', b'{"step": "ten"}', b"NaN"]
@@ -183,7 +186,7 @@ def test_a_config_becomes_plain_json():
 
 
 def test_train_log_has_what_the_run_says_with_the_time_and_the_error_that_ended_it(tmp_path, logger):
-    with pytest.raises(OSError), workdir.RunLog() as log:
+    with pytest.raises(OSError), logs.RunLog() as log:
         logger.info("before the workdir is known to be right")
         assert not list(tmp_path.iterdir())
         log.write_to(tmp_path)
@@ -194,7 +197,7 @@ def test_train_log_has_what_the_run_says_with_the_time_and_the_error_that_ended_
     assert first.startswith("20") and first.endswith(" INFO before the workdir is known to be right")
     assert second.endswith(" WARNING look")
     assert third.endswith(" ERROR OSError: full")
-    with workdir.RunLog() as log:
+    with logs.RunLog() as log:
         log.write_to(tmp_path)
         logger.info("resumed")
     assert len((tmp_path / "train.log").read_text().splitlines()) == 4
@@ -205,17 +208,17 @@ def test_train_log_has_what_the_run_says_with_the_time_and_the_error_that_ended_
     [("processor\t: 0\nmodel name\t: A: 3 @ 2 GHz\nmodel name\t: B\n", "A: 3 @ 2 GHz"), ("Features : fp\n", "z80")],
 )
 def test_the_processor_is_named(monkeypatch, said, name):
-    monkeypatch.setattr(workdir.pathlib.Path, "read_text", lambda path: said)
-    monkeypatch.setattr(workdir.platform, "processor", lambda: "")
-    monkeypatch.setattr(workdir.platform, "machine", lambda: "z80")
-    assert workdir.processor() == name
+    monkeypatch.setattr(environment.pathlib.Path, "read_text", lambda path: said)
+    monkeypatch.setattr(environment.platform, "processor", lambda: "")
+    monkeypatch.setattr(environment.platform, "machine", lambda: "z80")
+    assert environment.processor() == name
 
 
 def test_hardware_and_versions_are_recorded():
-    found = workdir.environment(jax.devices())
+    found = environment.environment(jax.devices())
     assert json.loads(json.dumps(found)) == found
     assert found["hardware"]["devices"] == len(jax.devices())
     assert found["hardware"]["cpu_cores"] >= 1
-    assert found["hardware"]["cpu"] == workdir.processor()
+    assert found["hardware"]["cpu"] == environment.processor()
     assert found["versions"]["jax"] == jax.__version__
     assert found["versions"].keys() >= {"python", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"}

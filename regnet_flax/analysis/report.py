@@ -13,6 +13,7 @@ import numpy as np
 from regnet_flax.analysis import compare
 from regnet_flax.analysis.compare import Result
 from regnet_flax.analysis.plots import comparison
+from regnet_flax.files import duration, write_text
 
 MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
 _NUMBERS = 2  # the columns from here on are numbers, but for the last two
@@ -42,14 +43,8 @@ def write(path: pathlib.Path, workdirs: Mapping[str, pathlib.Path], failed: Mapp
         pictures[dark] = names
     title, said, cells, notes = _title(results), _summary(results), table(results), _notes(results, failed or {})
     facts = _facts(results)
-    _write(path / MARKDOWN, _markdown(title, said, cells, notes, facts))
-    _write(path / HTML, _html(title, said, cells, notes, facts, pictures))
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
+    write_text(path / MARKDOWN, _markdown(title, said, cells, notes, facts))
+    write_text(path / HTML, _html(title, said, cells, notes, facts, pictures))
 
 
 def _seeds(results: Sequence[Result]) -> str:
@@ -71,15 +66,6 @@ def _percent(values: Sequence[float]) -> str:
 
 def _count(number: int) -> str:
     return f"{number / 1e6:.3g} M" if number >= 1e6 else f"{number / 1e3:.3g} k"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{rest} s"
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def _differs(result: Result, baseline: Result) -> bool:
@@ -109,7 +95,7 @@ def table(results: Sequence[Result]) -> list[list[str]]:
     rows = [head + ["published"] * claims]
     for r in results:
         row = [r.label, r.regulator or "—", f"{r.parameters:,}", _count(r.multiply_adds), _percent(r.error)]
-        row += [_percent(r.top5_error)] * top5 + [_difference(r, baseline), _duration(r.seconds)]
+        row += [_percent(r.top5_error)] * top5 + [_difference(r, baseline), duration(r.seconds)]
         rows.append(row + [r.claim or "—"] * claims)
     return rows
 

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from regnet_flax.data.image_folder import DataError, Split, check_memory, read_image_folder
-from regnet_flax.data.tfds_prepared import USE_FOLDERS, prepare_tfds
-from regnet_flax.text import one_line
+from regnet_flax.data.folder import Split, check_memory, read_image_folder
+from regnet_flax.data.tfds import USE_FOLDERS, prepare_tfds
+from regnet_flax.errors import DataError, one_line
 
 BATCH = 1000
 
@@ -29,6 +29,7 @@ class Dataset:
         test: the test split.
         class_names: the name of each label.
         skipped: "path: reason" of each image file that could not be decoded.
+        validation: the split that is evaluated while training, if it is not the test split.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Dataset:
     test: Split
     class_names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    validation: Split | None = None
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -43,18 +45,17 @@ class Dataset:
         return self.train.images.shape[1:]
 
     @property
-    def train_size(self) -> int:
-        """Training examples."""
-        return len(self.train.labels)
+    def evaluated(self) -> str:
+        """The split that is evaluated while training: "validation" where there is one, else "test"."""
+        return "test" if self.validation is None else "validation"
 
-    @property
-    def test_size(self) -> int:
-        """Test examples."""
-        return len(self.test.labels)
+    def size(self, split: str) -> int:
+        """The number of examples of "train", "validation" or "test"."""
+        return len(getattr(self, split).labels)
 
-    def test_images(self, indices: np.ndarray) -> np.ndarray:
-        """Some of the test images, uint8 (N, height, width, channels)."""
-        return self.test.images[indices]
+    def images(self, split: str, indices: np.ndarray) -> np.ndarray:
+        """Some of a split's images, uint8 (N, height, width, channels)."""
+        return getattr(self, split).images[indices]
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel of the training images; see channel_statistics."""

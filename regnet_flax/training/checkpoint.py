@@ -20,19 +20,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_manager
 
-from regnet_flax.training import processes
-from regnet_flax.training.interrupt import WorkdirError
-from regnet_flax.training.workdir import write_json
+from regnet_flax.errors import CheckpointError, WorkdirError
+from regnet_flax.files import write_json
+from regnet_flax.training import parallel
 
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
 METRIC = "eval_accuracy"
 METRICS = checkpoint_manager.METRIC_ITEM_NAME
 
 logger = logging.getLogger("regnet_flax")
-
-
-class CheckpointError(RuntimeError):
-    """No checkpoint could be written or read; the message is one line."""
 
 
 def _checksums(tree: Any) -> dict[str, int]:
@@ -83,9 +79,9 @@ class Checkpoints:
                 raise WorkdirError(
                     f"{path} is a symbolic link, which no run makes: remove it, or name another --workdir"
                 )
-        if processes.is_primary():
+        if parallel.is_primary():
             self._drop_damaged_metrics()
-        processes.wait_for_all("metrics")
+        parallel.wait_for_all("metrics")
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -141,7 +137,7 @@ class Checkpoints:
           CheckpointError: nothing was saved, or an earlier save failed in the background.
         """
         if self.steps()[-1:] == [step]:
-            if metrics is not None and processes.from_primary(self._manager.metrics(step) is None):
+            if metrics is not None and parallel.from_primary(self._manager.metrics(step) is None):
                 self._add_metrics(step, metrics)
             return
         args = ocp.args.Composite(
@@ -157,8 +153,8 @@ class Checkpoints:
         # Orbax cannot add to a saved step: a signal had interrupted this step's evaluation, and saved without it.
         self.wait()
         folder = self.directory / str(step) / METRICS
-        with self._writing(), processes.together():
-            if processes.is_primary():
+        with self._writing(), parallel.together():
+            if parallel.is_primary():
                 folder.mkdir(exist_ok=True)
                 write_json(folder / METRICS, metrics)
         self._manager.reload()
@@ -178,11 +174,11 @@ class Checkpoints:
           CheckpointError: there are checkpoints, and none of them is whole.
         """
         self.wait()
-        if processes.is_primary():
+        if parallel.is_primary():
             for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
                 if unfinished.is_dir():  # what is none is no save's
                     shutil.rmtree(unfinished)
-        processes.wait_for_all("unfinished")
+        parallel.wait_for_all("unfinished")
         steps, reasons = self.steps(), {}
         for step in reversed(steps):
             try:
@@ -239,7 +235,7 @@ class Checkpoints:
         reason, hook = "", sys.unraisablehook
         sys.unraisablehook = lambda unraisable: None
         try:
-            with processes.together():
+            with parallel.together():
                 restored: Any = self._manager.restore(step, args=args)
                 record = dict(restored.record)
                 expected, found = record.pop("checksums"), _checksums(jax.device_get(restored.state))
@@ -259,7 +255,7 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         # While a damaged step stands, Orbax refuses saves at or below it.
         target = self.directory / DAMAGED / str(step)
-        if processes.is_primary():
+        if parallel.is_primary():
             target.parent.mkdir(exist_ok=True)
             if target.exists():
                 shutil.rmtree(target)
@@ -268,7 +264,7 @@ class Checkpoints:
                 path.chmod(0o700)  # without permission for it, it cannot be moved
             path.rename(target)
             logger.warning("moved damaged checkpoint %d to %s", step, target)
-        processes.wait_for_all(f"damaged {step}")
+        parallel.wait_for_all(f"damaged {step}")
         self._manager.reload()
 
     def wait(self) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from regnet_flax.data.image_folder import DataError
+from regnet_flax.errors import DataError
 
 
 def evaluate(
@@ -52,42 +51,3 @@ def evaluate(
     if "correct_top5" in totals:
         metrics["top5_accuracy"] = float(totals["correct_top5"] / count)
     return metrics | {"count": int(count)}
-
-
-def confusion_matrix(outcomes: np.ndarray, classes: int) -> np.ndarray:
-    """How many examples of each class (row) were taken for each class (column).
-
-    Args:
-      outcomes: int (N, 2), label and predicted class; −1 where there was no example.
-      classes: how many.
-
-    Returns:
-      int64 (classes, classes).
-    """
-    labels, predicted = outcomes[outcomes[:, 0] >= 0].astype(np.int64).T
-    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
-
-
-def per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Precision and recall of each class.
-
-    Args:
-      confusion: see confusion_matrix.
-      class_names: of its rows and columns.
-
-    Returns:
-      For each class "class", its name; "images", those of it; "predicted", those that were taken for it; "precision",
-      the share of the latter that are of it; and "recall", the share of the former that were taken for it. A share of
-      no images is None.
-    """
-    found, images, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
-    return [
-        {
-            "class": name,
-            "images": int(images[i]),
-            "predicted": int(predicted[i]),
-            "precision": float(found[i] / predicted[i]) if predicted[i] else None,
-            "recall": float(found[i] / images[i]) if images[i] else None,
-        }
-        for i, name in enumerate(class_names)
-    ]

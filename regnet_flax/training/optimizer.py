@@ -8,13 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 
-SCHEDULES = ("step", "cosine", "constant")
+from regnet_flax.config.fields import SCHEDULES, boundary_steps
+
 Schedule = Callable[[Any], Any]  # from steps taken to a float32 scalar
-
-
-def boundary_steps(boundaries: Sequence[float], epochs: float, steps_per_epoch: int) -> list[int]:
-    """The steps from which the step schedule's decays hold; a boundary below 1 is a fraction of the run."""
-    return [round((b * epochs if b < 1 else b) * steps_per_epoch) for b in boundaries]
 
 
 def make_schedule(

@@ -13,19 +13,18 @@ import jax
 import numpy as np
 
 from regnet_flax.analysis import summary
-from regnet_flax.training import processes, workdir
+from regnet_flax.environment import environment
+from regnet_flax.errors import Interrupted, NonFiniteError
+from regnet_flax.files import duration
+from regnet_flax.training import parallel, workdir
 from regnet_flax.training.checkpoint import Checkpoints
-from regnet_flax.training.interrupt import Interrupted, StopSignals
-from regnet_flax.training.profile import Trace
-from regnet_flax.training.program import Program
-from regnet_flax.training.progress import RunDisplay, duration
+from regnet_flax.training.display import RunDisplay
+from regnet_flax.training.logs import MetricsLog, Trace
 from regnet_flax.training.seeds import averaged
+from regnet_flax.training.signals import StopSignals
+from regnet_flax.training.trainer import Program
 
 logger = logging.getLogger("regnet_flax")
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient is not finite; the message is one line."""
 
 
 class _Stop(Exception):
@@ -53,9 +52,9 @@ class Run:
     ):
         self._config, self._path, self._program = config, path, program
         self._checkpoints, self._stop = checkpoints, stop
-        self._trace = Trace(path / workdir.PROFILE if profile and processes.is_primary() else None)
+        self._trace = Trace(path / workdir.PROFILE if profile and parallel.is_primary() else None)
         self.seeds = program.seeds
-        self.environment = workdir.environment(program.devices)
+        self.environment = environment(program.devices)
         self._began = time.monotonic()
         restored = checkpoints.restore(program.like)
         if restored is None:
@@ -93,7 +92,7 @@ class Run:
         ) as self._display:
             # A checkpoint that a signal made before its step was logged: the line is still to come.
             step = self.step if self._logged else self.step - 1
-            self._metrics = workdir.MetricsLog(self._path, step) if processes.is_primary() else None
+            self._metrics = MetricsLog(self._path, step) if parallel.is_primary() else None
             try:
                 self._loop()
             finally:

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from regnet_flax.data import in_memory
+from regnet_flax.data import feeds
 from regnet_flax.data.sources import Dataset
-from regnet_flax.training import steps
-from regnet_flax.training.program import Program
+from regnet_flax.training import step as steps
+from regnet_flax.training.trainer import Program
 
 
 def with_seed_axis(like: Any, seeds: int) -> Any:
@@ -82,7 +82,7 @@ class SeedsProgram(Program):
         """See Program.train; every seed takes `count` steps."""
         epoch = step // self.steps_per_epoch
         if self._order[0] != epoch:
-            orders = [in_memory.epoch_order(seed, epoch, self._size) for seed in self.seeds]
+            orders = [feeds.epoch_order(seed, epoch, self._size) for seed in self.seeds]
             self._order = epoch, self.place(jnp.stack(orders))
         if self.together:
             return self._p_train(state, self._shards, self._train_data, self._order[1], self._seeds, count)

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from regnet_flax.data import in_memory, streaming
-from regnet_flax.training import evaluate, steps
-from regnet_flax.training.program import Program
+from regnet_flax.data import feeds, stream
+from regnet_flax.training import evaluate
+from regnet_flax.training import step as steps
+from regnet_flax.training.trainer import Program
 
 logger = logging.getLogger("regnet_flax")
 
@@ -20,10 +21,10 @@ logger = logging.getLogger("regnet_flax")
 class StreamedProgram(Program):
     """A Program whose data set is a StreamedDataset; it takes one step a call."""
 
-    def _place_data(self, dataset: streaming.StreamedDataset) -> None:
+    def _place_data(self, dataset: stream.StreamedDataset) -> None:
         self._dataset = dataset
-        self._batches: streaming.Stream | None = None
-        self._names = tuple(name for name in self._config.dataset.augment if name != streaming.CROP)
+        self._batches: stream.Stream | None = None
+        self._names = tuple(name for name in self._config.dataset.augment if name != stream.CROP)
         self._reported: set[str] = set()
 
     def _compile(self, parallelize: Callable[..., Any]) -> None:
@@ -32,7 +33,7 @@ class StreamedProgram(Program):
         self._p_eval = parallelize(self._eval_on, (None, 0))
 
     def _train_on(self, state, batch, seed):
-        keys = in_memory.example_keys(seed, state.step // self.steps_per_epoch, batch["examples"])
+        keys = feeds.example_keys(seed, state.step // self.steps_per_epoch, batch["examples"])
         state = self._train_step(state, batch, keys, self._names, seed)
         return state, state.step
 
@@ -66,17 +67,15 @@ class StreamedProgram(Program):
           DataError, StreamError: see train; also if no photograph decodes.
         """
         size = self._eval_batch_size
-        make = self._dataset.test_batches(size, jax.process_index(), jax.process_count())
+        make = self._dataset.eval_batches("test", size, jax.process_index(), jax.process_count())
         with contextlib.closing(self._read(make, range(-(-self._test_size // size)))) as batches:
             return evaluate.evaluate(
                 lambda _: self._p_eval(state.variables, next(batches)), self._test_size, size, poll, outcomes
             )
 
-    def _read(self, make_batch: Callable[[int], Any], indices: range) -> streaming.Stream:
+    def _read(self, make_batch: Callable[[int], Any], indices: range) -> stream.Stream:
         settings = self._config.dataset
-        return streaming.Stream(
-            make_batch, indices, workers=settings.workers, prefetch=settings.prefetch, put=self._put
-        )
+        return stream.Stream(make_batch, indices, workers=settings.workers, prefetch=settings.prefetch, put=self._put)
 
     def _put(self, batch: dict[str, Any]) -> dict[str, jax.Array]:
         for line in batch.pop("skipped").splitlines():

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from regnet_flax.text import printable
+from regnet_flax.errors import printable
 
 TRAIN, TEST, DROP = "#1f77b4", "#d62728", "#999999"
 RIGHT, WRONG = "#1a7f37", "#cf222e"

@@ -6,21 +6,22 @@ import logging
 import time
 from typing import Any
 
-from regnet_flax import torch_port, weights
-from regnet_flax.config import ConfigError
-from regnet_flax.data import sources, streaming
-from regnet_flax.training.program import build_model
-from regnet_flax.training.progress import duration
+from regnet_flax.data import sources, stream
+from regnet_flax.errors import ConfigError, WeightsError
+from regnet_flax.files import duration
+from regnet_flax.port import torch as torch_port
+from regnet_flax.port import weights
+from regnet_flax.training.trainer import build_model
 
 logger = logging.getLogger("regnet_flax")
 
 
-def load(config: Any) -> sources.Dataset | streaming.StreamedDataset:
+def load(config: Any) -> sources.Dataset | stream.StreamedDataset:
     """The config's data set, in memory or to be streamed; says which images could not be read."""
     began = time.monotonic()
     settings = config.dataset
     options = {name: settings[name] for name in ("data_dir", "image_size", "num_classes", "strict")}
-    dataset = streaming.open_stream(settings.name, in_memory=settings.in_memory, augment=settings.augment, **options)
+    dataset = stream.open_stream(settings.name, in_memory=settings.in_memory, augment=settings.augment, **options)
     streamed = dataset is not None
     if dataset is None:
         dataset = sources.load_dataset(settings.name, seed=config.seed, **options)
@@ -32,8 +33,8 @@ def load(config: Any) -> sources.Dataset | streaming.StreamedDataset:
     logger.info(
         "%s: %d training and %d test images of %d classes, %s, %s in %s",
         dataset.name,
-        dataset.train_size,
-        dataset.test_size,
+        dataset.size("train"),
+        dataset.size("test"),
         len(dataset.class_names),
         "×".join(map(str, dataset.image_shape)),
         "streamed, listed" if streamed else "read",
@@ -59,7 +60,7 @@ def load_weights(config: Any) -> dict[str, Any] | None:
     if getattr(model, "block", "") == "bottleneck":
         recorded = metadata.get("bottleneck_stride", stride)
         if recorded != stride:
-            raise weights.WeightsError(
+            raise WeightsError(
                 f"{file} is of bottlenecks with the stride in the {recorded} convolution: "
                 f"set model.overrides.bottleneck_stride={recorded}"
             )
@@ -73,6 +74,6 @@ def load_weights(config: Any) -> dict[str, Any] | None:
     try:
         variables = torch_port.from_torch(arrays, model, new_head=config.model.new_head)
     except ValueError as error:
-        raise weights.WeightsError(f"{file}: {error}; model.new_head=True leaves the head out") from error
+        raise WeightsError(f"{file}: {error}; model.new_head=True leaves the head out") from error
     logger.info("weights from %s%s", file, ", all but the head" if config.model.new_head else "")
     return variables

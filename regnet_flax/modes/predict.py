@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from regnet_flax.analysis import plots
-from regnet_flax.config import ConfigError
-from regnet_flax.data import augment, decode, streaming
-from regnet_flax.data.image_folder import EXTENSIONS, DataError, read_image
-from regnet_flax.text import one_line
+from regnet_flax.data import augment, photos, stream
+from regnet_flax.data.folder import EXTENSIONS, read_image
+from regnet_flax.errors import ConfigError, DataError, one_line
+from regnet_flax.files import read_json
 from regnet_flax.training import workdir
 
 SHOWN = 16  # images in the picture
@@ -75,7 +75,7 @@ def to_input(image: Image.Image, shape: Sequence[int], crop: bool = False) -> np
     """
     height, width, channels = shape
     image = image.convert("L") if channels == 1 else image
-    box = decode.centre_box(*image.size, size=height) if crop else None
+    box = photos.centre_box(*image.size, size=height) if crop else None
     return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box)).reshape(height, width, channels)
 
 
@@ -153,10 +153,10 @@ def predict_images(
       ConfigError: `predict.images` names no file.
       DataError: none of the files can be read.
     """
-    record = workdir.read_json(pathlib.Path(path) / workdir.CONFIG)
+    record = read_json(pathlib.Path(path) / workdir.CONFIG)
     names = record["class_names"]
     settings = config.dataset
-    crop = streaming.CROP in settings.augment
+    crop = stream.CROP in settings.augment
     files, images, thumbnails, skipped = _read(find_images(config.predict.images), record["image_shape"], crop)
     shares = probabilities(model, variables, images, settings.mean, settings.std, config.eval.batch_size)
     best = np.argsort(-shares, axis=1, kind="stable")[:, : config.predict.top]

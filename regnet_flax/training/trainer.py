@@ -16,12 +16,13 @@ import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from regnet_flax.config import model_options
-from regnet_flax.data import augment, in_memory, mix
+from regnet_flax.config.check import model_options
+from regnet_flax.data import augment, feeds, mix
 from regnet_flax.data.sources import Dataset
-from regnet_flax.data.streaming import StreamedDataset
+from regnet_flax.data.stream import StreamedDataset
 from regnet_flax.models.registry import create_model
-from regnet_flax.training import evaluate, optimizer, steps
+from regnet_flax.training import evaluate, optimizer
+from regnet_flax.training import step as steps
 
 AXIS = "batch"
 STEPS_PER_CALL_ON_ACCELERATORS = 50
@@ -137,7 +138,7 @@ class Program:
         self._seed = self.place(np.int32(config.seed))
 
         train, settings = config.train, config.optimizer
-        self._size, self._test_size = dataset.train_size, dataset.test_size
+        self._size, self._test_size = dataset.size("train"), dataset.size("test")
         self.steps_per_epoch = max(1, self._size // train.batch_size)  # evaluation needs no whole batch
         self.total_steps = train.epochs * self.steps_per_epoch
         if train.max_steps:
@@ -197,7 +198,7 @@ class Program:
 
     def _train_steps(self, state, shard, data, order, seed, count):
         def one(_, state):
-            batch, keys = in_memory.train_batch(
+            batch, keys = feeds.train_batch(
                 data,
                 order,
                 seed,
@@ -234,7 +235,7 @@ class Program:
 
     def lower_training(self, state: steps.TrainState) -> Any:
         """The training step lowered, as by jax.jit: compiled, it tells the memory that it takes."""
-        order = self.place(in_memory.epoch_order(self._config.seed, 0, self._size))
+        order = self.place(feeds.epoch_order(self._config.seed, 0, self._size))
         return self._p_train.lower(state, self._shards, self._train_data, order, self._seed, self.steps_per_call)
 
     def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]:
@@ -245,13 +246,11 @@ class Program:
         """
         epoch = step // self.steps_per_epoch
         if self._order[0] != epoch:
-            self._order = epoch, self.place(in_memory.epoch_order(self._config.seed, epoch, self._size))
+            self._order = epoch, self.place(feeds.epoch_order(self._config.seed, epoch, self._size))
         return self._p_train(state, self._shards, self._train_data, self._order[1], self._seed, count)
 
     def _eval_step(self, variables, shard, data, start):
-        batch = in_memory.eval_batch(
-            data, start, batch_size=self._eval_batch_size, shard=shard, shards=len(self.devices)
-        )
+        batch = feeds.eval_batch(data, start, batch_size=self._eval_batch_size, shard=shard, shards=len(self.devices))
         return self._count(variables, batch)
 
     def _count(self, variables, batch):

@@ -7,13 +7,15 @@ import os
 import stat
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from regnet_flax.text import one_line, printable
+from regnet_flax.errors import DataError, one_line, printable
 
 TRAIN_NAMES = ("train", "Train")
 TEST_NAMES = ("test", "Test", "val", "Val")
@@ -21,16 +23,6 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".jp2"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"),
 )
-
-
-class DataError(ValueError):
-    """A data set is missing, unreadable or not what was asked for.
-
-    The message is one line that names what is wrong, where, and how to mend it.
-    """
-
-    def __init__(self, message: str):
-        super().__init__(printable(message))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,3 +239,34 @@ def _decode_split(
                 folder = os.path.dirname(names[0])
                 raise DataError(f"{folder}: none of its {len(names)} image files decodes; mend or remove the folder")
     return Split(images, labels), skipped
+
+
+class FolderRecords:
+    """Image files in one folder a class.
+
+    Args:
+        root: the directory that holds the splits.
+        files: the paths of each class, classes in order.
+        labels: of each class.
+    """
+
+    def __init__(self, root: Path, files: dict[str, list[str]], labels: dict[str, int]):
+        self._root = str(root)
+        # An array of bytes: a million paths as str would be slow to hand to worker processes, and large in each.
+        names = [os.fsencode(os.path.relpath(path, root)) for paths in files.values() for path in paths]
+        self._names = np.array(names, dtype=np.bytes_)
+        self._labels = np.concatenate([np.full(len(files[name]), labels[name], np.int32) for name in files])
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self._root, os.fsdecode(self._names[index]))
+
+    def read(self, indices: Sequence[int]) -> list[tuple[str | IO[bytes], int, str]]:
+        return [(path := self._path(index), int(self._labels[index]), path) for index in indices]
+
+    def identity(self) -> Iterable[bytes]:
+        with ThreadPoolExecutor(32) as pool:  # network file systems answer slowly, but many at once
+            sizes = list(pool.map(lambda index: os.path.getsize(self._path(index)), range(len(self))))
+        return self._names.tobytes(), self._labels.tobytes(), np.array(sizes, np.int64).tobytes()

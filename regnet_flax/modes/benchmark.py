@@ -12,11 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regnet_flax import config as config_lib
 from regnet_flax.analysis import summary
-from regnet_flax.data import streaming
-from regnet_flax.data.sources import Dataset, Split
-from regnet_flax.training.program import Program
+from regnet_flax.config import check as config_lib
+from regnet_flax.config.resolve import resolve
+from regnet_flax.data import stream
+from regnet_flax.data.folder import Split
+from regnet_flax.data.sources import Dataset
+from regnet_flax.training.trainer import Program
 
 logger = logging.getLogger("regnet_flax")
 
@@ -48,9 +50,9 @@ def benchmark(config: Any, parallelize: Callable[..., Any], devices: list[Any]) 
     shape, classes = config_lib.image_shape(config)
     config = copy.deepcopy(config)
     # That crop is the host's work, while photographs are decoded.
-    config.dataset.augment = tuple(name for name in config.dataset.augment if name != streaming.CROP)
+    config.dataset.augment = tuple(name for name in config.dataset.augment if name != stream.CROP)
     dataset = _random_images(2 * config.train.batch_size, shape, classes)
-    config = config_lib.resolve(config, dataset)
+    config = resolve(config, dataset)
     program = Program(config, dataset, devices, parallelize)
     state = program.initial_state()
     began = time.perf_counter()

@@ -23,13 +23,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from regnet_flax.data import image_folder
-from regnet_flax.data.host_batches import HostBatch, TestBatches, TrainBatches
-from regnet_flax.data.image_folder import DataError
-from regnet_flax.data.records import FolderRecords, Records, TfdsRecords
+from regnet_flax.data import folder
+from regnet_flax.data.batches import EvalBatches, HostBatch, Records, TrainBatches
+from regnet_flax.data.folder import FolderRecords
 from regnet_flax.data.sources import channel_statistics
-from regnet_flax.data.tfds_prepared import prepare_tfds
-from regnet_flax.text import one_line
+from regnet_flax.data.tfds import TfdsRecords, prepare_tfds
+from regnet_flax.errors import DataError, StreamError, one_line
 
 CROP = "random_resized_crop"  # in dataset.augment; must come first, and is done while decoding
 STREAMED = ("imagenet2012", "folder")  # the data sets that can be streamed
@@ -38,10 +37,6 @@ SAMPLE = 1000  # training images from which mean and standard deviation of a fol
 ON_DEVICES = 2  # batches on the devices beside the one in use
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIZE = 224
-
-
-class StreamError(RuntimeError):
-    """Reading stopped, as when a worker process was killed; the message is one line."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +53,7 @@ class StreamedDataset:
         strict: a photograph that does not decode is an error, instead of being left out.
         mean: of each channel, for pixels in 0…1; () to compute it.
         std: likewise.
+        validation: the split that is evaluated while training, if it is not the test split.
     """
 
     name: str
@@ -70,6 +66,7 @@ class StreamedDataset:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     skipped: tuple[str, ...] = ()  # known while reading only
+    validation: Records | None = None
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -77,14 +74,13 @@ class StreamedDataset:
         return self.image_size, self.image_size, 3
 
     @property
-    def train_size(self) -> int:
-        """Training examples, those that do not decode included."""
-        return len(self.train)
+    def evaluated(self) -> str:
+        """The split that is evaluated while training: "validation" where there is one, else "test"."""
+        return "test" if self.validation is None else "validation"
 
-    @property
-    def test_size(self) -> int:
-        """Test examples, those that do not decode included."""
-        return len(self.test)
+    def size(self, split: str) -> int:
+        """The number of examples of "train", "validation" or "test", those that do not decode included."""
+        return len(getattr(self, split))
 
     def fingerprint(self) -> str:
         """Returns 16 hex digits that change with the name, the class names, or the names or sizes of the files."""
@@ -103,25 +99,27 @@ class StreamedDataset:
             return self.mean, self.std
         count = min(SAMPLE, len(self.train))
         indices = [number * len(self.train) // count for number in range(count)]
-        make = TestBatches(self.train, self.image_size, self.crop, self.strict, batch_size=1)
+        make = EvalBatches(self.train, self.image_size, self.crop, self.strict, batch_size=1)
         with ThreadPoolExecutor() as pool:
             batches = [batch for batch in pool.map(make, indices) if batch["mask"][0]]
         if not batches:
             raise DataError(f"{self.name}: none of {count} training images decodes; check that they are images")
         return channel_statistics(np.concatenate([batch["images"] for batch in batches]))
 
-    def test_images(self, indices: np.ndarray) -> np.ndarray:
-        """Some of the test images as they are evaluated, uint8 (N, height, width, 3)."""
-        return np.concatenate([self.test_batches(1)(int(index))["images"] for index in indices])
+    def images(self, split: str, indices: np.ndarray) -> np.ndarray:
+        """Some of a split's images as they are evaluated, uint8 (N, height, width, 3)."""
+        make = self.eval_batches(split, 1)
+        return np.concatenate([make(int(index))["images"] for index in indices])
 
     def train_batches(self, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> TrainBatches:
         """What makes the training batches of a process; see TrainBatches."""
         common = self.image_size, self.crop, self.strict, batch_size, process_index, process_count
         return TrainBatches(self.train, *common, seed=seed)
 
-    def test_batches(self, batch_size: int, process_index: int = 0, process_count: int = 1) -> TestBatches:
-        """What makes the test batches of a process; see TestBatches."""
-        return TestBatches(self.test, self.image_size, self.crop, self.strict, batch_size, process_index, process_count)
+    def eval_batches(self, split: str, batch_size: int, process_index: int = 0, process_count: int = 1) -> EvalBatches:
+        """What makes the batches of a split for evaluation, one process's part; see EvalBatches."""
+        records = getattr(self, split)
+        return EvalBatches(records, self.image_size, self.crop, self.strict, batch_size, process_index, process_count)
 
 
 class Stream(Iterator[Any]):
@@ -266,7 +264,7 @@ def open_stream(
     if name == "imagenet2012":
         dataset = _imagenet(data_dir, image_size or IMAGENET_SIZE, crop, strict)
     elif name == "folder" and in_memory != "always":
-        root, train, test = image_folder.list_image_folder(data_dir)
+        root, train, test = folder.list_image_folder(data_dir)
         count = sum(len(files) for split in (train, test) for files in split.values())
         if in_memory == "auto" and not crop and count * image_size**2 * 3 <= FOLDER_BYTES:
             return None

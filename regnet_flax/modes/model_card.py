@@ -9,8 +9,9 @@ from typing import Any
 
 from regnet_flax import __version__
 from regnet_flax.analysis.summary import count_parameters
-from regnet_flax.config import model_options
-from regnet_flax.training.workdir import CONFIG, RESULTS, read_json, read_metrics
+from regnet_flax.config.check import model_options
+from regnet_flax.files import read_json
+from regnet_flax.training.workdir import CONFIG, RESULTS, read_metrics
 
 NAME = "README.md"
 _HEAD = "---\nlibrary_name: regnet_flax\npipeline_tag: image-classification\n"
@@ -38,8 +39,8 @@ Weights by PyTorch's names and in its layouts. With regnet_flax:
 ```python
 import numpy as np
 from regnet_flax import create_model
-from regnet_flax.torch_port import from_torch
-from regnet_flax.weights import read_weights
+from regnet_flax.port.torch import from_torch
+from regnet_flax.port.weights import read_weights
 
 model = create_model({model})
 arrays, metadata = read_weights("{file}")

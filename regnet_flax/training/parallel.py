@@ -21,9 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-
-class ProcessError(RuntimeError):
-    """The processes do not fit together, or another one failed; the message is one line."""
+from regnet_flax.errors import ProcessError
 
 
 def initialize(where: str) -> None:

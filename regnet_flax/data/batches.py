@@ -7,19 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import IO, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import IO, Any, Protocol
 
 import numpy as np
 
-from regnet_flax.data import decode
-from regnet_flax.data.image_folder import DataError
-from regnet_flax.data.records import Records
-from regnet_flax.text import one_line
+from regnet_flax.data import photos
+from regnet_flax.errors import DataError, one_line
 
 SUBSTITUTES = 100  # examples that are tried in the place of one that does not decode
 
 HostBatch = dict[str, Any]
+
+
+class Records(Protocol):
+    """The encoded photographs of one split."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Sequence[int]) -> list[tuple[str | IO[bytes], int, str]]:
+        """What Pillow can open, the label and the name of each of these examples."""
+        ...
+
+    def identity(self) -> Iterable[bytes]:
+        """What changes with the files, at the cost of listing them."""
+        ...
 
 
 @functools.lru_cache(maxsize=2)
@@ -56,10 +68,10 @@ class _Batches:
     def _local(self) -> int:
         return self.batch_size // self.process_count
 
-    def _decode(self, file: str | IO[bytes], name: str, box: Callable[[int, int], decode.Box]) -> np.ndarray | str:
+    def _decode(self, file: str | IO[bytes], name: str, box: Callable[[int, int], photos.Box]) -> np.ndarray | str:
         """The image, or "name: reason" where it does not decode."""
         try:
-            return decode.read_crop(file, self.image_size, box)
+            return photos.read_crop(file, self.image_size, box)
         except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file.
             if self.strict:
                 raise DataError(
@@ -92,13 +104,13 @@ class TrainBatches(_Batches):
         first = k * self.batch_size + self.process_index * self._local
         examples = epoch_order(self.seed, epoch, size)[first : first + self._local]
         # Drawn for the whole batch, so that the number of processes changes nothing.
-        random = np.random.RandomState((self.seed, epoch, k)).random_sample((self.batch_size, decode.UNIFORMS))
+        random = np.random.RandomState((self.seed, epoch, k)).random_sample((self.batch_size, photos.UNIFORMS))
         random = random[self.process_index * self._local :]
         batch, skipped = self._empty(), []
         for row, (index, record) in enumerate(
             zip(examples.tolist(), self.records.read(examples.tolist()), strict=True)
         ):
-            box = functools.partial(decode.random_box, uniforms=random[row]) if self.crop else decode.whole_box
+            box = functools.partial(photos.random_box, uniforms=random[row]) if self.crop else photos.whole_box
             for attempt in range(min(SUBSTITUTES, size)):
                 if attempt:
                     (record,) = self.records.read([(index + attempt) % size])
@@ -114,20 +126,18 @@ class TrainBatches(_Batches):
 
 
 @dataclasses.dataclass(frozen=True)
-class TestBatches(_Batches):
+class EvalBatches(_Batches):
     """Maps k to "images", "labels" and "mask", bool (n,): the k-th batch in the data's order.
 
     The mask is False beyond the last example and for a photograph that does not decode, which "skipped" names.
     """
-
-    __test__ = False  # no test of pytest's
 
     def __call__(self, k: int) -> HostBatch:
         first = k * self.batch_size + self.process_index * self._local
         examples = range(first, max(first, min(first + self._local, len(self.records))))
         batch, skipped = self._empty(), []
         batch["mask"] = np.zeros(self._local, bool)
-        box = functools.partial(decode.centre_box, size=self.image_size) if self.crop else decode.whole_box
+        box = functools.partial(photos.centre_box, size=self.image_size) if self.crop else photos.whole_box
         for row, (file, label, name) in enumerate(self.records.read(examples) if examples else ()):
             image = self._decode(file, name, box)
             if isinstance(image, str):

@@ -1,13 +1,15 @@
 """TFDS data sets as prepared on disk, in ArrayRecord form; downloads and prepares those that are missing."""
 
+import io
+import os
 import threading
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
-from regnet_flax.data.image_folder import DataError
-from regnet_flax.text import one_line
+from regnet_flax.errors import DataError, one_line
 
 CONNECT_SECONDS = 10.0
 MANUAL = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
@@ -135,3 +137,38 @@ def _unreachable(url: str) -> str:
     thread.start()
     thread.join(CONNECT_SECONDS)
     return reason[0]
+
+
+class TfdsRecords:
+    """A split of a TFDS data set in ArrayRecord form, whose images TFDS leaves encoded."""
+
+    def __init__(self, builder: Any, split: str):
+        import tensorflow_datasets as tfds
+
+        self._what, self._split = f"the copy of {builder.name} in {builder.data_path}", split
+        self._info = builder.info.splits[split]
+        self._source = builder.as_data_source(
+            split=split,
+            decoders={"image": tfds.decode.SkipDecoding()},
+            file_format=tfds.core.FileFormat.ARRAY_RECORD,
+        )
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def read(self, indices: Sequence[int]) -> list[tuple[str | IO[bytes], int, str]]:
+        try:
+            examples = self._source.__getitems__(list(indices))
+        except Exception as error:  # Each layer below (protobuf, ArrayRecord) raises its own kinds.
+            raise DataError(f"{self._what} cannot be read ({one_line(error)}); copy or prepare it again") from error
+        return [
+            (io.BytesIO(example["image"]), int(example["label"]), self._name(index, example))
+            for index, example in zip(indices, examples, strict=True)
+        ]
+
+    def _name(self, index: int, example: dict[str, Any]) -> str:
+        name = example.get("file_name", b"")
+        return f"{self._split} example {index}" + (f" ({os.fsdecode(name)})" if name else "")
+
+    def identity(self) -> Iterable[bytes]:
+        return (repr((self._split, self._info.shard_lengths, self._info.num_bytes)).encode(),)

@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from regnet_flax.data.image_folder import to_rgb
+from regnet_flax.data.folder import to_rgb
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the upright photograph
 

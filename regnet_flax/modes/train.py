@@ -12,25 +12,30 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from regnet_flax import config as config_lib
 from regnet_flax.analysis import plots
-from regnet_flax.data import sources, streaming
-from regnet_flax.training import processes, workdir
+from regnet_flax.analysis.by_class import write_figures
+from regnet_flax.config import check as config_lib
+from regnet_flax.config.resolve import resolve
+from regnet_flax.data import sources, stream
+from regnet_flax.errors import ConfigError, WorkdirError
+from regnet_flax.files import read_json, write_json
+from regnet_flax.modes.inputs import load, load_weights
+from regnet_flax.training import parallel, workdir
 from regnet_flax.training.checkpoint import Checkpoints
-from regnet_flax.training.figures import write_figures
-from regnet_flax.training.inputs import load, load_weights
-from regnet_flax.training.interrupt import StopSignals, WorkdirError, workdir_lock
-from regnet_flax.training.program import AXIS, Program, build_model, build_optimizer, build_state, changed_rate
+from regnet_flax.training.logs import RunLog
 from regnet_flax.training.run import Run, collect_results, report
 from regnet_flax.training.seeds import SeedsProgram, of_one, with_seed_axis
-from regnet_flax.training.stored import (
+from regnet_flax.training.signals import StopSignals
+from regnet_flax.training.streamed import StreamedProgram
+from regnet_flax.training.trainer import AXIS, Program, build_model, build_optimizer, build_state, changed_rate
+from regnet_flax.training.workdir import (
     check_has_checkpoints,
     refuse_changes,
     refuse_other_data,
     saved_steps,
     stored_config,
+    workdir_lock,
 )
-from regnet_flax.training.streamed import StreamedProgram
 
 logger = logging.getLogger("regnet_flax")
 
@@ -74,13 +79,13 @@ def shard_map(function: Callable[..., Any], mapped: Sequence[int | None], device
 
 def make_program(
     config: Any,
-    dataset: sources.Dataset | streaming.StreamedDataset,
+    dataset: sources.Dataset | stream.StreamedDataset,
     devices: list[Any],
     start: dict[str, Any] | None,
     seeds: Sequence[int] = (),
 ) -> Program:
     """The program of a resolved config."""
-    if isinstance(dataset, streaming.StreamedDataset):
+    if isinstance(dataset, stream.StreamedDataset):
         return StreamedProgram(config, dataset, devices, pmap, start)
     if len(seeds) > 1:
         together = config.compare.together
@@ -123,51 +128,51 @@ def train_and_evaluate(
     config.seed = seeds[0]
     if len(seeds) > 1:
         config.compare.seeds = seeds
-    with processes.together():
+    with parallel.together():
         config_lib.check_config(config)
         # Before the first checkpoint there is nothing that another config would spoil.
         stored = stored_config(path)
         refuse_changes(stored, config, path, seeds, resolved=False)
         results = workdir.read_results(path) if stored else None
     here = dict(config_lib.flatten(config)) | {"dataset.data_dir": ""}  # which each machine may have elsewhere
-    processes.check_same("config", here)
-    processes.check_same("workdir", [str(path.resolve()), stored, results])
+    parallel.check_same("config", here)
+    parallel.check_same("workdir", [str(path.resolve()), stored, results])
     if stored and results and all(stored["train"][name] == config.train[name] for name in ("max_steps", "epochs")):
         logger.info("%s holds a finished run", path)
         report(results, path)
         return results
 
     config_lib.check_config(config, len(devices))
-    with StopSignals() as stop, workdir.RunLog() as log:
-        with processes.together():
+    with StopSignals() as stop, RunLog() as log:
+        with parallel.together():
             dataset = load(config)
             fingerprint = dataset.fingerprint()
-        processes.check_same("data set", fingerprint)
-        batch, images = config.train.batch_size, dataset.train_size
+        parallel.check_same("data set", fingerprint)
+        batch, images = config.train.batch_size, dataset.size("train")
         if batch > images:
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"train.batch_size is {batch}: {dataset.name} has {images} training images, so it must be at most "
                 f"that, as with --config.train.batch_size={2 ** (images.bit_length() - 1)}"
             )
-        streamed = isinstance(dataset, streaming.StreamedDataset)
+        streamed = isinstance(dataset, stream.StreamedDataset)
         refuse_other_data(stored, path, dataset, fingerprint)
         if streamed and len(seeds) > 1:
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"{dataset.name} is streamed, and several seeds train together on a data set in memory only: "
                 "set dataset.in_memory=always, or compare.seeds to one"
             )
-        config = config_lib.resolve(config, dataset)
+        config = resolve(config, dataset)
         refuse_changes(stored, config, path, seeds, resolved=True)
         if stored and (rate := changed_rate(config, stored["train"]["epochs"], images // batch, saved_steps(path)[-1])):
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"{path} holds a run of train.epochs={stored['train']['epochs']}, now {config.train.epochs}: {rate}; "
                 "name another --workdir, or undo the change"
             )
-        with processes.together():
+        with parallel.together():
             start = load_weights(config)
         stop.check()
         with workdir_lock(path):
-            with processes.together():
+            with parallel.together():
                 if stored_config(path) != stored:
                     raise WorkdirError(f"{path} was changed by another run just now: run the same command again")
             record = {
@@ -178,10 +183,10 @@ def train_and_evaluate(
             }
             if len(seeds) > 1:
                 record["seeds"] = list(seeds)
-            if processes.is_primary():
+            if parallel.is_primary():
                 # Of a run that is to go on: it would pass for finished if it were stopped now.
                 (path / workdir.RESULTS).unlink(missing_ok=True)
-                workdir.write_json(path / workdir.CONFIG, workdir.plain(config) | record)
+                write_json(path / workdir.CONFIG, workdir.plain(config) | record)
                 log.write_to(path)
             checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
             try:
@@ -197,8 +202,8 @@ def train_and_evaluate(
                 run = Run(config, path, program, checkpoints, stop, profile)
                 run.run()
                 checkpoints.wait()
-                outcomes = run.outcomes(dataset.test_size) if config.eval.every_epochs else None
-                if processes.is_primary():
+                outcomes = run.outcomes(dataset.size("test")) if config.eval.every_epochs else None
+                if parallel.is_primary():
                     results = collect_results(run, config, path)
                     figures, title = path / workdir.FIGURES, f"{config.model.name} on {dataset.name}"
                     if len(seeds) > 1:
@@ -213,9 +218,9 @@ def train_and_evaluate(
                         drops=program.drops,
                     )
                     # Last, since it is what marks the run as finished.
-                    workdir.write_json(path / workdir.RESULTS, results)
+                    write_json(path / workdir.RESULTS, results)
                     report(results, path)
-                results = processes.from_primary(results)
+                results = parallel.from_primary(results)
             finally:
                 checkpoints.close()
     return results
@@ -223,10 +228,10 @@ def train_and_evaluate(
 
 def _read_checkpoint(config: Any, path: pathlib.Path, like: Any) -> tuple[int, Any]:
     """The step and the state of the checkpoint `eval.checkpoint`; of several seeds, that of the config's."""
-    seeds = workdir.read_json(path / workdir.CONFIG).get("seeds", [])
+    seeds = read_json(path / workdir.CONFIG).get("seeds", [])
     if seeds:
         if config.seed not in seeds:
-            raise config_lib.ConfigError(f"seed is {config.seed}: {path} has the seeds {', '.join(map(str, seeds))}")
+            raise ConfigError(f"seed is {config.seed}: {path} has the seeds {', '.join(map(str, seeds))}")
         like = with_seed_axis(like, len(seeds))
     checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
     try:
@@ -280,26 +285,26 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
       ConfigError, DataError, CheckpointError: see train_and_evaluate.
     """
     path, devices = pathlib.Path(path), devices or jax.devices()
-    with processes.together():
+    with parallel.together():
         config_lib.check_config(config)
         if not config.model.init_from:
             check_has_checkpoints(path)
         dataset = load(config)
-    processes.check_same("data set", dataset.fingerprint())
+    parallel.check_same("data set", dataset.fingerprint())
     if not config.model.init_from:
         trained = tuple((workdir.read_config(path) or {})["class_names"])
         if trained != dataset.class_names:
-            raise config_lib.ConfigError(
+            raise ConfigError(
                 f"{dataset.name} has the classes {', '.join(dataset.class_names)}, but {path} was trained on "
                 f"{', '.join(trained)}: evaluate it on images of these"
             )
-    config = config_lib.resolve(config, dataset)
+    config = resolve(config, dataset)
     program = make_program(config, dataset, devices, load_weights(config))
     if config.model.init_from:
         step, state = 0, program.initial_state()
     else:
         step, state = _read_checkpoint(config, path, program.like)
-    outcomes = np.empty((dataset.test_size, 2), np.int32)
+    outcomes = np.empty((dataset.size("test"), 2), np.int32)
     metrics = {"step": step} | program.evaluate(state, outcomes=outcomes)
     top5 = f", top-5 {metrics['top5_accuracy']:.2%}" if "top5_accuracy" in metrics else ""
     logger.info(
@@ -310,12 +315,12 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
         top5,
         metrics["count"],
     )
-    if processes.is_primary():
+    if parallel.is_primary():
         figures = path / workdir.FIGURES / "eval"
         title = f"{config.model.name} on {dataset.name}, {config.model.init_from or f'step {step}'}"
         try:
             by_class = write_figures(figures, dataset, outcomes, title, config.seed)
-            workdir.write_json(path / workdir.EVAL, metrics | {"per_class": by_class})
+            write_json(path / workdir.EVAL, metrics | {"per_class": by_class})
         except OSError as error:  # as in a workdir that another user owns, or on a full disk
             logger.warning("%s and the pictures cannot be written: %s", path / workdir.EVAL, error.strerror)
         else:

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from regnet_flax.errors import WeightsError
+from regnet_flax.files import replacing, write_json
+
 SUFFIXES = {".safetensors": "safetensors", ".pth": "torch", ".pt": "torch"}
 # Under which a training script's checkpoint holds the weights, and before which a parallel wrapper puts its name.
 _NESTED, _PREFIX = ("state_dict", "model_state_dict", "model", "net"), "module."
-
-
-class WeightsError(ValueError):
-    """A file of weights cannot be used; the message is one line."""
 
 
 def _import_torch(path: pathlib.Path) -> Any:
@@ -113,16 +112,14 @@ def write_weights(
     """
     path = pathlib.Path(file)
     kind = _check_suffix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    if kind == "safetensors":
-        from safetensors.numpy import save_file
+    with replacing(path) as part:
+        if kind == "safetensors":
+            from safetensors.numpy import save_file
 
-        texts = dict(metadata or {})
-        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, texts)
-    else:
-        torch = _import_torch(path)
-        torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, part)
-        if metadata:
-            _beside(path).write_text(json.dumps(dict(metadata), indent=2) + "\n")
-    part.replace(path)
+            texts = dict(metadata or {})
+            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, texts)
+        else:
+            torch = _import_torch(path)
+            torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, part)
+            if metadata:
+                write_json(_beside(path), dict(metadata))

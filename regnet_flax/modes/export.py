@@ -12,12 +12,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regnet_flax import model_card
 from regnet_flax.data.augment import normalize
+from regnet_flax.errors import WeightsError
+from regnet_flax.files import read_json, replacing
 from regnet_flax.models.regnet import unstack_blocks
-from regnet_flax.torch_port import to_torch
-from regnet_flax.training.workdir import CONFIG, read_json
-from regnet_flax.weights import WeightsError, write_weights
+from regnet_flax.modes import model_card
+from regnet_flax.port.torch import to_torch
+from regnet_flax.port.weights import write_weights
+from regnet_flax.training.workdir import CONFIG
 
 FILES = {"stablehlo": "model.stablehlo", "safetensors": "weights.safetensors", "torch": "weights.pth"}
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -58,10 +60,8 @@ def export_model(
         if path.suffix != pathlib.Path(FILES[kind]).suffix:
             raise WeightsError(f"{path} must end in .stablehlo, or name another --config.export.format")
         program = stablehlo(model, variables, record["image_shape"], config.dataset.mean, config.dataset.std)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(program)
-        part.replace(path)
+        with replacing(path) as part:
+            part.write_bytes(program)
         beside = metadata | {"image_shape": record["image_shape"], "class_names": record["class_names"]}
         path.with_name(path.name + ".json").write_text(json.dumps(beside, indent=2) + "\n")
         said = f"for {', '.join(PLATFORMS)}"

@@ -13,19 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from regnet_flax.training import processes
+from regnet_flax.files import duration
+from regnet_flax.training import parallel
 
 logger = logging.getLogger("regnet_flax")
-
-
-def duration(seconds: float) -> str:
-    """Such as "42 s", "3 min 05 s" or "2 h 07 min"."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
 def describe(line: dict[str, Any], total_steps: int, epochs: int, left: float | None) -> str:
@@ -80,7 +71,7 @@ class RunDisplay:
             console=Console(file=sys.stdout),
             transient=True,
         )
-        self._live = self._progress.console.is_terminal and processes.is_primary()
+        self._live = self._progress.console.is_terminal and parallel.is_primary()
         self._task = self._progress.add_task(
             "", total=total_steps, completed=step, epoch=self._epoch(), rate="", left="", doing="compiling"
         )

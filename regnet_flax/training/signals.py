@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import pathlib
 import signal
 import threading
-from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
-from regnet_flax.training import processes
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and has saved.
-
-    Attributes:
-      exit_code: 128 + the signal's number.
-    """
-
-    def __init__(self, signal_number: int, message: str):
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
+from regnet_flax.errors import Interrupted
 
 
 class StopSignals:
@@ -104,49 +88,3 @@ class StopSignals:
         """Raises Interrupted if a signal came before there was anything to save."""
         if self.received is not None:
             raise Interrupted(self.received, f"stopped by signal {self.received} before the first step")
-
-
-class WorkdirError(ValueError):
-    """The workdir cannot be used; the message is one line."""
-
-
-@contextlib.contextmanager
-def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir for this process, and those it trains with; the lock does not outlive it.
-
-    Raises:
-      WorkdirError: another run holds it, or it is no directory that can be written to.
-    """
-    with processes.together(), contextlib.ExitStack() as held:
-        if processes.is_primary():
-            held.enter_context(_primary_lock(workdir))
-        held = held.pop_all()
-    with held:
-        yield
-
-
-@contextlib.contextmanager
-def _primary_lock(workdir: pathlib.Path) -> Iterator[None]:
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / ".lock", "a+")
-    except FileExistsError as error:
-        raise WorkdirError(f"--workdir {workdir} is a file: name a directory") from error
-    except OSError as error:
-        raise WorkdirError(f"--workdir {workdir} cannot be written to: {error.strerror}; name another") from error
-    with file:
-        if not os.access(workdir, os.W_OK):  # the lock's file may be an earlier run's
-            raise WorkdirError(f"--workdir {workdir} cannot be written to: check its permissions, or name another")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            owner = file.read().strip() or "unknown"
-            raise WorkdirError(
-                f"another run (process {owner}) is training in {workdir}: "
-                "wait for it, stop it, or name another --workdir"
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield

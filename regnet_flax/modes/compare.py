@@ -13,10 +13,11 @@ from typing import Any
 import jax
 
 from regnet_flax.analysis import report
-from regnet_flax.config import ConfigError, check_config
+from regnet_flax.config.check import check_config
+from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError
 from regnet_flax.models.registry import parse_variant
-from regnet_flax.training.interrupt import Interrupted, StopSignals, workdir_lock
-from regnet_flax.training.run import NonFiniteError
+from regnet_flax.training.signals import StopSignals
+from regnet_flax.training.workdir import workdir_lock
 
 logger = logging.getLogger("regnet_flax")
 

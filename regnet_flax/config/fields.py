@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from regnet_flax.data import streaming
+from regnet_flax.data import stream
 from regnet_flax.data.augment import AUGMENTATIONS
 from regnet_flax.data.sources import SOURCES
 from regnet_flax.models.registry import OPTIONS
-from regnet_flax.training.optimizer import SCHEDULES
+
+SCHEDULES = ("step", "cosine", "constant")
 
 Check = Callable[[Any], str]  # "" for a good value, otherwise what the value must be
 
@@ -85,7 +86,7 @@ FIELDS: dict[str, Check] = {
     "model.overrides.regulated_stages": _optional(_each(_whole(1))),
     "model.overrides.remat": _optional(_flag),
     "model.overrides.tuned": _optional(_flag),
-    "dataset.name": _choice(*dict.fromkeys((*SOURCES, *streaming.STREAMED))),
+    "dataset.name": _choice(*dict.fromkeys((*SOURCES, *stream.STREAMED))),
     "dataset.data_dir": _text,
     "dataset.num_classes": _whole(0),
     "dataset.in_memory": _choice("auto", "always", "never"),
@@ -93,7 +94,7 @@ FIELDS: dict[str, Check] = {
     "dataset.prefetch": _whole(1, 1024),
     "dataset.strict": _flag,
     "dataset.image_size": _whole(0, 8192),
-    "dataset.augment": _each(_choice(streaming.CROP, *AUGMENTATIONS)),
+    "dataset.augment": _each(_choice(stream.CROP, *AUGMENTATIONS)),
     "dataset.mean": _each(_number(-10, 10)),
     "dataset.std": _each(_number(0, 10, above=True)),
     "train.batch_size": _whole(1),
@@ -160,3 +161,8 @@ MAY_CHANGE = (
 MAY_CHANGE_LATER_RATES = ("train.epochs",)
 # The values that stand for "from the data set".
 AUTOMATIC = {"dataset.num_classes": 0, "dataset.image_size": 0, "dataset.mean": (), "dataset.std": ()}
+
+
+def boundary_steps(boundaries: Sequence[float], epochs: float, steps_per_epoch: int) -> list[int]:
+    """The steps from which the step schedule's decays hold; a boundary below 1 is a fraction of the run."""
+    return [round((b * epochs if b < 1 else b) * steps_per_epoch) for b in boundaries]

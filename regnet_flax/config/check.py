@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from regnet_flax.config_fields import AUTOMATIC, FIELDS, MAY_CHANGE, MAY_CHANGE_LATER_RATES
-from regnet_flax.data import streaming
-from regnet_flax.data.sources import IMAGES, Dataset
+from regnet_flax.config.fields import FIELDS, boundary_steps
+from regnet_flax.data import stream
+from regnet_flax.data.sources import IMAGES
+from regnet_flax.errors import ConfigError
 from regnet_flax.models.registry import OPTIONS, create_model, parse_variant
-from regnet_flax.training.optimizer import boundary_steps
-
-
-class ConfigError(ValueError):
-    """One line for each field whose value is wrong: the field, the value and the mend."""
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -110,23 +105,23 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
 def _streaming_contradictions(values: dict[str, Any]) -> Iterator[str]:
     name, in_memory = values.get("dataset.name", "folder"), values.get("dataset.in_memory", "auto")
     augment = values.get("dataset.augment", ())
-    if name not in streaming.STREAMED:
+    if name not in stream.STREAMED:
         if in_memory == "never":
-            yield f"dataset.in_memory is 'never': only {' and '.join(streaming.STREAMED)} can be streamed, not {name}"
-        if streaming.CROP in augment:
+            yield f"dataset.in_memory is 'never': only {' and '.join(stream.STREAMED)} can be streamed, not {name}"
+        if stream.CROP in augment:
             yield (
-                f"dataset.augment has {streaming.CROP}, which is for photographs of any size "
-                f"({' and '.join(streaming.STREAMED)}): {name} takes 'crop'"
+                f"dataset.augment has {stream.CROP}, which is for photographs of any size "
+                f"({' and '.join(stream.STREAMED)}): {name} takes 'crop'"
             )
         return
     if in_memory == "always" and name == "imagenet2012":
         yield "dataset.in_memory is 'always': imagenet2012 does not fit in memory, set it to auto"
-    if streaming.CROP in augment:
+    if stream.CROP in augment:
         if in_memory == "always":
-            yield f"dataset.in_memory is 'always': {streaming.CROP} is done while decoding, set it to auto or never"
-        if streaming.CROP in augment[1:]:
-            yield f"dataset.augment is {augment}: {streaming.CROP} must be the first, and there once"
-    streamed = streaming.CROP in augment or in_memory == "never"
+            yield f"dataset.in_memory is 'always': {stream.CROP} is done while decoding, set it to auto or never"
+        if stream.CROP in augment[1:]:
+            yield f"dataset.augment is {augment}: {stream.CROP} must be the first, and there once"
+    streamed = stream.CROP in augment or in_memory == "never"
     if streamed and name == "folder" and values.get("dataset.image_size") == 0:
         yield "dataset.image_size is 0: streamed images are brought to one size, such as 224"
 
@@ -147,46 +142,3 @@ def _wrong_variants(variants: Sequence[str], overrides: dict[str, Any]) -> Itera
             continue
         if (same := seen.setdefault(repr((name, sorted(options.items()))), text)) is not text:
             yield f"compare.models has {same!r} and {text!r}: name each model once"
-
-
-def resolve(config: Any, dataset: Dataset | streaming.StreamedDataset) -> Any:
-    """A copy of the config with what it left to the data set filled in.
-
-    Raises:
-      ConfigError: a value contradicts the data set.
-    """
-    config = copy.deepcopy(config)
-    height, width, channels = dataset.image_shape
-    if height == width:
-        config.dataset.image_size = height
-    config.dataset.num_classes = len(dataset.class_names)
-    if not config.dataset.mean:
-        mean, std = dataset.statistics()
-        # A channel that is the same everywhere has nothing to divide.
-        config.dataset.mean, config.dataset.std = mean, tuple(value or 1.0 for value in std)
-    if len(config.dataset.mean) not in (1, channels):
-        raise ConfigError(
-            f"dataset.mean has {len(config.dataset.mean)} values: the images of {dataset.name} have {channels} channels"
-        )
-    return config
-
-
-def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, resolved: bool) -> list[str]:
-    """What forbids going on with a run under another config.
-
-    Args:
-      before: the run's resolved config.
-      now: the config to go on with.
-      resolved: whether `now` is resolved too; if not, what it leaves to the data set is not compared.
-
-    Returns:
-      A line for each field that differs and may not, "train.batch_size: 128 before, 64 now".
-    """
-    old, new = dict(flatten(before)), dict(flatten(now))
-    lines = []
-    for field in new:
-        automatic = not resolved and field in AUTOMATIC and new[field] == AUTOMATIC[field]
-        if field in MAY_CHANGE + MAY_CHANGE_LATER_RATES or automatic or old.get(field) == new[field]:
-            continue
-        lines.append(f"{field}: {old.get(field)!r} before, {new[field]!r} now")
-    return lines

@@ -1,0 +1,82 @@
+"""What a model makes of a split, class by class: the confusion matrix, precision and recall, pictures."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from regnet_flax.analysis import plots
+
+EXAMPLES = 16
+
+
+def confusion_matrix(outcomes: np.ndarray, classes: int) -> np.ndarray:
+    """How many examples of each class (row) were taken for each class (column).
+
+    Args:
+      outcomes: int (N, 2), label and predicted class; −1 where there was no example.
+      classes: how many.
+
+    Returns:
+      int64 (classes, classes).
+    """
+    labels, predicted = outcomes[outcomes[:, 0] >= 0].astype(np.int64).T
+    return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+
+
+def per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Precision and recall of each class.
+
+    Args:
+      confusion: see confusion_matrix.
+      class_names: of its rows and columns.
+
+    Returns:
+      For each class "class", its name; "images", those of it; "predicted", those that were taken for it; "precision",
+      the share of the latter that are of it; and "recall", the share of the former that were taken for it. A share of
+      no images is None.
+    """
+    found, images, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    return [
+        {
+            "class": name,
+            "images": int(images[i]),
+            "predicted": int(predicted[i]),
+            "precision": float(found[i] / predicted[i]) if predicted[i] else None,
+            "recall": float(found[i] / images[i]) if images[i] else None,
+        }
+        for i, name in enumerate(class_names)
+    ]
+
+
+def write_figures(
+    directory: pathlib.Path, dataset: Any, outcomes: np.ndarray, title: str, seed: int, split: str = "test"
+) -> list[dict[str, Any]]:
+    """Writes predictions.png, of 16 images chosen at random, and confusion.png, of all of them.
+
+    Args:
+      directory: made where it is not.
+      dataset: its `class_names` and `images(split, indices)` are used.
+      outcomes: int (N, 2), label and predicted class of each image of the split; −1 for one that there is not.
+      title: above the pictures; the accuracy is added.
+      seed: fixes which images are shown.
+      split: "test" or "validation".
+
+    Returns:
+      See evaluate.per_class.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    names = dataset.class_names
+    confusion = confusion_matrix(outcomes, len(names))
+    right, count = int(np.trace(confusion)), int(confusion.sum())
+    title = f"{title}\n{right:,} of {count:,} {split} images right ({right / count:.2%})"
+    there = np.flatnonzero(outcomes[:, 0] >= 0)
+    chosen = np.random.default_rng(seed).choice(there, min(EXAMPLES, len(there)), replace=False)
+    labels, predicted = outcomes[chosen].T
+    images = list(dataset.images(split, chosen))
+    plots.predictions(images, labels, predicted, names, directory / "predictions.png", title)
+    plots.confusion(confusion, names, directory / "confusion.png", title)
+    return per_class(confusion, names)

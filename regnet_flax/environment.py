@@ -1,0 +1,50 @@
+"""The machine and the versions that a result was made with."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import pathlib
+import platform
+import shlex
+import sys
+from typing import Any
+
+import jax
+
+
+def environment(devices: list[Any]) -> dict[str, Any]:
+    """Hardware and versions, for results.json."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "regnet-flax")
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    script = pathlib.Path(sys.argv[0])
+    program = ("python", "-m", "regnet_flax.main") if script.name == "main.py" else ("python", script.name)
+    return {
+        "hardware": {
+            "platform": devices[0].platform,
+            "device": devices[0].device_kind,
+            "devices": len(devices),
+            "processes": jax.process_count(),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+            "cpu": processor(),
+            "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        },
+        "versions": versions,
+        "command": shlex.join([*program, *sys.argv[1:]]),
+    }
+
+
+def processor() -> str:
+    """The processor's name, as the system has it; its architecture where it has none."""
+    with contextlib.suppress(OSError):  # Linux alone has the file
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,85 @@
+"""Every error that a user can cause or meet, each with the exit code of the command line, and text as it is shown."""
+
+from __future__ import annotations
+
+
+class Error(Exception):
+    """The base of them all; the message says what is wrong and how to fix it.
+
+    Attributes:
+      exit_code: of the command line.
+    """
+
+    exit_code = 1
+
+
+class InputError(Error, ValueError):
+    """What the user gave is wrong."""
+
+    exit_code = 2
+
+
+class UsageError(InputError):
+    """The command line is wrong; the message is one line."""
+
+
+class ConfigError(InputError):
+    """Config values are wrong: one line for each, with the field, its value and the fix."""
+
+
+class DataError(InputError):
+    """A data set is missing, unreadable or not what was asked for; the message is one line."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
+
+
+class WeightsError(InputError):
+    """A file of weights cannot be used; the message is one line."""
+
+
+class WorkdirError(InputError):
+    """The workdir cannot be used; the message is one line."""
+
+
+class ProcessError(InputError):
+    """The processes do not fit together, or another one failed; the message is one line."""
+
+
+class RunError(Error, RuntimeError):
+    """The run failed, though what the user gave is right."""
+
+
+class CheckpointError(RunError):
+    """No checkpoint could be written or read; the message is one line."""
+
+
+class NonFiniteError(RunError):
+    """The loss or a gradient is not finite; the message is one line."""
+
+
+class StreamError(RunError):
+    """Reading stopped, as when a worker process was killed; the message is one line."""
+
+
+class Interrupted(Error):
+    """The run was asked to stop, and has saved.
+
+    Attributes:
+      exit_code: 128 + the signal's number.
+    """
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signal_number
+
+
+def printable(text: str) -> str:
+    """Returns the text with what no terminal shows, such as a file name's newlines and stray bytes, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def one_line(error: BaseException) -> str:
+    """Returns the exception's type and message as one line of bounded length."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else text[:297] + "..."

@@ -1,0 +1,176 @@
+"""What a run writes as it goes: metrics.jsonl, TensorBoard events, train.log, and a trace where one is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from regnet_flax import files
+from regnet_flax.training.workdir import LOG, METRICS, read_metrics
+
+# Metrics that TensorBoard groups under these headings.
+_GROUPS = {"train_loss": "train/loss", "train_accuracy": "train/accuracy", "learning_rate": "train/learning_rate"}
+_GROUPS |= {"eval_loss": "eval/loss", "eval_accuracy": "eval/accuracy", "eval_top5_accuracy": "eval/top5_accuracy"}
+_GROUPS |= {"images_per_second": "train/images_per_second", "epoch": "train/epoch"}
+
+logger = logging.getLogger("regnet_flax")
+
+BEFORE, TRACED = 2, 5  # calls: the first ones compile
+
+
+class MetricsLog:
+    """metrics.jsonl, one object a line, and the same as TensorBoard events.
+
+    Args:
+      workdir: where they are.
+      step: that the run goes on from; what was logged beyond it is cut, since the run will log it again.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        path = workdir / METRICS
+        lines = [line for line in read_metrics(workdir) if line["step"] <= step]
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self._file = open(path, "a")
+        try:
+            self._events = _Events(workdir, step + 1)
+        except ImportError:
+            logger.warning("tensorboardX is not installed: no TensorBoard events are written")
+            self._events = None
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Appends one line; it holds at least "step"."""
+        # JSON has no NaN; a loss that is not finite ends the run, and its message says so.
+        finite = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
+        self._file.write(json.dumps(finite) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            scalars = {_GROUPS[name]: value for name, value in finite.items() if name in _GROUPS}
+            self._events.write(scalars, line["step"])
+
+    def close(self) -> None:
+        try:
+            self._file.close()
+        finally:
+            if self._events is not None:
+                self._events.close()
+
+
+class _Events:
+    """A file of TensorBoard events.
+
+    tensorboardX's SummaryWriter writes in a thread: its flush does not wait for what is still queued, so that a killed
+    run would lack events whose checkpoint stands, and once the disk is full that thread is gone and the queue blocks.
+
+    Args:
+      workdir: where it is.
+      first: the step from which on TensorBoard is to forget what earlier files have.
+    """
+
+    def __init__(self, workdir: pathlib.Path, first: int):
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        protocol: Any = event_pb2
+        self._event, self._scalar = protocol.Event, summary.scalar
+        self._writer = event_file_writer.EventsWriter(str(workdir / "events"))
+        start = protocol.SessionLog(status=protocol.SessionLog.START)
+        self._add(self._event(step=first, session_log=start))
+        self._writer.flush()
+
+    def _add(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
+
+    def write(self, scalars: dict[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self._add(self._event(step=step, summary=self._scalar(name, value)))
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class RunLog(logging.Handler):
+    """What the run says while this is entered, and the error that ends it, in train.log as well, with the time.
+
+    What is said before the workdir is known to be right waits until then.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._waiting: list[logging.LogRecord] = []
+        self._file: logging.Handler | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._file is None:
+            self._waiting.append(record)
+        else:
+            self._file.handle(record)
+
+    def write_to(self, workdir: pathlib.Path) -> None:
+        """Opens train.log."""
+        self._file = _LogFile(workdir / LOG, encoding="utf-8", errors="backslashreplace")
+        self._file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        for record in self._waiting:
+            self._file.handle(record)
+        self._waiting.clear()
+
+    def __enter__(self) -> RunLog:
+        if logger.level == logging.NOTSET:  # a program of its own calls: its log is to be whole all the same
+            logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        logger.removeHandler(self)
+        if self._file is not None:
+            if error is not None:
+                message = f"{type(error).__name__}: {error}"
+                with contextlib.suppress(OSError):  # The error may well be that the disk is full.
+                    self._file.handle(logging.LogRecord(logger.name, logging.ERROR, "", 0, message, None, None))
+            with contextlib.suppress(OSError):
+                self._file.close()
+
+
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Ends the run with the error, as any other file that cannot be written does, where logging would print it."""
+        raise
+
+
+class Trace:
+    """Traces some calls of the compiled steps, once.
+
+    Args:
+      directory: where the trace goes; None for none.
+    """
+
+    def __init__(self, directory: pathlib.Path | None):
+        self._directory, self._calls, self._running = directory, 0, False
+
+    def after_call(self, done: jax.Array) -> None:
+        """To be called after each call; `done` is ready when the call has ended."""
+        if self._directory is None:
+            return
+        self._calls += 1
+        if self._calls == BEFORE:
+            jax.block_until_ready(done)
+            jax.profiler.start_trace(self._directory, create_perfetto_trace=True)
+            self._running = True
+        elif self._calls == BEFORE + TRACED:
+            jax.block_until_ready(done)
+            self.stop()
+
+    def stop(self) -> None:
+        """Writes the trace, if one is running."""
+        if self._running:
+            self._running = False
+            jax.profiler.stop_trace()
+            logger.info("trace of %d calls: %s", self._calls - BEFORE, self._directory)
