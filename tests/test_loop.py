@@ -21,8 +21,6 @@ from regnet_flax.training.checkpoint import CHECKPOINTS
 from regnet_flax.training.run import Run
 from regnet_flax.training.trainer import Program
 
-pytestmark = pytest.mark.core
-
 ONE = slice(0, 1)
 IMAGE = jnp.zeros((1, 8, 8, 1))
 STEPS_PER_EPOCH = 1437 // 128
