@@ -54,11 +54,14 @@ def get_config() -> config_dict.ConfigDict:
     train.mixup = 0.0  # images mixed in pairs by a share drawn from Beta(mixup, mixup), such as 0.2; 0: none
     train.cutmix = 0.0  # boxes exchanged in pairs, of an area drawn likewise, such as 1.0; where both, one at random
 
-    config.optimizer = optimizer = config_dict.ConfigDict()  # SGD
+    config.optimizer = optimizer = config_dict.ConfigDict()
+    optimizer.name = "sgd"  # "sgd", "adamw" or "lamb"
     optimizer.learning_rate = 0.1
-    optimizer.momentum = 0.9
-    optimizer.nesterov = False
-    optimizer.weight_decay = 1e-4  # L2, on all weights
+    optimizer.momentum = 0.9  # of "sgd"
+    optimizer.nesterov = False  # of "sgd"
+    optimizer.betas = (0.9, 0.999)  # of "adamw" and "lamb"
+    optimizer.weight_decay = 1e-4  # L2 for "sgd"; decoupled, times the learning rate, for "adamw" and "lamb"
+    optimizer.decayed = "all"  # which weights decay: "all", or "kernels", without biases and normalisations
     optimizer.schedule = "step"  # "step", "cosine" or "constant"
     optimizer.boundaries = (0.5, 0.75)  # of "step": epochs, or fractions of the run if below 1
     optimizer.decay = 0.1  # of "step": the factor at each boundary

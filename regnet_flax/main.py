@@ -174,14 +174,14 @@ def run(argv: Sequence[str]) -> None:
         _summary(config)
         return
 
-    from regnet_flax.modes import train as loop
+    from regnet_flax.modes import evaluate, setup, train
 
     if values.mode == "train":
-        loop.train_and_evaluate(config, values.workdir, profile=values.profile)
+        train.train_and_evaluate(config, values.workdir, profile=values.profile)
     elif values.mode == "compare":
         from regnet_flax.modes import compare
 
-        compare.compare(config, values.workdir, loop.train_and_evaluate)
+        compare.compare(config, values.workdir, train.train_and_evaluate)
     elif values.mode == "benchmark":
         import json
 
@@ -190,21 +190,21 @@ def run(argv: Sequence[str]) -> None:
         from regnet_flax.modes import benchmark
 
         config.dataset.data_dir = config.dataset.data_dir or "."  # nothing is read
-        print(json.dumps(benchmark.benchmark(config, loop.pmap, jax.local_devices())))
+        print(json.dumps(benchmark.benchmark(config, jax.local_devices())))
     elif values.mode == "export":
         from regnet_flax.modes import export
 
-        model, variables, step = loop.load_trained(config, values.workdir)
+        model, variables, step = setup.load_trained(config, values.workdir)
         export.export_model(config, model, variables, step, values.workdir)
     elif values.mode == "predict":
         from regnet_flax.modes import predict
 
         with contextlib.redirect_stdout(sys.stderr) if config.predict.json else contextlib.nullcontext():
-            model, variables, step = loop.load_trained(config, values.workdir)
+            model, variables, step = setup.load_trained(config, values.workdir)
             result = predict.predict_images(config, model, variables, step, values.workdir)
         predict.show(result, config.predict.json)
     else:
-        loop.evaluate_only(config, values.workdir)
+        evaluate.evaluate_only(config, values.workdir)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -95,6 +95,10 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
             yield f"optimizer.warmup_epochs is {warmup}: the run ends at train.epochs={epochs}"
     if values.get("optimizer.nesterov") and values.get("optimizer.momentum") == 0:
         yield "optimizer.nesterov is True: it needs optimizer.momentum above 0"
+    if values.get("optimizer.name", "sgd") != "sgd" and values.get("optimizer.nesterov"):
+        yield f"optimizer.nesterov is True: it is for optimizer.name=sgd, not {values['optimizer.name']}"
+    if len(values.get("optimizer.betas", (0, 0))) != 2 or 1 in values.get("optimizer.betas", ()):
+        yield f"optimizer.betas is {values['optimizer.betas']}: it must be two numbers below 1, such as (0.9, 0.999)"
     if values.get("model.new_head") and values.get("model.init_from") == "":
         yield "model.new_head is True: it needs model.init_from, a file of weights"
     if values.get("dataset.name") == "folder" and values.get("dataset.data_dir") == "":

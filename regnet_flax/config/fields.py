@@ -13,6 +13,7 @@ from regnet_flax.data.sources import SOURCES
 from regnet_flax.models.registry import OPTIONS
 
 SCHEDULES = ("step", "cosine", "constant")
+OPTIMIZERS = ("sgd", "adamw", "lamb")
 
 Check = Callable[[Any], str]  # "" for a good value, otherwise what the value must be
 
@@ -104,10 +105,13 @@ FIELDS: dict[str, Check] = {
     "train.batch_norm": _choice("sync", "local"),
     "train.mixup": _number(0, 1000),
     "train.cutmix": _number(0, 1000),
+    "optimizer.name": _choice(*OPTIMIZERS),
     "optimizer.learning_rate": _number(0, 1e6, above=True),
     "optimizer.momentum": _number(0, 1),
     "optimizer.nesterov": _flag,
     "optimizer.weight_decay": _number(0, 1e6),
+    "optimizer.betas": _each(_number(0, 1)),
+    "optimizer.decayed": _choice("all", "kernels"),
     "optimizer.schedule": _choice(*SCHEDULES),
     "optimizer.boundaries": _each(_number(0, 1e9, above=True)),
     "optimizer.decay": _number(0, 1, above=True),

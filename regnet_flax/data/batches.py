@@ -94,18 +94,28 @@ class TrainBatches(_Batches):
 
     Attributes:
         seed: of the run.
+        shards: devices of all processes; 0 for one a process.
+        parts: that a batch is taken in; see feeds.Feed.batch.
     """
 
     seed: int = 0
+    shards: int = 0
+    parts: int = 1
+
+    def _positions(self) -> np.ndarray:
+        """The places in the whole batch of this process's rows, device by device, and part by part in each."""
+        shards = self.shards or self.process_count
+        places = np.arange(self.batch_size).reshape(self.parts, self.process_count, shards // self.process_count, -1)
+        return places[:, self.process_index].swapaxes(0, 1).ravel()
 
     def __call__(self, step: int) -> HostBatch:
         size = len(self.records)
         epoch, k = divmod(step, size // self.batch_size)
-        first = k * self.batch_size + self.process_index * self._local
-        examples = epoch_order(self.seed, epoch, size)[first : first + self._local]
+        positions = self._positions()
+        examples = epoch_order(self.seed, epoch, size)[k * self.batch_size + positions]
         # Drawn for the whole batch, so that the number of processes changes nothing.
         random = np.random.RandomState((self.seed, epoch, k)).random_sample((self.batch_size, photos.UNIFORMS))
-        random = random[self.process_index * self._local :]
+        random = random[positions]
         batch, skipped = self._empty(), []
         for row, (index, record) in enumerate(
             zip(examples.tolist(), self.records.read(examples.tolist()), strict=True)

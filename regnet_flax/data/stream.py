@@ -111,10 +111,18 @@ class StreamedDataset:
         make = self.eval_batches(split, 1)
         return np.concatenate([make(int(index))["images"] for index in indices])
 
-    def train_batches(self, seed: int, batch_size: int, process_index: int = 0, process_count: int = 1) -> TrainBatches:
+    def train_batches(
+        self,
+        seed: int,
+        batch_size: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        shards: int = 0,
+        parts: int = 1,
+    ) -> TrainBatches:
         """What makes the training batches of a process; see TrainBatches."""
         common = self.image_size, self.crop, self.strict, batch_size, process_index, process_count
-        return TrainBatches(self.train, *common, seed=seed)
+        return TrainBatches(self.train, *common, seed=seed, shards=shards, parts=parts)
 
     def eval_batches(self, split: str, batch_size: int, process_index: int = 0, process_count: int = 1) -> EvalBatches:
         """What makes the batches of a split for evaluation, one process's part; see EvalBatches."""

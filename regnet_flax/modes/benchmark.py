@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from regnet_flax.config.resolve import resolve
 from regnet_flax.data import stream
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import Dataset
-from regnet_flax.training.trainer import Program
+from regnet_flax.modes.setup import build_model, make_trainer
 
 logger = logging.getLogger("regnet_flax")
 
@@ -27,12 +26,11 @@ SECONDS, CALLS = 3.0, 5  # measured for at least so long, and so many calls
 MATRIX = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 
 
-def benchmark(config: Any, parallelize: Callable[..., Any], devices: list[Any]) -> dict[str, Any]:
+def benchmark(config: Any, devices: list[Any]) -> dict[str, Any]:
     """Measures the training step of a config on random images of its data set's size; no data set is read.
 
     Args:
       config: a nested config with the fields of configs/base.py.
-      parallelize: loop.pmap, or what takes its place.
       devices: over which each batch is divided.
 
     Returns:
@@ -53,25 +51,25 @@ def benchmark(config: Any, parallelize: Callable[..., Any], devices: list[Any]) 
     config.dataset.augment = tuple(name for name in config.dataset.augment if name != stream.CROP)
     dataset = _random_images(2 * config.train.batch_size, shape, classes)
     config = resolve(config, dataset)
-    program = Program(config, dataset, devices, parallelize)
-    state = program.initial_state()
+    trainer = make_trainer(config, dataset, devices)
+    state, totals = trainer.initial_state(), None
     began = time.perf_counter()
-    analysis = program.lower_training(state).compile().memory_analysis()
+    analysis = trainer.lower_training(state).compile().memory_analysis()
     compile_s = time.perf_counter() - began
 
-    times, count = [], program.steps_per_call
+    times, count = [], trainer.steps_per_call
     deadline = float("inf")
     while len(times) < CALLS or time.perf_counter() < deadline:
         began = time.perf_counter()
-        state, done = program.train(state, 0, count)
-        jax.block_until_ready(done)
+        state, totals, done = trainer.train(state, totals, 0, count)
+        jax.block_until_ready((state, done))
         if deadline < float("inf"):
             times.append((time.perf_counter() - began) / count)
         else:  # the first call places what was compiled
             deadline = time.perf_counter() + SECONDS
     seconds = float(np.median(times))
     images_per_second = config.train.batch_size / seconds
-    parts = summary.summarize(program.model, shape)
+    parts = summary.summarize(build_model(config, devices), shape)
     flops = 3 * 2 * sum(part.multiply_adds for part in parts) * images_per_second
     matmul = matmul_rate(devices[0], config.dtype)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 import logging
@@ -12,7 +13,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,8 +24,10 @@ from orbax.checkpoint import checkpoint_manager
 from regnet_flax.errors import CheckpointError, WorkdirError
 from regnet_flax.files import write_json
 from regnet_flax.training import parallel
+from regnet_flax.training.step import TrainState
+from regnet_flax.training.workdir import CHECKPOINTS
 
-CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
+DAMAGED = "damaged"
 METRIC = "eval_accuracy"
 METRICS = checkpoint_manager.METRIC_ITEM_NAME
 
@@ -57,6 +60,31 @@ def _reason(error: Exception) -> str:
 
 class _DamagedError(Exception):
     """A checkpoint is not whole; the message is one line."""
+
+
+def _compare(found: Mapping[str, int], expected: Mapping[str, int | None]) -> None:
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        raise _DamagedError(f"the checksum of {wrong[0]} does not match")
+
+
+# Version 0.1.0 kept the sums of loss, accuracy and steps in the state, where now the record has all metrics by name.
+class _StateWithSums(TrainState):
+    sums: Any
+
+
+def _has_sums(state: pathlib.Path) -> bool:
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        return "('sums', 'loss')" in json.loads((state / "_METADATA").read_text())["tree_metadata"]
+    return False
+
+
+def _with_sums(like: TrainState) -> _StateWithSums:
+    def scalar(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(like.step.shape, dtype, sharding=like.step.sharding)
+
+    sums = {"loss": scalar(np.float32), "accuracy": scalar(np.float32), "steps": scalar(np.int32)}
+    return _StateWithSums(**{field.name: getattr(like, field.name) for field in dataclasses.fields(like)}, sums=sums)
 
 
 class Checkpoints:
@@ -117,7 +145,7 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise nearly anything on a full disk.
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self.directory} ({_reason(error)}): "
-                "make room or mend it, and run the same command again"
+                "make room or fix it, and run the same command again"
             ) from error
 
     def steps(self) -> list[int]:
@@ -176,7 +204,7 @@ class Checkpoints:
         self.wait()
         if parallel.is_primary():
             for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                if unfinished.is_dir():  # what is none is no save's
+                if unfinished.is_dir():  # a save makes directories only
                     shutil.rmtree(unfinished)
         parallel.wait_for_all("unfinished")
         steps, reasons = self.steps(), {}
@@ -197,60 +225,91 @@ class Checkpoints:
             )
         return None
 
-    def read(self, which: str, like: Any) -> tuple[int, Any]:
-        """One checkpoint for evaluation.
+    def read_variables(self, which: str, sharding: Any) -> tuple[int, dict[str, Any]]:
+        """What one checkpoint has for evaluation, whatever optimiser and averages the run has.
 
         Args:
           which: "best" (the newest where none was evaluated), "last" or a step.
-          like: see restore.
+          sharding: of the arrays.
 
         Returns:
-          The step, and the state.
+          The step; and "params" and "batch_stats", the averages where the run keeps them, with a leading seed axis if
+          the run has several.
 
         Raises:
           WorkdirError: there is no such checkpoint.
           CheckpointError: it is damaged.
         """
+        step = self._choose(which)
+        try:
+            with self._reading():
+                variables = self._read_variables(step, sharding)
+        except _DamagedError as error:
+            raise CheckpointError(f"checkpoint {step} in {self.directory} cannot be read: {error}") from error
+        return step, variables
+
+    def _choose(self, which: str) -> int:
         steps = self.steps()
         if not steps:
             raise WorkdirError(f"there is no checkpoint in {self.directory}: train first, or name another --workdir")
+        if which == "last":
+            return steps[-1]
         if which == "best":
             best = self._manager.best_step()
-            step = steps[-1] if best is None else best
-        elif which == "last":
-            step = steps[-1]
-        else:
-            step = int(which)
-            if step not in steps:
-                known = ", ".join(map(str, steps))
-                raise WorkdirError(f"eval.checkpoint is {which}: {self.directory} has {known}")
-        try:
-            return step, self._read(step, like)[0]
-        except _DamagedError as error:
-            raise CheckpointError(f"checkpoint {step} in {self.directory} cannot be read: {error}") from error
+            return steps[-1] if best is None else best
+        step = int(which)
+        if step not in steps:
+            known = ", ".join(map(str, steps))
+            raise WorkdirError(f"eval.checkpoint is {which}: {self.directory} has {known}")
+        return step
+
+    def _read_variables(self, step: int, sharding: Any) -> dict[str, Any]:
+        state = self.directory / str(step) / "state"
+        with ocp.PyTreeCheckpointer() as reader:
+            tree: Any = reader.metadata(state).item_metadata.tree  # pyright: ignore[reportOptionalMemberAccess]
+            top = "ema" if tree.get("ema") else ""
+            like = tree["ema"] if top else {name: tree[name] for name in ("params", "batch_stats") if tree.get(name)}
+            like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), like)
+            wanted = {top: like} if top else like
+            arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+            args = ocp.args.PyTreeRestore(wanted, restore_args=arguments, partial_restore=True)
+            found: Any = reader.restore(state, args=args)
+        restored: Any = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))
+        expected = restored.record["checksums"]
+        for name, tree in jax.device_get(found).items():
+            sums = {f".{name}{path}": value for path, value in _checksums(tree).items()}
+            _compare(sums, {path: expected.get(path) for path in sums})
+        return {"batch_stats": {}} | (found[top] if top else found)
 
     def _read(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
+        with self._reading():
+            legacy = _has_sums(self.directory / str(step) / "state")
+            abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _with_sums(like) if legacy else like)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore())
+            restored: Any = self._manager.restore(step, args=args)
+            record = dict(restored.record)
+            expected, state = record.pop("checksums"), restored.state
+            _compare(_with_record(_checksums(jax.device_get(state)), record), expected)
+            if legacy:
+                record["metrics"] = {name: np.asarray(value).tolist() for name, value in state.sums.items()}
+                state = type(like)(**{field.name: getattr(state, field.name) for field in dataclasses.fields(like)})
+        return state, record
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
         reason, hook = "", sys.unraisablehook
         sys.unraisablehook = lambda unraisable: None
         try:
             with parallel.together():
-                restored: Any = self._manager.restore(step, args=args)
-                record = dict(restored.record)
-                expected, found = record.pop("checksums"), _checksums(jax.device_get(restored.state))
-                found = _with_record(found, record)
-                wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-                if wrong:
-                    raise _DamagedError(f"the checksum of {wrong[0]} does not match")
-            return restored.state, record
+                yield
         except Exception as error:  # Orbax and TensorStore raise nearly anything on a damaged file.
             reason = _reason(error)
         finally:
             if reason:  # The reads that Orbax leaves unfinished would each end in a page of traceback.
                 gc.collect()
             sys.unraisablehook = hook
-        raise _DamagedError(reason)
+        if reason:
+            raise _DamagedError(reason)
 
     def _set_aside(self, step: int) -> None:
         # While a damaged step stands, Orbax refuses saves at or below it.

@@ -1,14 +1,17 @@
-"""Learning-rate schedules and SGD."""
+"""Learning-rate schedules and optimisers."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from regnet_flax.config.fields import SCHEDULES, boundary_steps
+from regnet_flax.config.fields import OPTIMIZERS, SCHEDULES, boundary_steps
 
 Schedule = Callable[[Any], Any]  # from steps taken to a float32 scalar
 
@@ -62,24 +65,85 @@ def make_schedule(
 
 
 def make_optimizer(
+    name: str,
     schedule: Schedule,
     *,
     momentum: float = 0.9,
     nesterov: bool = False,
+    betas: Sequence[float] = (0.9, 0.999),
     weight_decay: float = 0.0,
+    decayed: str = "all",
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """`torch.optim.SGD`: weight decay is L2, on all weights, added to the gradient before the momentum.
+    """An optimiser by name.
 
     Args:
+      name: "sgd": `torch.optim.SGD`, whose weight decay is L2, added to the gradient before the momentum. "adamw":
+        `torch.optim.AdamW` (arXiv 1711.05101). "lamb": arXiv 1904.00962, as optax has it. The weight decay of these two
+        is added to the update, times the learning rate.
       schedule: learning rate by step.
-      momentum: 0 for none.
-      nesterov: Nesterov's form of momentum.
-      weight_decay: coefficient of L2.
+      momentum: of "sgd"; 0 for none.
+      nesterov: Nesterov's form of momentum, of "sgd".
+      betas: decay rates of the averages of the gradient and of its square, of "adamw" and "lamb".
+      weight_decay: its coefficient.
+      decayed: which parameters decay, "all", or "kernels": neither biases nor a batch normalisation's scale.
       clip_norm: the gradient's largest global norm, before weight decay; 0 for no bound.
+
+    Raises:
+      ValueError: unknown name.
     """
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    if weight_decay:
-        parts.append(optax.add_decayed_weights(weight_decay))
-    parts.append(optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov))
+    mask = kernels if decayed == "kernels" else None
+    if name == "sgd":
+        if weight_decay:
+            parts.append(optax.add_decayed_weights(weight_decay, mask))
+        parts.append(optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov))
+    elif name == "adamw":
+        parts.append(optax.adamw(schedule, *betas, eps=1e-8, weight_decay=weight_decay, mask=mask))
+    elif name == "lamb":
+        parts.append(optax.lamb(schedule, *betas, weight_decay=weight_decay, mask=mask))
+    else:
+        raise ValueError(f"unknown optimiser {name!r}: it must be one of {', '.join(OPTIMIZERS)}")
     return optax.chain(*parts)
+
+
+def kernels(params: Any) -> Any:
+    """A tree like `params`, True where a leaf is a kernel: by its name, since stacked biases have two axes too."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: path[-1].key not in ("bias", "scale"), params)
+
+
+def build_optimizer(config: Any, steps_per_epoch: int) -> tuple[Schedule, optax.GradientTransformation]:
+    """The learning rate by step, and the optimiser, of a config."""
+    settings = config.optimizer
+    schedule = make_schedule(
+        settings.schedule,
+        settings.learning_rate,
+        epochs=config.train.epochs,
+        steps_per_epoch=steps_per_epoch,
+        boundaries=settings.boundaries,
+        decay=settings.decay,
+        warmup_epochs=settings.warmup_epochs,
+    )
+    return schedule, make_optimizer(
+        settings.name,
+        schedule,
+        momentum=settings.momentum,
+        nesterov=settings.nesterov,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        decayed=settings.decayed,
+        clip_norm=settings.clip_norm,
+    )
+
+
+def changed_rate(config: Any, epochs_before: int, steps_per_epoch: int, step: int) -> str:
+    """Which learning rate of the first `step` steps `train.epochs` changes, "" if none, once it was `epochs_before`."""
+    before = copy.deepcopy(config)
+    before.train.epochs = epochs_before
+    taken = np.arange(min(step, epochs_before * steps_per_epoch))
+    old, new = (np.broadcast_to(build_optimizer(c, steps_per_epoch)[0](taken), taken.shape) for c in (before, config))
+    different = np.flatnonzero(old != new)
+    if not different.size:
+        return ""
+    first = different[0]
+    return f"the learning rate of step {first + 1} was {old[first]:.6g} and would be {new[first]:.6g}"

@@ -1,7 +1,8 @@
-"""Several processes, one a machine or one an accelerator, that train as one: how they start, agree and end.
+"""Several devices and several processes, one a machine or one an accelerator, that train as one.
 
-Process 0, the primary, writes what a run leaves; checkpoints are written by all, so that all have to see the workdir.
-With one process everything here does nothing.
+`pmap` runs a function on every device. Processes start, agree and end together; process 0, the primary, writes what a
+run leaves, and all of them write checkpoints, so that all must see the workdir. With one process, what is about
+processes does nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +23,105 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from regnet_flax.errors import ProcessError
+
+AXIS = "batch"
+# None, 0 for an argument with a device axis, or a dict of these for an argument that is a dict.
+Axes = Any
+
+
+class Placement:
+    """Puts host arrays on devices.
+
+    Args:
+      devices: over which each batch is divided, those of all processes.
+
+    Attributes:
+      devices: as given.
+      replicated: the sharding of what is the same on all devices.
+    """
+
+    def __init__(self, devices: Sequence[Any]):
+        self.devices = list(devices)
+        mesh = Mesh(np.array(self.devices), (AXIS,))
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+        self._divided = NamedSharding(mesh, PartitionSpec(AXIS))
+
+    @property
+    def count(self) -> int:
+        """Devices, those of all processes."""
+        return len(self.devices)
+
+    def place(self, tree: Any) -> Any:
+        """A tree of arrays, the same on every process, on every device.
+
+        An argument left on one of the devices would be copied to the others at every call.
+        """
+        if jax.process_count() == 1:
+            return jax.device_put(tree, self.replicated)
+
+        # device_put would first compare what all processes give, the whole data set too.
+        def put_global(array: Any) -> jax.Array:
+            array = np.asarray(array)
+            return jax.make_array_from_callback(array.shape, self.replicated, lambda index: array[index])
+
+        return jax.tree.map(put_global, tree)
+
+    def divide(self, array: np.ndarray) -> jax.Array:
+        """This process's rows, one equal part a device: (devices, rows of each, …)."""
+        local = sum(device.process_index == jax.process_index() for device in self.devices)
+        parts = array.reshape(local, len(array) // local, *array.shape[1:])
+        return jax.make_array_from_process_local_data(self._divided, parts)
+
+
+def pmap(function: Callable[..., Any], axes: Sequence[Axes], devices: Sequence[Any], donate: Sequence[int] = ()):
+    """Runs `function` on every device's part; what it returns is the same on all of them.
+
+    The state has no device axis, so checkpoints hold for any number of devices. That the result is the same everywhere
+    is not checked: a forgotten mean over devices would pass in silence.
+
+    With several processes pmap would take each process's own copy of every array and copy them all, the state too, to
+    global ones and back at each call; there it is what pmap itself is made of, whose arrays stay global.
+
+    Args:
+      function: of one device's part, with the axis name AXIS.
+      axes: of each argument.
+      devices: to run on.
+      donate: the arguments that are used up.
+    """
+    if jax.process_count() > 1:
+        return shard_map(function, axes, devices, donate)
+    return jax.pmap(
+        function,
+        axis_name=AXIS,
+        in_axes=tuple(axes),
+        out_axes=None,  # pyright: ignore[reportArgumentType]
+        devices=devices,
+        donate_argnums=tuple(donate),
+    )
+
+
+def shard_map(function: Callable[..., Any], axes: Sequence[Axes], devices: Sequence[Any], donate: Sequence[int] = ()):
+    """As `pmap`, for arrays that are global: over all processes' devices."""
+
+    def local(*args):
+        return function(*map(_squeeze, args, axes))
+
+    mesh = Mesh(np.array(devices), (AXIS,))
+    specs = tuple(map(_spec, axes))
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False)
+    return jax.jit(mapped, donate_argnums=tuple(donate))
+
+
+def _squeeze(argument: Any, axis: Axes) -> Any:
+    if isinstance(axis, dict):
+        return {name: _squeeze(argument[name], axis[name]) for name in axis}
+    return argument if axis is None else jax.tree.map(lambda a: a.squeeze(axis), argument)
+
+
+def _spec(axis: Axes) -> Any:
+    if isinstance(axis, dict):
+        return {name: _spec(axis[name]) for name in axis}
+    return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, AXIS)
 
 
 def initialize(where: str) -> None:

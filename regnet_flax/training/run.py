@@ -6,25 +6,39 @@ import logging
 import pathlib
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, NoReturn
+from collections.abc import Container, Sequence
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 
-from regnet_flax.analysis import summary
 from regnet_flax.environment import environment
 from regnet_flax.errors import Interrupted, NonFiniteError
-from regnet_flax.files import duration
 from regnet_flax.training import parallel, workdir
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.display import RunDisplay
 from regnet_flax.training.logs import MetricsLog, Trace
-from regnet_flax.training.seeds import averaged
+from regnet_flax.training.optimizer import Schedule
 from regnet_flax.training.signals import StopSignals
-from regnet_flax.training.trainer import Program
+from regnet_flax.training.trainer import Trainer
 
 logger = logging.getLogger("regnet_flax")
+
+
+class Plan(NamedTuple):
+    """How far a run of a config goes.
+
+    Attributes:
+      steps_per_epoch: whole batches in the training split.
+      total_steps: of the run, which `train.max_steps` may cut short.
+      schedule: learning rate by step.
+      drops: the epochs at which the step schedule lowers it.
+    """
+
+    steps_per_epoch: int
+    total_steps: int
+    schedule: Schedule
+    drops: tuple[float, ...]
 
 
 class _Stop(Exception):
@@ -32,42 +46,57 @@ class _Stop(Exception):
 
 
 class Run:
-    """One training run in its workdir, from where it goes on to its end.
+    """One training run in its workdir, from where it resumes to its end.
+
+    Args:
+      config: resolved.
+      path: the workdir.
+      trainer: of the config.
+      plan: how far the run goes.
+      dataset: whose `evaluated` split is evaluated; `size(split)` is used.
+      checkpoints: of the workdir.
+      stop: asks the run to stop.
+      profile: whether to trace some steps.
 
     Attributes:
       state: of training.
       step: steps taken.
+      plan, placement: as given, and the trainer's.
       seeds: that train together, or one.
       environment: hardware and versions.
+      failed: of several seeds, those whose loss or gradient was not finite: from each to what is said of it.
     """
 
     def __init__(
         self,
         config: Any,
         path: pathlib.Path,
-        program: Program,
+        trainer: Trainer,
+        plan: Plan,
+        dataset: Any,
         checkpoints: Checkpoints,
         stop: StopSignals,
         profile: bool = False,
     ):
-        self._config, self._path, self._program = config, path, program
-        self._checkpoints, self._stop = checkpoints, stop
+        self._config, self._path, self._trainer, self.plan = config, path, trainer, plan
+        self._dataset, self._checkpoints, self._stop = dataset, checkpoints, stop
         self._trace = Trace(path / workdir.PROFILE if profile and parallel.is_primary() else None)
-        self.seeds = program.seeds
-        self.environment = environment(program.devices)
+        self.seeds, self.placement, self.failed = trainer.seeds, trainer.placement, {}
+        self.environment = environment(trainer.placement.devices)
         self._began = time.monotonic()
-        restored = checkpoints.restore(program.like)
+        restored = checkpoints.restore(trainer.like)
         if restored is None:
-            self.state, record = program.initial_state(), {"logged": True, "seconds": 0.0}
+            self.state, record = trainer.initial_state(), {"logged": True, "seconds": 0.0, "metrics": None}
         else:
             self.state, record = restored
         self.step = int(np.max(self.state.step))
+        self._totals: Any = record["metrics"] and {name: np.asarray(value) for name, value in record["metrics"].items()}
         self._logged, self._seconds_before = record["logged"], record["seconds"]
         if restored is not None:
             self._warn_of_changes(record["environment"])
-            logger.info("going on from the checkpoint at step %d of %d", self.step, program.total_steps)
+            logger.info("resuming from the checkpoint at step %d of %d", self.step, plan.total_steps)
         self._since, self._timed_from = None, self.step  # for images_per_second
-        self._fetch_sums()
+        self._check_finite()
 
     @property
     def seconds(self) -> float:
@@ -82,13 +111,13 @@ class Run:
             if before[part].get(name) != value
         ]
         if changes:
-            logger.warning("the run began elsewhere (%s): it goes on to rounding, not bitwise", "; ".join(changes))
+            logger.warning("the run began elsewhere (%s): it resumes up to rounding, not bitwise", "; ".join(changes))
 
     def run(self) -> None:
         """Trains to the end, or until a signal."""
-        program, train = self._program, self._config.train
+        plan = self.plan
         with RunDisplay(
-            program.total_steps, train.epochs, program.steps_per_epoch, self._images_per_step, self.step
+            plan.total_steps, self._config.train.epochs, plan.steps_per_epoch, self._images_per_step, self.step
         ) as self._display:
             # A checkpoint that a signal made before its step was logged: the line is still to come.
             step = self.step if self._logged else self.step - 1
@@ -99,15 +128,14 @@ class Run:
                 self._trace.stop()
                 if self._metrics is not None:
                     self._metrics.close()
-                program.close()
 
     def _loop(self) -> None:
-        program, running = self._program, deque()
+        trainer, running = self._trainer, deque()
         if not self._logged:
             self._end_of_interval()
-        while self.step < program.total_steps:
-            count = min(program.steps_per_call, self._next_event() - self.step)
-            self.state, done = program.train(self.state, self.step, count)
+        while self.step < self.plan.total_steps:
+            count = min(trainer.steps_per_call, self._next_event() - self.step)
+            self.state, self._totals, done = trainer.train(self.state, self._totals, self.step, count)
             self.step += count
             running.append((self.step, done))
             self._trace.after_call(done)
@@ -133,16 +161,16 @@ class Run:
 
     @property
     def _save_every(self) -> int:
-        return self._config.checkpoint.every_steps or self._program.steps_per_epoch
+        return self._config.checkpoint.every_steps or self.plan.steps_per_epoch
 
     def _is_due(self, every: int) -> bool:
-        return bool(every) and (self.step % every == 0 or self.step == self._program.total_steps)
+        return bool(every) and (self.step % every == 0 or self.step == self.plan.total_steps)
 
     def _evaluates_here(self) -> bool:
-        return self._is_due(self._config.eval.every_epochs * self._program.steps_per_epoch)
+        return self._is_due(self._config.eval.every_epochs * self.plan.steps_per_epoch)
 
     def _logs_here(self) -> bool:
-        at_the_end = self.step == self._program.total_steps
+        at_the_end = self.step == self.plan.total_steps
         return self._is_due(self._config.log.every_steps) or self._evaluates_here() or at_the_end
 
     def _saves_here(self) -> bool:
@@ -151,76 +179,103 @@ class Run:
 
     def _next_event(self) -> int:
         """The next step at which a call must end."""
-        intervals = [self._program.steps_per_epoch, self._save_every, self._config.log.every_steps]
-        return min(self._program.total_steps, *(self.step - self.step % n + n for n in intervals if n))
+        intervals = [self.plan.steps_per_epoch, self._save_every, self._config.log.every_steps]
+        return min(self.plan.total_steps, *(self.step - self.step % n + n for n in intervals if n))
 
     def _end_of_interval(self) -> None:
         """Evaluates where that is due, and logs."""
-        sums = self._fetch_sums()
+        self._check_finite()
         if self._since is not None:
             self._display.step(self.step)
-        line: dict[str, Any] = {"step": self.step, "epoch": self.step / self._program.steps_per_epoch}
-        if np.all(sums["steps"]):
-            line["train_loss"] = sums["loss"] / sums["steps"]
-            line["train_accuracy"] = sums["accuracy"] / sums["steps"]
-        line["learning_rate"] = float(self._program.schedule(self.step - 1))
+        line: dict[str, Any] = {"step": self.step, "epoch": self.step / self.plan.steps_per_epoch}
+        line |= self._training_metrics()
+        line["learning_rate"] = float(self.plan.schedule(self.step - 1))
         if self._since is not None and self.step > self._timed_from:
             elapsed = time.monotonic() - self._since
             line["images_per_second"] = (self.step - self._timed_from) * self._images_per_step / elapsed
-        metrics = None
+        names: list[str] = []
         if self._evaluates_here():
             self._display.doing("evaluating")
-            try:
-                metrics = self._program.evaluate(self.state, self._poll)
-            except _Stop:
-                self._interrupt()
-            metrics = {f"eval_{name}": value for name, value in metrics.items() if name != "count"}
-            line |= metrics
-        line = averaged(line, self.seeds)
+            metrics = self._evaluate(self.state.variables, self._dataset.evaluated)
+            line |= (evaluated := {f"eval_{name}": value for name, value in metrics.items() if name != "count"})
+            names = list(evaluated)
+        line = averaged(line, self.seeds, self.failed)
         if self._metrics is not None:
             self._metrics.write(line)
         self._display.log(line)
-        self._logged = True
-        self.state = self.state.replace(sums=self._program.zero_sums())
+        self._logged, self._totals = True, None
         if self._saves_here():
-            self._save(metrics and {name: line[name] for name in metrics})
+            self._save({name: line[name] for name in names} or None)
         if self._since is not None:
             self._since, self._timed_from = time.monotonic(), self.step
 
-    def outcomes(self, size: int) -> np.ndarray:
-        """Label and predicted class of each of the `size` test images, by the state as it is: int32 (size, 2)."""
-        outcomes = np.empty((size, 2), np.int32)
+    def _training_metrics(self) -> dict[str, Any]:
+        """ "train_<name>" of each metric: its mean over the steps since the last line of the log."""
+        totals = dict(jax.device_get(self._totals or {}))
+        steps = totals.pop("steps", 0)
+        if not np.any(steps):
+            return {}
+        with np.errstate(invalid="ignore"):  # a seed that failed has taken no step
+            means = {f"train_{name}": total / steps for name, total in totals.items()}
+        return {"train_loss": means["train_loss"]} | means  # the first that one looks for
+
+    def _evaluate(self, variables: Any, split: str, outcomes: np.ndarray | None = None) -> dict[str, Any]:
+        size = self._dataset.size(split)
         try:
-            self._program.evaluate(self.state, self._poll, outcomes)
+            return self._trainer.evaluate(variables, split, size, self._config.eval.batch_size, self._poll, outcomes)
         except _Stop:
             self._interrupt()
-        return outcomes
+
+    def outcomes(self, variables: Any, split: str) -> tuple[dict[str, Any], np.ndarray]:
+        """The metrics of a split; and label and predicted class of each image, by the first seed that did not fail.
+
+        Returns:
+          See Trainer.evaluate; int32 (size, 2).
+        """
+        several = (len(self.seeds),) if len(self.seeds) > 1 else ()
+        outcomes = np.empty((*several, self._dataset.size(split), 2), np.int32)
+        metrics = self._evaluate(variables, split, outcomes)
+        if not several:
+            return metrics, outcomes
+        return metrics, outcomes[next(i for i, seed in enumerate(self.seeds) if seed not in self.failed)]
 
     def _poll(self, done: int) -> None:
         if self._stop.poll():
             raise _Stop
 
-    def _fetch_sums(self) -> dict[str, Any]:
-        """The sums since the last line of the log, once the state is known to be sound."""
-        sums, found = jax.device_get((self.state.sums, self.state.nonfinite_step))
-        if np.any(found >= 0):
-            seeds = self.seeds
-            nonfinite, seed = min((n, seed) for n, seed in zip(np.ravel(found), seeds, strict=True) if n >= 0)
-            of_seed = f" of seed {seed}" if len(seeds) > 1 else ""
+    def _check_finite(self) -> None:
+        """Ends the run if its loss or gradient was not finite; of several seeds, once none is left."""
+        found = np.ravel(jax.device_get(self.state.nonfinite_step)).tolist()
+        failed = {seed: step for seed, step in zip(self.seeds, found, strict=True) if step >= 0}
+        advice = (
+            "try a lower optimizer.learning_rate, optimizer.warmup_epochs or optimizer.clip_norm in a new --workdir"
+        )
+        reasons = {
+            seed: f"the loss or a gradient is not finite at step {step + 1}"
+            f"{f' of seed {seed}' if len(self.seeds) > 1 else ''}, learning rate {float(self.plan.schedule(step)):.4g}"
+            for seed, step in failed.items()
+        }
+        if len(failed) == len(self.seeds):
             self._checkpoints.wait()
             saved = self._checkpoints.steps()
             last = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
-            raise NonFiniteError(
-                f"the loss or a gradient is not finite at step {nonfinite + 1}{of_seed}, learning rate "
-                f"{float(self._program.schedule(int(nonfinite))):.4g}; {last}; try a lower optimizer.learning_rate, "
-                "optimizer.warmup_epochs or optimizer.clip_norm in a new --workdir"
-            )
-        return sums
+            first = min(failed, key=lambda seed: failed[seed])
+            raise NonFiniteError(f"{reasons[first]}; {last}; {advice}")
+        for seed, reason in reasons.items():
+            if seed not in self.failed:
+                logger.warning("%s: this seed stops here, the others go on; %s", reason, advice)
+                self.failed[seed] = reason
 
     def _save(self, metrics: dict[str, float] | None = None) -> None:
-        self._fetch_sums()
+        self._check_finite()
         self._display.doing("saving")
-        record = {"logged": self._logged, "seconds": self.seconds, "environment": self.environment}
+        totals = {name: np.asarray(value).tolist() for name, value in jax.device_get(self._totals or {}).items()}
+        record = {
+            "logged": self._logged,
+            "seconds": self.seconds,
+            "environment": self.environment,
+            "metrics": totals,
+        }
         self._checkpoints.save(self.step, self.state, record, metrics)
         self._display.doing("")
 
@@ -228,58 +283,28 @@ class Run:
         assert self._stop.received is not None
         self._save()
         self._checkpoints.wait()
-        message = f"stopped by signal {self._stop.received} saved at step {self.step}; the same command goes on from it"
+        message = (
+            f"stopped by signal {self._stop.received} saved at step {self.step}; the same command resumes from there"
+        )
         raise Interrupted(self._stop.received, message)
 
 
-def collect_results(run: Run, config: Any, path: pathlib.Path) -> dict[str, Any]:
-    """What results.json holds of a finished run."""
-    lines = workdir.read_metrics(path)
-    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    return {
-        "model": config.model.name,
-        "dataset": config.dataset.name,
-        "seed": config.seed,
-        "step": run.step,
-        **_last_and_best(lines),
-        "parameters": summary.count_parameters(run.state.params) // len(run.seeds),
-        "wall_time_seconds": round(run.seconds, 1),
-        "images_per_second": round(float(np.median(rates)), 1) if rates else None,
-        **_of_seeds(lines, run.seeds),
-        **run.environment,
-    }
+def averaged(line: dict[str, Any], seeds: Sequence[int], failed: Container[int] = ()) -> dict[str, Any]:
+    """A line of metrics.jsonl: means over the seeds, and each seed's own values under "seeds".
 
+    Args:
+      line: numbers, and arrays (seeds,) of what each seed has of its own.
+      seeds: of the run, in the arrays' order.
+      failed: the seeds that are left out.
 
-def _last_and_best(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The evaluations of a run's end and of its highest test accuracy, from lines of metrics.jsonl."""
-    evals = [{k: v for k, v in line.items() if k in ("step", "epoch") or k.startswith("eval_")} for line in lines]
-    evals = [line for line in evals if "eval_accuracy" in line]
-    return {
-        "last": evals[-1] if evals else None,
-        # The later of two equal ones, as Orbax keeps them.
-        "best": max(reversed(evals), key=lambda line: line["eval_accuracy"]) if evals else None,
-    }
-
-
-def _of_seeds(lines: list[dict[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
-    """Each seed's own, where there are several; the run's "best" is of the highest mean."""
-    if len(seeds) < 2:
-        return {}
-    own = {str(seed): [line | line.get("seeds", {}).get(str(seed), {}) for line in lines] for seed in seeds}
-    return {"seeds": {seed: _last_and_best(lines) for seed, lines in own.items()}}
-
-
-def report(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Says how a finished run ended, and where the rest is."""
-    if results["last"]:
-        logger.info(
-            "%s: test accuracy %.2f %% at the end, %.2f %% at best (step %d)%s; %s parameters, %s",
-            results["model"],
-            100 * results["last"]["eval_accuracy"],
-            100 * results["best"]["eval_accuracy"],
-            results["best"]["step"],
-            f", means of {len(results['seeds'])} seeds" if "seeds" in results else "",
-            f"{results['parameters']:,}",
-            duration(results["wall_time_seconds"]),
-        )
-    logger.info("results: %s, pictures: %s", path / workdir.RESULTS, path / workdir.FIGURES)
+    Returns:
+      Plain numbers by the names of `line`, and `{"seeds": {"0": {"train_loss": …}, …}}` for several seeds.
+    """
+    several = {name: np.asarray(value) for name, value in line.items() if np.ndim(value)}
+    plain = {n: v.item() if isinstance(v, (np.ndarray, np.generic)) else v for n, v in line.items() if n not in several}
+    if not several:
+        return plain
+    left = [i for i, seed in enumerate(seeds) if seed not in failed]
+    own = {str(seeds[i]): {n: float(v[i]) for n, v in several.items() if np.isfinite(v[i])} for i in left}
+    means = {name: float(np.mean(values[left])) for name, values in several.items()}
+    return {name: plain[name] if name in plain else means[name] for name in line} | {"seeds": own}

@@ -1,7 +1,8 @@
 """One training step and one evaluation step, as pure functions of one device's part of a batch.
 
-They know neither models nor data sets: the loop passes in what makes logits and what makes batches. Reductions over
-devices are here alone.
+They know neither models nor data sets: the trainer passes in what makes logits and what makes batches. Reductions over
+devices are here alone. A training metric is one line in `train_step`: it is logged as "train_<name>", its mean over the
+steps since the last line of the log.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Batch = dict[str, Array]
 
 
 class TrainState(struct.PyTreeNode):
-    """All that training needs to go on, and so all that a checkpoint holds.
+    """All that training needs to go on.
 
     Attributes:
       step: steps taken, int32.
@@ -28,8 +29,6 @@ class TrainState(struct.PyTreeNode):
       batch_stats: running statistics of batch normalisation.
       opt_state: of the optimiser.
       ema: exponential moving averages of "params" and "batch_stats"; {} where none are kept.
-      sums: of loss, accuracy and steps since the last line of the log, so that a resumed run logs what an
-        uninterrupted one would have.
       nonfinite_step: the step whose loss or gradient was first not finite, int32, −1 for none; the state is unchanged
         since.
     """
@@ -39,22 +38,12 @@ class TrainState(struct.PyTreeNode):
     batch_stats: Any
     opt_state: Any
     ema: Any
-    sums: dict[str, Array]
     nonfinite_step: Array
 
     @property
     def variables(self) -> dict[str, Any]:
         """What is evaluated and exported, "params" and "batch_stats": the averages where they are kept."""
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
-
-
-def zero_sums() -> dict[str, Array]:
-    """The `sums` of a state from which nothing has been logged yet."""
-    return {
-        "loss": jnp.zeros((), jnp.float32),
-        "accuracy": jnp.zeros((), jnp.float32),
-        "steps": jnp.zeros((), jnp.int32),
-    }
 
 
 def create_train_state(variables: dict[str, Any], tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
@@ -67,7 +56,6 @@ def create_train_state(variables: dict[str, Any], tx: optax.GradientTransformati
         opt_state=tx.init(params),
         # Copies, since a step gives up each array of its state once.
         ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else {},
-        sums=zero_sums(),
         nonfinite_step=jnp.full((), -1, jnp.int32),
     )
 
@@ -98,8 +86,8 @@ def train_step(
     accumulate_steps: int = 1,
     unroll: bool = False,
     axis_name: str | None = None,
-) -> TrainState:
-    """One SGD step.
+) -> tuple[TrainState, Batch]:
+    """One step of the optimiser.
 
     Args:
       state: the same on all devices.
@@ -108,7 +96,8 @@ def train_step(
       apply_fn: the model's apply.
       tx: the optimiser.
       label_smoothing: see cross_entropy.
-      ema_decay: of the state's averages, where it keeps any.
+      ema_decay: of the state's averages, where it keeps any. After t steps it is min(ema_decay, (1 + t) / (10 + t)), so
+        that the random initial values are soon forgotten (tf.train.ExponentialMovingAverage's num_updates).
       accumulate_steps: the batch is taken in so many equal parts, one after another, and their gradients averaged;
         each is normalised by its own statistics.
       unroll: the parts are not a loop, which XLA runs badly on a CPU.
@@ -116,6 +105,7 @@ def train_step(
 
     Returns:
       The next state; the same state, but for nonfinite_step, if the loss or a gradient is not finite now or was before.
+      And the metrics of the step, float32 scalars by name.
     """
 
     def mean(tree):
@@ -127,43 +117,61 @@ def train_step(
         labels = batch["labels"]
         loss = cross_entropy(logits, labels, label_smoothing).mean()
         likeliest = labels.argmax(-1) if labels.ndim == 2 else labels
-        accuracy = (logits.argmax(-1) == likeliest).mean(dtype=jnp.float32)
-        return loss, (accuracy, updates.get("batch_stats", {}))
+        metrics = {
+            "loss": loss,
+            "accuracy": (logits.argmax(-1) == likeliest).mean(dtype=jnp.float32),
+        }
+        return loss, (metrics, updates.get("batch_stats", {}))
 
     def gradients(batch_stats, batch):
-        (loss, (accuracy, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params, batch_stats, batch
-        )
-        return batch_stats, (grads, loss, accuracy)
+        (_, (metrics, batch_stats)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch_stats, batch)
+        return batch_stats, (grads, metrics)
 
-    batch_stats, (grads, loss, accuracy) = accumulate(
+    batch_stats, (grads, metrics) = accumulate(
         gradients, state.batch_stats, batch, steps=accumulate_steps, unroll=unroll
     )
     grads = mean(grads)
     batch_stats = mean(batch_stats)
-    loss, accuracy = mean((loss, accuracy))
+    metrics = mean(metrics)
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     latest = {"params": params, "batch_stats": batch_stats}
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
     new = TrainState(
         step=state.step + 1,
         params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
-        ema=optax.incremental_update(latest, state.ema, 1 - ema_decay) if state.ema else {},
-        sums={
-            "loss": state.sums["loss"] + loss,
-            "accuracy": state.sums["accuracy"] + accuracy,
-            "steps": state.sums["steps"] + 1,
-        },
+        ema=optax.incremental_update(latest, state.ema, 1 - decay) if state.ema else {},
         nonfinite_step=state.nonfinite_step,
     )
     # A gradient can overflow while its loss is finite, and would spoil the parameters one step before the loss shows.
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
     stopped = state.nonfinite_step >= 0
     kept = jax.tree.map(lambda a, b: jnp.where(finite & ~stopped, a, b), new, state)
-    return kept.replace(nonfinite_step=jnp.where(finite | stopped, state.nonfinite_step, state.step))
+    kept = kept.replace(nonfinite_step=jnp.where(finite | stopped, state.nonfinite_step, state.step))
+    return kept, metrics
+
+
+def add_metrics(totals: Batch | None, metrics: Batch) -> Batch:
+    """Sums of metrics over steps, one step added after another, so that the sum depends on the steps alone.
+
+    Args:
+      totals: so far, by name; None, or a name that it lacks, is 0.
+      metrics: (…, steps) of further steps.
+
+    Returns:
+      (…) by name, of the metrics' types.
+    """
+
+    def add(name: str, values: Array) -> Array:
+        total = jnp.broadcast_to(jnp.asarray((totals or {}).get(name, 0), values.dtype), values.shape[:-1])
+        if values.shape[-1] == 1:
+            return total + values[..., 0]
+        return lax.fori_loop(0, values.shape[-1], lambda i, sum: sum + values[..., i], total)
+
+    return {name: add(name, values) for name, values in metrics.items()}
 
 
 def accumulate(

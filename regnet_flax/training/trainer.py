@@ -1,180 +1,147 @@
-"""The compiled functions of a run: model, optimiser, training steps and evaluation over devices."""
+"""The compiled functions of a run: training steps and evaluation over devices, for one seed or several."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from regnet_flax.config.check import model_options
-from regnet_flax.data import augment, feeds, mix
-from regnet_flax.data.sources import Dataset
-from regnet_flax.data.stream import StreamedDataset
-from regnet_flax.models.registry import create_model
-from regnet_flax.training import evaluate, optimizer
-from regnet_flax.training import step as steps
-
-AXIS = "batch"
-STEPS_PER_CALL_ON_ACCELERATORS = 50
+from regnet_flax.data.feeds import Feed
+from regnet_flax.errors import DataError
+from regnet_flax.training import parallel
+from regnet_flax.training.parallel import Placement
+from regnet_flax.training.step import TrainState, add_metrics
 
 
-def build_model(config: Any, axis_name: str | None = None) -> nn.Module:
-    """The model of a resolved config."""
-    return create_model(
-        config.model.name,
-        num_classes=config.dataset.num_classes,
-        dtype=jnp.dtype(config.dtype),
-        axis_name=axis_name,
-        **model_options(config),
-    )
+class Step(NamedTuple):
+    """What a config makes of one device's part of a batch: pure functions, of one seed.
+
+    Attributes:
+      init: from a seed to the state before the first step.
+      train: from a state, a batch (see feeds.Feed.batch), its augmentation keys, the seed and the step to the next
+        state and the step's metrics.
+      evaluate: from variables and a batch with a mask to step.eval_step's sums.
+      parts: that a batch is taken in.
+    """
+
+    init: Callable[[Any], TrainState]
+    train: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    evaluate: Callable[[Any, dict[str, jax.Array]], dict[str, jax.Array]]
+    parts: int
 
 
-def build_optimizer(config: Any, steps_per_epoch: int) -> tuple[optimizer.Schedule, optax.GradientTransformation]:
-    """The learning rate by step, and SGD, of a config."""
-    settings = config.optimizer
-    schedule = optimizer.make_schedule(
-        settings.schedule,
-        settings.learning_rate,
-        epochs=config.train.epochs,
-        steps_per_epoch=steps_per_epoch,
-        boundaries=settings.boundaries,
-        decay=settings.decay,
-        warmup_epochs=settings.warmup_epochs,
-    )
-    return schedule, optimizer.make_optimizer(
-        schedule,
-        momentum=settings.momentum,
-        nesterov=settings.nesterov,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-    )
+def take_seed(states: Any, index: jax.Array | int) -> Any:
+    """The state of one seed, or any other tree of arrays with a leading seed axis, without that axis."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), states)
 
 
-def changed_rate(config: Any, epochs_before: int, steps_per_epoch: int, step: int) -> str:
-    """Which learning rate of the first `step` steps `train.epochs` changes, "" if none, once it was `epochs_before`."""
-    before = copy.deepcopy(config)
-    before.train.epochs = epochs_before
-    taken = np.arange(min(step, epochs_before * steps_per_epoch))
-    old, new = (np.broadcast_to(build_optimizer(c, steps_per_epoch)[0](taken), taken.shape) for c in (before, config))
-    different = np.flatnonzero(old != new)
-    if not different.size:
-        return ""
-    first = different[0]
-    return f"the learning rate of step {first + 1} was {old[first]:.6g} and would be {new[first]:.6g}"
+def put_seed(states: Any, state: Any, index: jax.Array | int) -> Any:
+    """The states with that of one seed replaced."""
+    return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, index, 0), states, state)
 
 
-def build_state(
-    model: nn.Module,
-    tx: optax.GradientTransformation,
-    image_shape: tuple[int, ...],
-    seed: jax.Array | int,
-    ema: bool = False,
-) -> steps.TrainState:
-    """The state before the first step, for images of shape (height, width, channels)."""
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
-    return steps.create_train_state(dict(variables), tx, ema=ema)
+class Trainer:
+    """Compiles a step, for one seed or for several, each of which trains as it would alone (vmapped, up to rounding).
 
-
-def put(tree: Any, sharding: NamedSharding) -> Any:
-    """A tree of arrays, the same on every process, as arrays of this sharding."""
-    if jax.process_count() == 1:
-        return jax.device_put(tree, sharding)
-
-    # device_put would first compare what all processes give, the whole data set too.
-    def put_global(array: Any) -> jax.Array:
-        array = np.asarray(array)
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    return jax.tree.map(put_global, tree)
-
-
-class Program:
-    """The compiled functions of a run, and the data on its devices.
+    With several seeds every leaf of the state has a leading seed axis. Initial weights, the order of the examples and
+    their augmentation are those of a lone run with that seed.
 
     Args:
-      config: resolved.
-      dataset: the data set.
-      devices: over which each batch is divided.
-      parallelize: loop.pmap, or what takes its place.
+      step: of one seed and one device.
+      feed: of the data.
+      seeds: of the runs.
+      placement: the devices over which each batch is divided.
+      steps_per_call: the most steps of one compiled call.
+      together: one vmapped step for all seeds; otherwise a call for each in turn.
       start: variables that take the place of initial ones; the head may be left out.
 
     Attributes:
-      devices: as given.
-      model: of the config.
-      seeds: of the run, one.
-      steps_per_epoch: whole batches in the training split.
-      total_steps: of the run, which `train.max_steps` may cut short.
-      steps_per_call: the most steps of one compiled call.
-      schedule: learning rate by step.
-      drops: the epochs at which the step schedule lowers it.
+      seeds, placement, together: as given.
+      steps_per_call: as given, or fewer if the feed allows no more.
       like: shapes, dtypes and placement of the state.
     """
 
     def __init__(
         self,
-        config: Any,
-        dataset: Dataset | StreamedDataset,
-        devices: list[Any],
-        parallelize: Callable[..., Any],
+        step: Step,
+        feed: Feed,
+        seeds: Sequence[int],
+        placement: Placement,
+        *,
+        steps_per_call: int = 1,
+        together: bool = False,
         start: dict[str, Any] | None = None,
     ):
-        self._config, self.devices, self._start = config, devices, start
-        self.seeds: tuple[int, ...] = (config.seed,)
-        mesh = Mesh(np.array(devices), (AXIS,))
-        self._replicated = NamedSharding(mesh, PartitionSpec())
-        self._divided = NamedSharding(mesh, PartitionSpec(AXIS))
-        self._place_data(dataset)
-        self._shards = put(np.arange(len(devices)), self._divided)
-        self._seed = self.place(np.int32(config.seed))
-
-        train, settings = config.train, config.optimizer
-        self._size, self._test_size = dataset.size("train"), dataset.size("test")
-        self.steps_per_epoch = max(1, self._size // train.batch_size)  # evaluation needs no whole batch
-        self.total_steps = train.epochs * self.steps_per_epoch
-        if train.max_steps:
-            self.total_steps = min(self.total_steps, train.max_steps)
-        on_cpu = devices[0].platform == "cpu"
-        self.steps_per_call = train.steps_per_call or (1 if on_cpu else STEPS_PER_CALL_ON_ACCELERATORS)
-        self.schedule, self._tx = build_optimizer(config, self.steps_per_epoch)
-        drops = optimizer.boundary_steps(settings.boundaries, train.epochs, self.steps_per_epoch)
-        self.drops = [step / self.steps_per_epoch for step in drops] if settings.schedule == "step" else []
-        self.model = build_model(config, AXIS if train.batch_norm == "sync" else None)
-        self._image_shape = dataset.image_shape
+        self._step, self._feed, self._start = step, feed, start
+        self.seeds, self.placement, self.together = tuple(seeds), placement, together and len(seeds) > 1
+        self.steps_per_call = min(steps_per_call, feed.most_steps or steps_per_call)
+        self._shards = placement.divide(self._local_shards())
+        several = (len(self.seeds),) if len(self.seeds) > 1 else ()
         self.like = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated),
-            jax.eval_shape(self._initial_state, np.int32(config.seed)),
+            lambda a: jax.ShapeDtypeStruct(several + a.shape, a.dtype, sharding=placement.replicated),
+            jax.eval_shape(step.init, np.int32(0)),
         )
-        self._order: tuple[int, jax.Array] = (-1, self._seed)
-        self._compile(functools.partial(parallelize, devices=devices))
+        take_steps: Any = self._take_steps
+        if self.together:
+            mapped = {name: 0 if name in feed.own else None for name in feed.axes}
+            take_steps = jax.vmap(take_steps, (0, None, mapped, None))
+        axes = (None, 0, feed.axes, None)
+        self._p_train = parallel.pmap(take_steps, axes, placement.devices, donate=(0,))
+        self._p_eval = parallel.pmap(self._evaluate_batch, (None, 0, feed.eval_axes), placement.devices)
+        self._take_seed = jax.jit(take_seed, out_shardings=placement.replicated)
+        self._put_seed = jax.jit(put_seed, out_shardings=placement.replicated, donate_argnums=0)
+        self._stack = jax.jit(
+            lambda axis, *trees: jax.tree.map(lambda *a: jnp.stack(a, axis), *trees), static_argnums=0
+        )
+        self._add_metrics = jax.jit(add_metrics)
 
-    def _place_data(self, dataset: Any) -> None:
-        self._train_data = self.place(dataclasses.asdict(dataset.train))
-        self._test_data = self.place(dataclasses.asdict(dataset.test))
+    def _local_shards(self) -> np.ndarray:
+        local = jax.process_index()
+        return np.array([i for i, d in enumerate(self.placement.devices) if d.process_index == local], np.int32)
 
-    def _compile(self, parallelize: Callable[..., Any]) -> None:
-        self._p_train = parallelize(self._train_steps, (None, 0, None, None, None, None), donate=True)
-        self._p_eval = parallelize(self._eval_step, (None, 0, None, None))
+    def _take_steps(self, state, shard, arguments, count):
+        """Takes `count` steps; the state, and each step's metrics, of shape (steps_per_call,)."""
+        feed, parts = self._feed, self._step.parts
 
-    def _initial_state(self, seed: jax.Array) -> steps.TrainState:
-        ema = self._config.optimizer.ema_decay > 0
-        return build_state(self.model, self._tx, self._image_shape, seed, ema)
+        def one(index, state):
+            step = arguments["step"] + index
+            batch, keys = feed.batch(arguments | {"step": step}, shard, parts)
+            new, metrics = self._step.train(state, batch, keys, arguments["seed"], step)
+            taken = new.step > state.step
+            return new, {name: jnp.where(taken, value, 0) for name, value in metrics.items()} | {
+                "steps": taken.astype(jnp.int32)
+            }
 
-    def initial_state(self) -> steps.TrainState:
+        if self.steps_per_call == 1:
+            state, metrics = one(0, state)
+            return state, jax.tree.map(lambda a: a[None], metrics)
+
+        def keep(index, carry):
+            state, kept = carry
+            state, metrics = one(index, state)
+            return state, jax.tree.map(lambda a, b: a.at[index].set(b), kept, metrics)
+
+        shapes = jax.eval_shape(one, 0, state)[1]
+        kept = jax.tree.map(lambda a: jnp.zeros((self.steps_per_call,), a.dtype), shapes)
+        return lax.fori_loop(0, count, keep, (state, kept))
+
+    def _evaluate_batch(self, variables, shard, arguments):
+        return self._step.evaluate(variables, self._feed.eval_batch(arguments, shard))
+
+    def initial_state(self) -> TrainState:
         """The state before the first step."""
-        return self.place(self._first_state(jax.jit(self._initial_state), np.int32(self._config.seed)))
+        init = jax.jit(self._step.init)
+        states = [self._started(init(np.int32(seed))) for seed in self.seeds]
+        if len(states) == 1:
+            return self.placement.place(states[0])
+        return self.placement.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
 
-    def _first_state(self, initial_state: Callable[[Any], steps.TrainState], seed: Any) -> steps.TrainState:
-        state = initial_state(seed)
+    def _started(self, state: TrainState) -> TrainState:
         if self._start is not None:
             state = state.replace(
                 params=state.params | self._start["params"], batch_stats=state.batch_stats | self._start["batch_stats"]
@@ -185,97 +152,108 @@ class Program:
         # Machines of different make may differ in the last bit, and would stay apart.
         return state if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(state)
 
-    def zero_sums(self) -> dict[str, jax.Array]:
-        """The `sums` of a state from which nothing has been logged yet."""
-        return self.place(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), self.like.sums))
+    def _arguments(self, step: int) -> dict[str, Any]:
+        """The feed's arguments of all seeds, those of their own stacked behind the device axis where they have one."""
+        each = [self._feed.arguments(step, seed) for seed in self.seeds]
+        stacked = {
+            name: self._stack(0 if axis is None else axis + 1, *(arguments[name] for arguments in each))
+            for name, axis in self._feed.axes.items()
+            if name in self._feed.own
+        }
+        return each[0] | stacked
 
-    def place(self, tree: Any) -> Any:
-        """A tree of arrays on every device, where an argument left on one of them would be copied at every call."""
-        return put(tree, self._replicated)
-
-    def _normalize(self, images: jax.Array) -> jax.Array:
-        return augment.normalize(images, self._config.dataset.mean, self._config.dataset.std)
-
-    def _train_steps(self, state, shard, data, order, seed, count):
-        def one(_, state):
-            batch, keys = feeds.train_batch(
-                data,
-                order,
-                seed,
-                state.step,
-                batch_size=self._config.train.batch_size,
-                shard=shard,
-                shards=len(self.devices),
-                parts=self._config.optimizer.accumulate_steps,
-            )
-            return self._train_step(state, batch, keys, self._config.dataset.augment, seed)
-
-        state = one(0, state) if self.steps_per_call == 1 else jax.lax.fori_loop(0, count, one, state)
-        return state, state.step
-
-    def _train_step(self, state, batch, keys, names, seed):
-        train, settings = self._config.train, self._config.optimizer
-        images = self._normalize(augment.augment(names, keys, batch["images"]))
-        labels = batch["labels"]
-        if train.mixup or train.cutmix:
-            alphas = {"mixup_alpha": train.mixup, "cutmix_alpha": train.cutmix}
-            classes = self._config.dataset.num_classes
-            images, labels = mix.mix(seed, state.step, images, labels, classes=classes, **alphas)
-        return steps.train_step(
-            state,
-            {"images": images, "labels": labels},
-            apply_fn=self.model.apply,
-            tx=self._tx,
-            label_smoothing=settings.label_smoothing,
-            ema_decay=settings.ema_decay,
-            accumulate_steps=settings.accumulate_steps,
-            unroll=self.devices[0].platform == "cpu",
-            axis_name=AXIS,
-        )
-
-    def lower_training(self, state: steps.TrainState) -> Any:
-        """The training step lowered, as by jax.jit: compiled, it tells the memory that it takes."""
-        order = self.place(feeds.epoch_order(self._config.seed, 0, self._size))
-        return self._p_train.lower(state, self._shards, self._train_data, order, self._seed, self.steps_per_call)
-
-    def train(self, state: steps.TrainState, step: int, count: int) -> tuple[steps.TrainState, jax.Array]:
+    def train(self, state: TrainState, totals: Any, step: int, count: int) -> tuple[TrainState, Any, jax.Array]:
         """Takes `count` steps of one epoch from `step`; the state given is used up.
 
+        Args:
+          state: of training.
+          totals: sums of each metric, and "steps", how many steps they are of; None for no step yet.
+          step: steps taken so far.
+          count: at most steps_per_call.
+
         Returns:
-          The next state, and an array that is ready when it is, and that the next call does not use up.
+          The next state and totals, and an array that is ready when the state is, and that no later call uses up.
+
+        Raises:
+          DataError, StreamError: see feeds.Feed.arguments.
         """
-        epoch = step // self.steps_per_epoch
-        if self._order[0] != epoch:
-            self._order = epoch, self.place(feeds.epoch_order(self._config.seed, epoch, self._size))
-        return self._p_train(state, self._shards, self._train_data, self._order[1], self._seed, count)
+        if len(self.seeds) == 1:
+            state, metrics = self._p_train(state, self._shards, self._feed.arguments(step), count)
+        elif self.together:
+            state, metrics = self._p_train(state, self._shards, self._arguments(step), count)
+        else:
+            each = []
+            for index, seed in enumerate(self.seeds):
+                one = self._take_seed(state, index)
+                one, metrics = self._p_train(one, self._shards, self._feed.arguments(step, seed), count)
+                state = self._put_seed(state, one, index)
+                each.append(metrics)
+            metrics = self._stack(0, *each)
+        return state, self._add_metrics(totals, metrics), metrics["steps"]
 
-    def _eval_step(self, variables, shard, data, start):
-        batch = feeds.eval_batch(data, start, batch_size=self._eval_batch_size, shard=shard, shards=len(self.devices))
-        return self._count(variables, batch)
-
-    def _count(self, variables, batch):
-        batch = batch | {"images": self._normalize(batch["images"])}
-        return steps.eval_step(variables, batch, apply_fn=self.model.apply, axis_name=AXIS)
-
-    @property
-    def _eval_batch_size(self) -> int:
-        devices = len(self.devices)
-        return -(-min(self._config.eval.batch_size, self._test_size) // devices) * devices
+    def lower_training(self, state: TrainState) -> Any:
+        """The training step lowered, as by jax.jit: compiled, it tells the memory that it takes."""
+        return self._p_train.lower(state, self._shards, self._feed.arguments(0), self.steps_per_call)
 
     def evaluate(
         self,
-        state: steps.TrainState,
+        variables: dict[str, Any],
+        split: str,
+        size: int,
+        batch_size: int,
         poll: Callable[[int], None] = lambda done: None,
         outcomes: np.ndarray | None = None,
-    ) -> dict[str, float]:
-        """Metrics of the test split; see evaluate.evaluate."""
-        return evaluate.evaluate(
-            lambda start: self._p_eval(state.variables, self._shards, self._test_data, start),
-            self._test_size,
-            self._eval_batch_size,
-            poll,
-            outcomes,
-        )
+    ) -> dict[str, Any]:
+        """Counts every example of a split once.
+
+        Args:
+          variables: "params" and "batch_stats"; with several seeds, each leaf with a seed axis.
+          split: "test" or "validation".
+          size: examples in the split.
+          batch_size: examples a batch, rounded up to a multiple of the devices; the last may be short.
+          poll: called after each batch with the examples done so far.
+          outcomes: int (size, 2) or, with several seeds, (seeds, size, 2), is filled with each example's label and
+            predicted class, −1 where there is none.
+
+        Returns:
+          "loss" and "accuracy", means over the examples, "top5_accuracy" where there are more than five classes, and
+          "count"; with several seeds each an array (seeds,).
+
+        Raises:
+          DataError: no example of the split decodes; and see feeds.Feed.arguments.
+          StreamError: see there.
+        """
+        several = len(self.seeds) > 1
+        each = [self._take_seed(variables, i) for i in range(len(self.seeds))] if several else [variables]
+        devices = self.placement.count
+        batch_size = -(-min(batch_size, size) // devices) * devices
+        sums: list[list[dict[str, jax.Array]]] = []
+        for number, arguments in enumerate(self._feed.eval_arguments(split, batch_size), start=1):
+            sums.append([self._p_eval(one, self._shards, arguments) for one in each])
+            # Two batches in flight keep a device busy; more would only delay what waits for the poll.
+            jax.block_until_ready(sums[max(0, len(sums) - 3)])
+            poll(min(size, number * batch_size))
+        found = []
+        for index, parts in enumerate(zip(*sums, strict=True)):
+            found.append(_mean_metrics(parts, f"none of the {size} {split} images decodes: check that they are images"))
+            if outcomes is not None:
+                whole = np.concatenate([np.asarray(part["outcomes"]) for part in parts])[:size]
+                (outcomes[index] if several else outcomes)[:] = whole
+        return {name: np.array([m[name] for m in found]) for name in found[0]} if several else found[0]
 
     def close(self) -> None:
         """Ends what reads the data, if anything does."""
+        self._feed.close()
+
+
+def _mean_metrics(parts: Sequence[dict[str, jax.Array]], empty: str) -> dict[str, float]:
+    """From step.eval_step's sums of each batch to means over a split; DataError(empty) if there is no example."""
+    names = [name for name in parts[0] if name != "outcomes"]
+    totals = {name: np.sum([np.asarray(part[name]) for part in parts], dtype=np.float64) for name in names}
+    count = totals["count"]
+    if not count:
+        raise DataError(empty)
+    metrics = {"loss": float(totals["loss"] / count), "accuracy": float(totals["correct"] / count)}
+    if "correct_top5" in totals:
+        metrics["top5_accuracy"] = float(totals["correct_top5"] / count)
+    return metrics | {"count": int(count)}

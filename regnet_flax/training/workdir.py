@@ -169,7 +169,7 @@ def refuse_other_data(
     """Raises ConfigError if the stored run, None for none, saw other images, or in another order."""
     if not stored:
         return
-    streamed = isinstance(dataset, stream.StreamedDataset)
+    streamed = is_streamed(dataset)
     if stored.get("streamed", False) != streamed:
         before, now = ("always", "held in memory"), ("never", "streamed")
         before, now = (before, now) if streamed else (now, before)
@@ -181,3 +181,8 @@ def refuse_other_data(
         raise ConfigError(
             f"{path} was trained on other images than {dataset.name} has now: restore them, or name another workdir"
         )
+
+
+def is_streamed(dataset: sources.Dataset | stream.StreamedDataset) -> bool:
+    """Whether the data set is streamed, in an order of its own."""
+    return isinstance(dataset, stream.StreamedDataset)

@@ -1,0 +1,95 @@
+"""--mode eval: a checkpoint of a workdir, or a file of weights, on the test split."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from regnet_flax.analysis.by_class import write_figures
+from regnet_flax.config.check import check_config
+from regnet_flax.config.resolve import resolve
+from regnet_flax.errors import ConfigError
+from regnet_flax.files import write_json
+from regnet_flax.modes.setup import Dataset, load_weights, make_trainer, open_dataset, read_trained
+from regnet_flax.training import parallel, workdir
+
+logger = logging.getLogger("regnet_flax")
+
+
+def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, float]:
+    """Evaluates the checkpoint `eval.checkpoint` of a workdir, or the file `model.init_from`, on the test split.
+
+    Leaves eval.json and figures/eval/ in the workdir; those of training stay as they are.
+
+    Args:
+      config: the workdir's, its values to be overridden at will.
+      path: the workdir.
+      devices: to evaluate on; all by default, those of other processes too.
+
+    Returns:
+      "step", "loss", "accuracy", "top5_accuracy" where there are more than five classes, and "count".
+
+    Raises:
+      ConfigError, DataError, CheckpointError: see train_and_evaluate.
+    """
+    path, devices = pathlib.Path(path), devices or jax.devices()
+    with parallel.together():
+        check_config(config)
+        if not config.model.init_from:
+            workdir.check_has_checkpoints(path)
+        dataset = open_dataset(config)
+    parallel.check_same("data set", dataset.fingerprint())
+    if not config.model.init_from:
+        _check_classes(dataset, path)
+    config = resolve(config, dataset)
+    trainer = make_trainer(config, dataset, devices, start=load_weights(config))
+    if config.model.init_from:
+        step, variables = 0, trainer.initial_state().variables
+    else:
+        step, variables = read_trained(config, path, trainer.like.variables)
+    size = dataset.size("test")
+    outcomes = np.empty((size, 2), np.int32)
+    try:
+        found = trainer.evaluate(variables, "test", size, config.eval.batch_size, outcomes=outcomes)
+    finally:
+        trainer.close()
+    metrics: dict[str, Any] = {"step": step} | found
+    top5 = f", top-5 {metrics['top5_accuracy']:.2%}" if "top5_accuracy" in metrics else ""
+    logger.info(
+        "step %d: test loss %.4f, accuracy %.2f %%%s, over %d images",
+        step,
+        metrics["loss"],
+        100 * metrics["accuracy"],
+        top5,
+        metrics["count"],
+    )
+    if parallel.is_primary():
+        title = f"{config.model.name} on {dataset.name}, {config.model.init_from or f'step {step}'}"
+        _write(path, dataset, outcomes, metrics, title, config.seed)
+    return metrics
+
+
+def _check_classes(dataset: Dataset, path: pathlib.Path) -> None:
+    trained = tuple((workdir.read_config(path) or {})["class_names"])
+    if trained != dataset.class_names:
+        raise ConfigError(
+            f"{dataset.name} has the classes {', '.join(dataset.class_names)}, but {path} was trained on "
+            f"{', '.join(trained)}: evaluate it on images of these"
+        )
+
+
+def _write(
+    path: pathlib.Path, dataset: Dataset, outcomes: np.ndarray, metrics: dict[str, Any], title: str, seed: int
+) -> None:
+    figures = path / workdir.FIGURES / "eval"
+    try:
+        by_class = write_figures(figures, dataset, outcomes, title, seed)
+        write_json(path / workdir.EVAL, metrics | {"per_class": by_class})
+    except OSError as error:  # as in a workdir that another user owns, or on a full disk
+        logger.warning("%s and the pictures cannot be written: %s", path / workdir.EVAL, error.strerror)
+    else:
+        logger.info("by class: %s, pictures: %s", path / workdir.EVAL, figures)

@@ -1,0 +1,91 @@
+"""What results.json holds of a finished run, and what is said of it."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from regnet_flax.analysis import summary
+from regnet_flax.files import duration
+from regnet_flax.training import workdir
+from regnet_flax.training.run import Run
+
+logger = logging.getLogger("regnet_flax")
+
+
+def collect_results(run: Run, config: Any, path: pathlib.Path, test: dict[str, Any] | None) -> dict[str, Any]:
+    """What results.json holds of a finished run.
+
+    Args:
+      run: finished.
+      config: resolved.
+      path: the workdir.
+      test: metrics of the test split at the run's end, where a validation split chose the checkpoint; by the names
+        "step" and "test_…".
+    """
+    lines = workdir.read_metrics(path)
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    return {
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "seed": config.seed,
+        "step": run.step,
+        **_last_and_best(lines),
+        **({} if test is None else {"test": {k: v for k, v in test.items() if k != "seeds"}}),
+        "parameters": summary.count_parameters(run.state.params) // len(run.seeds),
+        "wall_time_seconds": round(run.seconds, 1),
+        "images_per_second": round(float(np.median(rates)), 1) if rates else None,
+        **_of_seeds(lines, run, test),
+        **run.environment,
+    }
+
+
+def _last_and_best(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The evaluations of a run's end and of its highest accuracy, from lines of metrics.jsonl."""
+    evals = [{k: v for k, v in line.items() if k in ("step", "epoch") or k.startswith("eval_")} for line in lines]
+    evals = [line for line in evals if "eval_accuracy" in line]
+    return {
+        "last": evals[-1] if evals else None,
+        # The later of two equal ones, as Orbax keeps them.
+        "best": max(reversed(evals), key=lambda line: line["eval_accuracy"]) if evals else None,
+    }
+
+
+def _of_seeds(lines: list[dict[str, Any]], run: Run, test: dict[str, Any] | None) -> dict[str, Any]:
+    """Each seed's own, where there are several; the run's "best" is of the highest mean."""
+    if len(run.seeds) < 2:
+        return {}
+    found = {}
+    for seed in map(str, (seed for seed in run.seeds if seed not in run.failed)):
+        found[seed] = _last_and_best([line | line.get("seeds", {}).get(seed, {}) for line in lines])
+        if test is not None:
+            found[seed]["test"] = {k: v for k, v in test.items() if k != "seeds"} | test["seeds"][seed]
+    failed = {str(seed): reason for seed, reason in run.failed.items()}
+    return {"seeds": found} | ({"failed": failed} if failed else {})
+
+
+def report(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Says how a finished run ended, and where the rest is."""
+    split = "validation" if "test" in results else "test"
+    means = f", means of {len(results['seeds'])} seeds" if "seeds" in results else ""
+    if results["last"]:
+        logger.info(
+            "%s: %s accuracy %.2f %% at the end, %.2f %% at best (step %d)%s; %s parameters, %s",
+            results["model"],
+            split,
+            100 * results["last"]["eval_accuracy"],
+            100 * results["best"]["eval_accuracy"],
+            results["best"]["step"],
+            means,
+            f"{results['parameters']:,}",
+            duration(results["wall_time_seconds"]),
+        )
+    if "test" in results:
+        test = results["test"]
+        logger.info("test accuracy %.2f %% at step %d%s", 100 * test["test_accuracy"], test["step"], means)
+    for reason in results.get("failed", {}).values():
+        logger.warning("%s: left out", reason)
+    logger.info("results: %s, pictures: %s", path / workdir.RESULTS, path / workdir.FIGURES)

@@ -1,0 +1,261 @@
+"""What a run is made of, from its config: the data set, the model, the weights it starts from, the trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from regnet_flax.config.check import check_config, model_options
+from regnet_flax.data import augment, mix, sources, stream
+from regnet_flax.data.feeds import make_feed
+from regnet_flax.errors import ConfigError, WeightsError, WorkdirError
+from regnet_flax.files import duration
+from regnet_flax.models.registry import create_model
+from regnet_flax.port import torch as torch_port
+from regnet_flax.port import weights
+from regnet_flax.training import optimizer, workdir
+from regnet_flax.training.checkpoint import Checkpoints
+from regnet_flax.training.parallel import AXIS, Placement
+from regnet_flax.training.run import Plan
+from regnet_flax.training.step import create_train_state, eval_step, train_step
+from regnet_flax.training.trainer import Step, Trainer, take_seed
+
+STEPS_PER_CALL_ON_ACCELERATORS = 50
+
+Dataset = sources.Dataset | stream.StreamedDataset
+
+logger = logging.getLogger("regnet_flax")
+
+
+def open_dataset(config: Any) -> Dataset:
+    """The config's data set, in memory or to be streamed; says which images could not be read."""
+    began = time.monotonic()
+    settings = config.dataset
+    options = {name: settings[name] for name in ("data_dir", "image_size", "num_classes", "strict")}
+    dataset = stream.open_stream(settings.name, in_memory=settings.in_memory, augment=settings.augment, **options)
+    streamed = dataset is not None
+    if dataset is None:
+        dataset = sources.load_dataset(settings.name, seed=config.seed, **options)
+    if streamed and config.train.steps_per_call > 1:
+        raise ConfigError(
+            f"train.steps_per_call is {config.train.steps_per_call}: {dataset.name} is streamed, a batch a call, so it "
+            "must be 1, or 0"
+        )
+    logger.info(
+        "%s: %d training and %d test images of %d classes, %s, %s in %s",
+        dataset.name,
+        dataset.size("train"),
+        dataset.size("test"),
+        len(dataset.class_names),
+        "×".join(map(str, dataset.image_shape)),
+        "streamed, listed" if streamed else "read",
+        duration(time.monotonic() - began),
+    )
+    for skipped in dataset.skipped:
+        logger.warning("left out %s", skipped)
+    return dataset
+
+
+def build_model(config: Any, devices: Sequence[Any] | None = None, axis_name: str | None = None) -> nn.Module:
+    """The model of a resolved config, for these devices; by default JAX's own."""
+    return create_model(
+        config.model.name,
+        num_classes=config.dataset.num_classes,
+        dtype=jnp.dtype(config.dtype),
+        axis_name=axis_name,
+        **model_options(config),
+    )
+
+
+def load_weights(config: Any) -> dict[str, Any] | None:
+    """The variables in the file `model.init_from` of a resolved config; None where it names none.
+
+    Raises:
+      WeightsError: the file cannot be read, or does not fit the model.
+    """
+    file = config.model.init_from
+    if not file:
+        return None
+    arrays, metadata = weights.read_weights(file)
+    model = build_model(config)
+    stride = getattr(model, "bottleneck_stride", "")
+    if getattr(model, "block", "") == "bottleneck":
+        recorded = metadata.get("bottleneck_stride", stride)
+        if recorded != stride:
+            raise WeightsError(
+                f"{file} is of bottlenecks with the stride in the {recorded} convolution: "
+                f"set model.overrides.bottleneck_stride={recorded}"
+            )
+        if "bottleneck_stride" not in metadata:
+            logger.warning(
+                "%s does not say where its bottlenecks have their stride; it is taken to be the %s convolution "
+                "(torchvision's ResNets: model.overrides.bottleneck_stride=3x3)",
+                file,
+                stride,
+            )
+    try:
+        variables = torch_port.from_torch(arrays, model, new_head=config.model.new_head)
+    except ValueError as error:
+        raise WeightsError(f"{file}: {error}; model.new_head=True leaves the head out") from error
+    logger.info("weights from %s%s", file, ", all but the head" if config.model.new_head else "")
+    return variables
+
+
+def read_trained(config: Any, path: pathlib.Path, like: Any) -> tuple[int, dict[str, Any]]:
+    """The step and the variables of a workdir's checkpoint `eval.checkpoint`; of several seeds, those of the config's.
+
+    Args:
+      config: the workdir's; its model may differ from the run's where the shapes stay.
+      path: the workdir.
+      like: shapes and placement of "params" and "batch_stats".
+
+    Raises:
+      ConfigError: the workdir has several seeds, and the config's is none of them.
+      WorkdirError, CheckpointError: there is no such checkpoint, it is damaged, or it is of another model.
+    """
+    seeds = (workdir.read_config(path) or {}).get("seeds", [])
+    if seeds and config.seed not in seeds:
+        raise ConfigError(f"seed is {config.seed}: {path} has the seeds {', '.join(map(str, seeds))}")
+    with contextlib.closing(Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)) as checkpoints:
+        step, variables = checkpoints.read_variables(
+            str(config.eval.checkpoint), jax.tree.leaves(like["params"])[0].sharding
+        )
+    if seeds:
+        variables = jax.jit(take_seed)(variables, seeds.index(config.seed))
+    wanted, found = ({keystr(k): a.shape for k, a in tree_leaves_with_path(tree)} for tree in (like, variables))
+    if wanted != found:
+        name = min(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+        raise WorkdirError(
+            f"{path} holds another model than {config.model.name} with these options: {name} has shape "
+            f"{found.get(name, 'none')}, not {wanted.get(name, 'none')}; leave model.name and model.overrides alone"
+        )
+    return step, variables
+
+
+def load_trained(config: Any, path: str | pathlib.Path) -> tuple[nn.Module, dict[str, Any], int]:
+    """The model of a workdir, and the variables of its checkpoint `eval.checkpoint`; no data set is read.
+
+    Args:
+      config: the workdir's.
+      path: the workdir.
+
+    Returns:
+      The model, its "params" and "batch_stats" (the averages where it keeps them), and the step.
+
+    Raises:
+      ConfigError, WorkdirError, CheckpointError: see read_trained.
+    """
+    path = pathlib.Path(path)
+    check_config(config)
+    workdir.check_has_checkpoints(path)
+    images = jnp.zeros((1, *(workdir.read_config(path) or {})["image_shape"]))
+    model = build_model(config)
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False)),
+    )
+    step, variables = read_trained(config, path, {"batch_stats": {}} | dict(like))
+    return model, variables, step
+
+
+def build_step(
+    config: Any, model: nn.Module, tx: optax.GradientTransformation, image_shape: Sequence[int], unroll: bool
+) -> Step:
+    """The Step of a resolved config, for images of shape (height, width, channels).
+
+    Args:
+      unroll: the parts of a batch are not a loop, which XLA runs badly on a CPU.
+    """
+    train, settings, data = config.train, config.optimizer, config.dataset
+    names = tuple(name for name in data.augment if name != stream.CROP)  # which is the host's, while it decodes
+
+    def init(seed):
+        variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
+        return create_train_state(dict(variables), tx, ema=settings.ema_decay > 0)
+
+    def normalize(images):
+        return augment.normalize(images, data.mean, data.std)
+
+    def train_one(state, batch, keys, seed, step):
+        images, labels = normalize(augment.augment(names, keys, batch["images"])), batch["labels"]
+        if train.mixup or train.cutmix:
+            alphas = {"mixup_alpha": train.mixup, "cutmix_alpha": train.cutmix}
+            images, labels = mix.mix(seed, step, images, labels, classes=data.num_classes, **alphas)
+        return train_step(
+            state,
+            {"images": images, "labels": labels},
+            apply_fn=model.apply,
+            tx=tx,
+            label_smoothing=settings.label_smoothing,
+            ema_decay=settings.ema_decay,
+            accumulate_steps=settings.accumulate_steps,
+            unroll=unroll,
+            axis_name=AXIS,
+        )
+
+    def evaluate(variables, batch):
+        batch = batch | {"images": normalize(batch["images"])}
+        return eval_step(variables, batch, apply_fn=model.apply, axis_name=AXIS)
+
+    return Step(init, train_one, evaluate, settings.accumulate_steps)
+
+
+def make_plan(config: Any, train_size: int) -> Plan:
+    """The Plan of a resolved config, for so many training examples."""
+    train, settings = config.train, config.optimizer
+    steps_per_epoch = max(1, train_size // train.batch_size)  # evaluation needs no whole batch
+    total_steps = min(train.epochs * steps_per_epoch, train.max_steps or sys.maxsize)
+    drops = optimizer.boundary_steps(settings.boundaries, train.epochs, steps_per_epoch)
+    schedule, _ = optimizer.build_optimizer(config, steps_per_epoch)
+    drops = tuple(step / steps_per_epoch for step in drops) if settings.schedule == "step" else ()
+    return Plan(steps_per_epoch, total_steps, schedule, drops)
+
+
+def make_trainer(
+    config: Any,
+    dataset: Dataset,
+    devices: Sequence[Any],
+    seeds: Sequence[int] = (),
+    start: dict[str, Any] | None = None,
+) -> Trainer:
+    """The trainer of a resolved config.
+
+    Args:
+      config: resolved.
+      dataset: in memory, or to be streamed.
+      devices: over which each batch is divided.
+      seeds: of the runs; by default the config's.
+      start: see Trainer.
+    """
+    train, data, seeds = config.train, config.dataset, tuple(seeds) or (config.seed,)
+    on_cpu = devices[0].platform == "cpu"
+    plan = make_plan(config, dataset.size("train"))
+    model = build_model(config, devices, AXIS if train.batch_norm == "sync" else None)
+    _, tx = optimizer.build_optimizer(config, plan.steps_per_epoch)
+    step, placement = build_step(config, model, tx, dataset.image_shape, unroll=on_cpu), Placement(devices)
+    feed = make_feed(
+        dataset,
+        seeds,
+        placement,
+        batch_size=train.batch_size,
+        parts=step.parts,
+        total_steps=plan.total_steps,
+        workers=data.workers,
+        prefetch=data.prefetch,
+    )
+    steps_per_call = train.steps_per_call or (1 if on_cpu else STEPS_PER_CALL_ON_ACCELERATORS)
+    # XLA:CPU runs the grouped convolutions that vmap makes of batched weights badly.
+    together = config.compare.together == "always" or (config.compare.together == "auto" and not on_cpu)
+    return Trainer(step, feed, seeds, placement, steps_per_call=steps_per_call, together=together, start=start)
