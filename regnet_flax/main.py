@@ -14,31 +14,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from regnet_flax import xla_flags
+from regnet_flax.config_files import DEFAULT_CONFIG, find_config, provide_configs
 from regnet_flax.errors import Error, Interrupted, UsageError
 
-# configs/ stands beside the package, in the repository as in an installation.
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-DEFAULT_CONFIG = "configs/digits.py"
 _IN_CONFIG = "Error whilst parsing config file"  # ml_collections, before a traceback
 MODES = ("train", "eval", "predict", "summary", "benchmark", "compare", "export")
-
-
-def _find_config(name: str) -> str:
-    """The config file's path, with its argument if any: as given, or else where the shipped configs are."""
-    file, colon, argument = name.partition(":")
-    for path in (pathlib.Path(file), ROOT / file, ROOT / "configs" / file):
-        if path.is_file():
-            return f"{path.resolve()}{colon}{argument}"
-    shipped = ", ".join(sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")))
-    raise UsageError(f"--config {file} is not a file: shipped are {shipped}")
-
-
-def _import_root(config_file: str) -> None:
-    """Lets a config say `from configs import base`, from any directory."""
-    own = pathlib.Path(config_file).parent.parent
-    root = str(own if (own / "configs" / "base.py").is_file() else ROOT)
-    if sys.path[0] != root:
-        sys.path.insert(0, root)
 
 
 def parse(argv: Sequence[str]) -> tuple[Any, Any]:
@@ -72,8 +52,8 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
             raise UsageError("--config needs a file, such as --config configs/cifar10.py")
         name = names[0].partition("=")[2] if equals else rest[index + 1]
         del rest[index : index + (1 if equals else 2)]
-    file = _find_config(name)
-    _import_root(file.partition(":")[0])
+    file = find_config(name if names else None)
+    provide_configs(file.partition(":")[0])
     # ml_collections asks that the file come before the overrides.
     arguments = ["regnet_flax", f"--config={file}", *rest]
 

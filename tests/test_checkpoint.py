@@ -15,6 +15,8 @@ from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.optimizer import make_optimizer
 from regnet_flax.training.step import TrainState, create_train_state
 
+pytestmark = pytest.mark.core
+
 
 def state(step):
     """Some arrays that tell the step, incompressible, so that the largest file holds them."""

@@ -12,6 +12,8 @@ from jax import lax
 from regnet_flax import create_model
 from regnet_flax.models import convolution
 
+pytestmark = pytest.mark.core
+
 RTOL = 1e-10  # float64
 
 

@@ -12,6 +12,8 @@ import pytest
 from conftest import checksums
 from regnet_flax import main
 
+pytestmark = pytest.mark.core
+
 TINY = [
     "--config.model.name=regnet8_convlstm",
     "--config.model.overrides.width=4",

@@ -11,6 +11,8 @@ import pytest
 from regnet_flax.models import convolution, normalization
 from regnet_flax.models.normalization import BatchNorm
 
+pytestmark = pytest.mark.core
+
 FIELDS = {"use_running_average": False}
 
 

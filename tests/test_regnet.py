@@ -11,6 +11,8 @@ from regnet_flax import create_model, list_models
 from regnet_flax.analysis.summary import count_parameters
 from regnet_flax.models.regnet import RegNet, stack_blocks, unstack_blocks
 
+pytestmark = pytest.mark.core
+
 # Of RegNet's authors' tables and He et al. where they give any; otherwise the sums written out by hand.
 PARAMETERS = [
     ("resnet20", {}, 272_474),

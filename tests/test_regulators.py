@@ -7,6 +7,8 @@ import pytest
 
 from regnet_flax.models.regulators import REGULATORS, ConvGRU, ConvLSTM, ConvRNN
 
+pytestmark = pytest.mark.core
+
 N, HEIGHT, WIDTH, CHANNELS, STEPS = 2, 5, 4, 3, 3
 
 

@@ -1,6 +1,7 @@
 """Data sets read into memory: what is read, and the one line that is said when it cannot be."""
 
 import dataclasses
+import importlib.util
 import json
 import logging
 import shutil
@@ -11,6 +12,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import numpy as np
@@ -478,7 +480,8 @@ def run(script, *arguments):
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """Tiny cifar10 and cifar100, "downloaded" by load_dataset and written by TFDS; also what that load returned."""
-    pytest.importorskip("tensorflow_datasets")
+    if not all(map(importlib.util.find_spec, ("tensorflow_datasets", "tensorflow"))):
+        pytest.skip("TFDS writes with TensorFlow")
     data_dir = tmp_path_factory.mktemp("tfds")
     # In a process of its own, because TFDS loads TensorFlow to write.
     return data_dir, run(WRITE, data_dir).split()[-2:]
@@ -536,12 +539,14 @@ def test_reading_in_several_batches(prepared, monkeypatch):
 def test_reading_needs_neither_tensorflow_nor_network(prepared):
     script = """
         import socket, sys
+        from importlib.machinery import PathFinder
         socket.socket.connect = None
+        find = PathFinder.find_spec
+        PathFinder.find_spec = lambda name, *rest: None if name == "tensorflow" else find(name, *rest)
         from regnet_flax.data import sources
-        sources.load_dataset("cifar10", data_dir=sys.argv[1])
-        print("tensorflow" in sys.modules)
+        print(sources.load_dataset("cifar10", data_dir=sys.argv[1]).fingerprint())
     """
-    assert run(script, prepared[0]).strip() == "False"
+    assert run(script, prepared[0]).strip() == prepared[1][0]
 
 
 def test_a_converted_copy_is_read(copy, prepared):
@@ -626,4 +631,23 @@ def test_a_data_dir_that_does_not_exist(offline, tmp_path):
 def test_tfds_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     message = error_of("cifar10")
-    assert "pip install tensorflow-datasets tensorflow-cpu" in message and "--config configs/folder.py" in message
+    assert 'pip install "regnet-flax[tfds]"' in message and "--config configs/folder.py" in message
+
+
+@pytest.mark.fault("a data set to be prepared without TensorFlow")
+@pytest.mark.parametrize("name", ["cifar10", "imagenet"])
+def test_tensorflow_not_installed(name, offline, monkeypatch, tmp_path, capsys):
+    find = PathFinder.find_spec
+    monkeypatch.setattr(
+        PathFinder, "find_spec", lambda name, *rest: None if name == "tensorflow" else find(name, *rest)
+    )
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    arguments = [
+        f"--config=configs/{name}.py",
+        f"--config.dataset.data_dir={tmp_path}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    assert main.main(arguments) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: ") and f"is not in {tmp_path / name}" in error
+    assert 'pip install "regnet-flax[tfds]"' in error and "--config configs/folder.py" in error

@@ -4,6 +4,7 @@ import io
 import os
 import threading
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -12,6 +13,7 @@ from regnet_flax.errors import DataError, one_line
 
 CONNECT_SECONDS = 10.0
 MANUAL = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
+INSTALL = 'pip install "regnet-flax[tfds]"'
 USE_FOLDERS = "train from image folders, which need only Pillow, with --config configs/folder.py"
 
 
@@ -48,8 +50,7 @@ def prepare_tfds(name: str, data_dir: str) -> Any:
         raise
     except ImportError as error:
         raise DataError(
-            f"{name} is read with TensorFlow Datasets ({one_line(error)}): pip install tensorflow-datasets "
-            f"tensorflow-cpu importlib_resources, or {USE_FOLDERS}"
+            f"{name} is read with TensorFlow Datasets ({one_line(error)}): {INSTALL}, or {USE_FOLDERS}"
         ) from error
     except Exception as error:
         raise DataError(
@@ -72,6 +73,11 @@ def _download(builder: Any) -> None:
     if directory.exists():
         # TFDS takes the directory's existence for a prepared data set.
         raise DataError(f"{directory} has no dataset_info.json, so the copy is incomplete: copy it again, or delete it")
+    if find_spec("tensorflow") is None:
+        raise DataError(
+            f"{name} is not in {directory}, and only TensorFlow prepares it, which is not installed: {INSTALL}, "
+            f"copy one prepared elsewhere to {directory}, or {USE_FOLDERS}"
+        )
     if name in MANUAL:
         _prepare_manual(builder)
         return

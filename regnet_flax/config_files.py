@@ -1,0 +1,66 @@
+"""Finds config files, and the `configs` package that they import from."""
+
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+from regnet_flax.errors import UsageError, one_line
+
+PACKAGE = Path(__file__).resolve().parent
+# A wheel has the configs inside the package; in the repository they stand beside it.
+SHIPPED = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+DEFAULT_CONFIG = "configs/digits.py"
+
+
+def find_config(name: str | None) -> str:
+    """Finds a config file: as given, or else among the shipped configs.
+
+    Args:
+      name: a path such as "mine.py" or "configs/cifar10.py", with ":" and the config's argument after it if it has one;
+        None for the shipped DEFAULT_CONFIG, whatever the current directory holds.
+
+    Returns:
+      The absolute path, with ":" and the argument if there is one.
+
+    Raises:
+      UsageError: there is no such file.
+    """
+    file, colon, argument = (name or DEFAULT_CONFIG).partition(":")
+    shipped = SHIPPED / file.removeprefix("configs/")
+    for path in (shipped,) if name is None else (Path(file), shipped):
+        if path.is_file():
+            return f"{path.resolve()}{colon}{argument}"
+    names = ", ".join(sorted(f"configs/{path.name}" for path in SHIPPED.glob("*.py") if path.name != "__init__.py"))
+    raise UsageError(f"--config {file} is not a file: shipped are {names}")
+
+
+def provide_configs(config_file: str) -> None:
+    """Lets a config file say `from configs import base`, from any directory.
+
+    `configs` is the package's own, unless configs/base.py stands in the folder above that of the config file, as in
+    another project laid out like this one: then it is that project's.
+
+    Args:
+      config_file: the config file's absolute path.
+
+    Raises:
+      UsageError: that project's configs/__init__.py ends in an error.
+    """
+    project = Path(config_file).parent.parent
+    folder = project / "configs" if (project / "configs" / "base.py").is_file() else SHIPPED
+    if folder != SHIPPED and sys.path[0] != str(project):
+        sys.path.insert(0, str(project))
+    if list(getattr(sys.modules.get("configs"), "__path__", ())) == [str(folder)]:
+        return
+    for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
+        del sys.modules[name]
+    # Not by sys.path: installed from a wheel, the folder has the package's modules beside it, which would be found too.
+    init = folder / "__init__.py"
+    spec = spec_from_file_location("configs", init, submodule_search_locations=[str(folder)])
+    assert spec is not None and spec.loader is not None
+    sys.modules["configs"] = module = module_from_spec(spec)
+    if init.is_file():
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            raise UsageError(f"{init}: {one_line(error)}") from error
