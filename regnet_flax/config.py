@@ -9,7 +9,7 @@ from typing import Any
 from regnet_flax.config_fields import AUTOMATIC, FIELDS, MAY_CHANGE, MAY_CHANGE_LATER_RATES
 from regnet_flax.data import streaming
 from regnet_flax.data.sources import IMAGES, Dataset
-from regnet_flax.models.registry import OPTIONS, create_model, parse_variant
+from regnet_flax.models.registry import OPTIONS, check_model, parse_variant
 from regnet_flax.training.optimizer import boundary_steps
 
 
@@ -68,7 +68,7 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
     if values.keys() >= {"model.name", *overrides.values()}:
         options = {option: values[field] for option, field in overrides.items()}
         try:
-            create_model(values["model.name"], num_classes=10, **options)
+            check_model(values["model.name"], **options)
         except (ValueError, TypeError) as error:
             yield f"model: {error}"
         yield from _wrong_variants(values.get("compare.models", ()), options)
@@ -141,7 +141,7 @@ def _wrong_variants(variants: Sequence[str], overrides: dict[str, Any]) -> Itera
                 check = FIELDS.get(f"model.overrides.{option}")
                 if check and (wrong := check(value)):
                     raise ValueError(f"{option} is {value!r}: it must be {wrong}")
-            create_model(name, num_classes=10, **overrides | options)
+            check_model(name, **overrides | options)
         except (ValueError, TypeError) as error:
             yield f"compare.models, {text!r}: {error}"
             continue

@@ -10,6 +10,7 @@ from typing import Any
 from regnet_flax.data import streaming
 from regnet_flax.data.augment import AUGMENTATIONS
 from regnet_flax.data.sources import SOURCES
+from regnet_flax.models.ops import CHOICES
 from regnet_flax.models.registry import OPTIONS
 from regnet_flax.training.optimizer import SCHEDULES
 
@@ -84,7 +85,7 @@ FIELDS: dict[str, Check] = {
     "model.overrides.share_regulator": _optional(_flag),
     "model.overrides.regulated_stages": _optional(_each(_whole(1))),
     "model.overrides.remat": _optional(_flag),
-    "model.overrides.tuned": _optional(_flag),
+    "model.overrides.ops": _optional(_choice(*CHOICES)),
     "dataset.name": _choice(*dict.fromkeys((*SOURCES, *streaming.STREAMED))),
     "dataset.data_dir": _text,
     "dataset.num_classes": _whole(0),

@@ -100,9 +100,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     if not values.workdir:
         run = stem if values.mode == "compare" else f"{stem}-{config.model.name}-{config.seed}"
         values.workdir = str(pathlib.Path("runs") / run)
-    if values.mode not in ("train", "compare") and (
-        stored := workdir.read_json(pathlib.Path(values.workdir) / workdir.CONFIG)
-    ):
+    if values.mode not in ("train", "compare") and (stored := workdir.read_plain_config(pathlib.Path(values.workdir))):
         overrides, path = config_flags.get_override_values(values["config"]), config.export.path
         try:
             with config.ignore_type():

@@ -27,13 +27,14 @@ AXIS = "batch"
 STEPS_PER_CALL_ON_ACCELERATORS = 50
 
 
-def build_model(config: Any, axis_name: str | None = None) -> nn.Module:
-    """The model of a resolved config."""
+def build_model(config: Any, axis_name: str | None = None, devices: list[Any] | None = None) -> nn.Module:
+    """The model of a resolved config, for `devices`; None is JAX's default device."""
     return create_model(
         config.model.name,
         num_classes=config.dataset.num_classes,
         dtype=jnp.dtype(config.dtype),
         axis_name=axis_name,
+        devices=devices,
         **model_options(config),
     )
 
@@ -147,7 +148,7 @@ class Program:
         self.schedule, self._tx = build_optimizer(config, self.steps_per_epoch)
         drops = optimizer.boundary_steps(settings.boundaries, train.epochs, self.steps_per_epoch)
         self.drops = [step / self.steps_per_epoch for step in drops] if settings.schedule == "step" else []
-        self.model = build_model(config, AXIS if train.batch_norm == "sync" else None)
+        self.model = build_model(config, AXIS if train.batch_norm == "sync" else None, devices)
         self._image_shape = dataset.image_shape
         self.like = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=self._replicated),

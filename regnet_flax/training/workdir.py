@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 
+from regnet_flax.models.registry import current_options
 from regnet_flax.training.interrupt import WorkdirError
 
 CONFIG, METRICS, RESULTS, LOG, FIGURES = "config.json", "metrics.jsonl", "results.json", "train.log", "figures"
@@ -54,13 +55,27 @@ def read_json(path: pathlib.Path) -> Any:
         raise WorkdirError(f"{path} cannot be read ({error}): restore it, or name another --workdir") from error
 
 
+def read_plain_config(workdir: pathlib.Path) -> Any:
+    """config.json as it stands, the model's options by their names of today; None where there is no such file.
+
+    Raises:
+      WorkdirError: it is no JSON.
+    """
+    stored = read_json(workdir / CONFIG)
+    try:
+        stored["model"]["overrides"] = current_options(stored["model"]["overrides"])
+    except (KeyError, TypeError, ValueError):
+        pass  # whether it is a run's config is for others to say
+    return stored
+
+
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     """What config.json says of the workdir's run; None where there is no such file.
 
     Raises:
       WorkdirError: it is damaged.
     """
-    stored = read_json(workdir / CONFIG)
+    stored = read_plain_config(workdir)
     if stored is None:
         return None
     try:
