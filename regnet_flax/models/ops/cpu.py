@@ -152,7 +152,7 @@ def _backward(make, strides, padding, saved, d):
 
 def _input_gradient(d, kernel, shape, strides, padding):
     if strides != (1, 1):
-        x = jax.ShapeDtypeStruct(shape, d.dtype)
+        x = jax.ShapeDtypeStruct(shape, d.dtype, manual_axis_type=jax.typeof(d).manual_axis_type)
         return jax.linear_transpose(lambda x: plain.conv(x, kernel, strides, padding), x)(d)[0]
     sizes = kernel.shape[:2]
     padding = [(size - 1 - low, size - 1 - high) for size, (low, high) in zip(sizes, padding, strict=True)]
@@ -216,12 +216,18 @@ def _separable_backward(x, h, pointwise, depthwise, d):
     )
 
 
+@jax.custom_jvp  # JAX's rule for a reduction of several arrays fails where only some have a tangent
 def pixel_sums(arrays: list[Array]) -> Array:
     """Of each array (N, height, width, …) over batch, height and width, stacked: (arrays, …)."""
     # Along a row in one loop for all of them, which XLA does not do for a reduction each; the rest is little.
     zeros = (jnp.zeros((), arrays[0].dtype),) * len(arrays)
     rows = lax.reduce(tuple(arrays), zeros, lambda a, b: tuple(p + q for p, q in zip(a, b, strict=True)), (2,))
     return jnp.stack([row.sum((0, 1)) for row in rows])
+
+
+@pixel_sums.defjvp
+def _pixel_sums_forward(arrays, directions):
+    return pixel_sums(*arrays), jnp.stack([direction.sum((0, 1, 2)) for direction in directions[0]])
 
 
 _separable.defvjp(lambda *args: (plain.separable(*args), args), lambda saved, d: _separable_backward(*saved, d))

@@ -87,7 +87,7 @@ def _call(
     batch, height, width, n = images[0].shape
     blocks = pl.cdiv(height * width, _pixels(n, height * width))
 
-    varying = {"vma": jax.typeof(images[0]).vma}
+    varying = {"manual_axis_type": jax.typeof(images[0]).manual_axis_type}
 
     def flat(a):
         return (batch, height * width, *a.shape[3:])

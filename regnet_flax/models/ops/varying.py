@@ -14,7 +14,7 @@ def vary_together(*arrays: Any) -> tuple[Any, ...]:
     A weight that all devices hold alike then gets the sum of the devices' gradients, by the transpose of the mark,
     and the backward rule between need not know about devices. Elsewhere nothing changes.
     """
-    axes = [getattr(jax.typeof(a), "vma", frozenset()) for a in arrays]
+    axes = [jax.typeof(a).manual_axis_type.varying for a in arrays]
     every = frozenset().union(*axes)
     return tuple(
         a if own == every else lax.pcast(a, tuple(sorted(every - own)), to="varying")
