@@ -155,7 +155,11 @@ def over_devices(ops, axis_name, by_case):
 @pytest.mark.parametrize("axis_name", ["batch", None])
 @pytest.mark.parametrize("ops", ALL, ids=lambda ops: ops.name)
 def test_shard_map(ops, axis_name):
-    """With its default check_vma: images are divided, and weights, which all devices hold, get the devices' sum."""
+    """With its default check_vma: images are divided, and weights, which all devices hold, get the devices' sum.
+
+    JAX's interpreter of Pallas kernels knows no such check, and so "gpu" runs without it here.
+    """
+    check = {"check_vma": False} if ops is GPU else {}
     by_case = {case: arguments(case) for case in ALL[ops]}
     mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
     specs = jax.tree.map(lambda a: PartitionSpec("batch") if a.shape == IMAGE else PartitionSpec(), by_case)
@@ -163,7 +167,7 @@ def test_shard_map(ops, axis_name):
 
     def run(ops):
         call = functools.partial(over_devices, ops, axis_name)
-        return jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=outputs))(by_case)
+        return jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=outputs, **check))(by_case)
 
     assert_same(run(ops), run(PLAIN), 1e-4)
 
@@ -206,7 +210,7 @@ def test_forward_mode_is_refused(ops):
 
 def test_gpu_has_no_second_derivatives():
     arrays = arguments("lstm_step")
-    with pytest.raises(TypeError, match="forward-mode"):
+    with pytest.raises(TypeError, match='no second derivatives: give create_model ops="plain"'):
         jax.jit(lambda *a: jax.jvp(jax.grad(loss(GPU, "lstm_step")), a, a)).lower(*arrays)
 
 

@@ -151,12 +151,13 @@ def _backward(make, strides, padding, saved, d):
 
 
 def _input_gradient(d, kernel, shape, strides, padding):
-    if strides != (1, 1):
-        x = jax.ShapeDtypeStruct(shape, d.dtype, manual_axis_type=jax.typeof(d).manual_axis_type)
-        return jax.linear_transpose(lambda x: plain.conv(x, kernel, strides, padding), x)(d)[0]
-    sizes = kernel.shape[:2]
-    padding = [(size - 1 - low, size - 1 - high) for size, (low, high) in zip(sizes, padding, strict=True)]
-    return plain.conv(d, kernel[::-1, ::-1].swapaxes(2, 3), strides, padding)
+    before = [size - 1 - low for size, (low, _) in zip(kernel.shape[:2], padding, strict=True)]
+    lengths = zip(shape[1:3], kernel.shape[:2], d.shape[1:3], strides, before, strict=True)
+    around = [(low, to + size - 2 - (steps - 1) * stride - low) for to, size, steps, stride, low in lengths]
+    if strides == (1, 1):
+        return plain.conv(d, kernel[::-1, ::-1].swapaxes(2, 3), strides, around)
+    numbers = ("NHWC", "HWOI", "NHWC")
+    return plain.conv(d, kernel[::-1, ::-1], (1, 1), around, lhs_dilation=strides, dimension_numbers=numbers)
 
 
 @functools.partial(no_inline, static=("make", "shape", "strides", "padding"))

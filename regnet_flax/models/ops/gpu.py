@@ -42,8 +42,8 @@ def _step(x, h, c, pointwise, kernel, bias):
     return _call(_forward_kernel, (shape, shape), (), (x, h, c), (pointwise, kernel, bias))
 
 
-def _backward(saved, d):
-    x, h, c, pointwise, kernel, bias = saved
+@jax.custom_jvp
+def _gradients(x, h, c, pointwise, kernel, bias, *d):
     batch, height, width, n = x.shape
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     of_gates = jax.ShapeDtypeStruct((batch, height, width, GATES, n), jnp.float32)
@@ -60,7 +60,12 @@ def _backward(saved, d):
     return dx, dh, dc, *(a.astype(dtype) for a, dtype in zip(weights, dtypes, strict=True))
 
 
-_step.defvjp(lambda *args: (_step(*args), args), _backward)
+@_gradients.defjvp
+def _second_derivatives(primals, tangents):
+    raise TypeError('the ConvLSTM of ops="gpu" has no second derivatives: give create_model ops="plain"')
+
+
+_step.defvjp(lambda *args: (_step(*args), args), lambda saved, d: _gradients(*saved, *d))
 
 
 def _pixels(n: int, size: int) -> int:
