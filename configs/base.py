@@ -17,9 +17,7 @@ def get_config() -> config_dict.ConfigDict:
     model.init_from = ""  # a .safetensors or .pth file of weights by PyTorch's names to start from, or to evaluate
     model.new_head = False  # leave that file's head out, as for another number of classes
     model.overrides = overrides = config_dict.ConfigDict()  # None: the model's own default
-    overrides.kernel = config_dict.placeholder(
-        str
-    )  # of the regulators: "separable", "dense" or, for a ConvLSTM on a GPU, "pallas"
+    overrides.kernel = config_dict.placeholder(str)  # of the regulators: "separable" or "dense"
     overrides.share_regulator = config_dict.placeholder(bool)  # one for all blocks of a stage, or one each
     overrides.regulated_stages = config_dict.placeholder(tuple)  # such as (1, 2); None: all
     overrides.shortcut = config_dict.placeholder(str)  # "B", a 1×1 convolution, or "A", without parameters
@@ -28,7 +26,7 @@ def get_config() -> config_dict.ConfigDict:
     overrides.init = config_dict.placeholder(str)  # initial values: "paper" or "torch"
     overrides.unroll = config_dict.placeholder(int)  # blocks a step of nn.scan; None: all on a CPU, 1 elsewhere
     overrides.remat = config_dict.placeholder(bool)  # recompute each block in the backward pass, to save memory
-    overrides.tuned = config_dict.placeholder(bool)  # forms of the gradients that are fast on a CPU; None: on a CPU
+    overrides.ops = config_dict.placeholder(str)  # "plain", "cpu" or "gpu", see create_model; None: by the devices
 
     config.dataset = dataset = config_dict.ConfigDict()
     dataset.name = "digits"  # "digits", "cifar10", "cifar100", "imagenet2012", "folder" or "synthetic"

@@ -37,7 +37,6 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     from absl import flags
     from ml_collections import config_flags
 
-    from regnet_flax.files import read_json
     from regnet_flax.training import workdir
 
     names = [arg for arg in argv if re.match(r"--?config(=|$)", arg)]
@@ -78,7 +77,7 @@ def parse(argv: Sequence[str]) -> tuple[Any, Any]:
     if not values.workdir:
         run = stem if values.mode == "compare" else f"{stem}-{config.model.name}-{config.seed}"
         values.workdir = str(pathlib.Path("runs") / run)
-    if values.mode not in ("train", "compare") and (stored := read_json(pathlib.Path(values.workdir) / workdir.CONFIG)):
+    if values.mode not in ("train", "compare") and (stored := workdir.read_plain_config(pathlib.Path(values.workdir))):
         overrides, path = config_flags.get_override_values(values["config"]), config.export.path
         try:
             with config.ignore_type():

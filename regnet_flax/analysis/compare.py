@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from regnet_flax.analysis import summary
-from regnet_flax.models.registry import create_model
+from regnet_flax.models.registry import create_model, current_options
 
 CONFIDENCE = 0.95
 _REGULATORS = {"convrnn": "ConvRNN", "convgru": "ConvGRU", "convlstm": "ConvLSTM", "replacing_convgru": "ConvGRU"}
@@ -60,7 +60,8 @@ def read(label: str, workdir: pathlib.Path) -> Result:
     seeds = tuple(config.get("seeds", [config["seed"]]))
     own = results.get("seeds") or {str(config["seed"]): results}
     last = [own[str(seed)]["last"] for seed in seeds]
-    overrides = {name: value for name, value in config["model"]["overrides"].items() if value is not None}
+    overrides = current_options(config["model"]["overrides"])
+    overrides = {name: value for name, value in overrides.items() if value is not None}
     model = create_model(config["model"]["name"], num_classes=config["dataset"]["num_classes"], **overrides)
     parts = summary.summarize(model, tuple(config["image_shape"]))
     regulated = getattr(model, "regulated_stages", None) != ()

@@ -14,6 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from regnet_flax.models.blocks import Block
+from regnet_flax.models.layers import Conv
 from regnet_flax.models.regnet import RegNet
 from regnet_flax.models.regulators import Regulator
 
@@ -42,7 +43,7 @@ class Part:
 
 
 def _multiply_adds(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int:
-    if isinstance(module, nn.Conv):
+    if isinstance(module, (nn.Conv, Conv)):
         taps = int(np.prod(module.kernel_size, dtype=int)) * inputs[0].shape[-1] // module.feature_group_count
         return math.prod(output.shape[1:]) * taps
     if isinstance(module, nn.Dense):

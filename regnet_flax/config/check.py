@@ -10,7 +10,7 @@ from regnet_flax.data import stream
 from regnet_flax.data.augment import ERASE
 from regnet_flax.data.sources import IMAGES
 from regnet_flax.errors import ConfigError
-from regnet_flax.models.registry import OPTIONS, create_model, parse_variant
+from regnet_flax.models.registry import OPTIONS, check_model, parse_variant
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -64,7 +64,7 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
     if values.keys() >= {"model.name", *overrides.values()}:
         options = {option: values[field] for option, field in overrides.items()}
         try:
-            create_model(values["model.name"], num_classes=10, **options)
+            check_model(values["model.name"], **options)
         except (ValueError, TypeError) as error:
             yield f"model: {error}"
         yield from _wrong_variants(values.get("compare.models", ()), options)
@@ -143,7 +143,7 @@ def _wrong_variants(variants: Sequence[str], overrides: dict[str, Any]) -> Itera
                 check = FIELDS.get(f"model.overrides.{option}")
                 if check and (wrong := check(value)):
                     raise ValueError(f"{option} is {value!r}: it must be {wrong}")
-            create_model(name, num_classes=10, **overrides | options)
+            check_model(name, **overrides | options)
         except (ValueError, TypeError) as error:
             yield f"compare.models, {text!r}: {error}"
             continue

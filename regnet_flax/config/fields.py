@@ -10,6 +10,7 @@ from typing import Any
 from regnet_flax.data import stream
 from regnet_flax.data.augment import AUGMENTATIONS, ERASE
 from regnet_flax.data.sources import SOURCES
+from regnet_flax.models.ops import CHOICES
 from regnet_flax.models.registry import OPTIONS
 
 SCHEDULES = ("step", "cosine", "constant")
@@ -91,7 +92,7 @@ FIELDS: dict[str, Check] = {
     "model.overrides.share_regulator": _optional(_flag),
     "model.overrides.regulated_stages": _optional(_each(_whole(1))),
     "model.overrides.remat": _optional(_flag),
-    "model.overrides.tuned": _optional(_flag),
+    "model.overrides.ops": _optional(_choice(*CHOICES)),
     "dataset.name": _choice(*dict.fromkeys((*SOURCES, *stream.STREAMED))),
     "dataset.data_dir": _text,
     "dataset.num_classes": _whole(0),

@@ -5,7 +5,6 @@ A block maps the carry (X, state) of the block before it to its own, so that a s
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,17 +12,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regnet_flax.models import convolution
-from regnet_flax.models.convolution import Remade, array
 from regnet_flax.models.initializers import INITIALIZERS
-from regnet_flax.models.normalization import add_relu
+from regnet_flax.models.layers import BatchNorm, Conv
+from regnet_flax.models.ops import PLAIN, Ops, Value
 from regnet_flax.models.regulators import Regulator, State
 
 Array = jax.Array
-
-
-def _concatenate(*arrays: Array) -> Array:
-    return jnp.concatenate(arrays, -1)
 
 
 class SqueezeExcite(nn.Module):
@@ -70,11 +64,12 @@ class Block(nn.Module):
       stride_at: the bottleneck's convolution that carries the stride, "1x1" or "3x3".
       dtype: of the convolutions and activations.
       initial: initial values, a name in INITIALIZERS.
-      tuned: use the forms of `convolution` that are fast on a CPU.
+      dilations: of the 3×3 convolutions before the place of the stride, its own too, and of those after it.
+      ops: the arithmetic.
     """
 
     features: int
-    norm: Callable[..., nn.Module]
+    norm: Callable[..., BatchNorm]
     strides: int = 1
     cell: Callable[..., Regulator] | None = None
     normalize_state: bool = True
@@ -84,12 +79,13 @@ class Block(nn.Module):
     stride_at: str = "1x1"
     dtype: Any = jnp.float32
     initial: str = "paper"
-    tuned: bool = False
+    dilations: tuple[int, int] = (1, 1)
+    ops: Ops = PLAIN
 
     expansion = 1
 
     @nn.compact
-    def __call__(self, carry: tuple[Array | Remade, State], shared: Any = None) -> tuple[tuple[Array, State], None]:
+    def __call__(self, carry: tuple[Value, State], shared: Any = None) -> tuple[tuple[Array, State], None]:
         """One block.
 
         Args:
@@ -103,79 +99,68 @@ class Block(nn.Module):
         y, state = self.branch(x, state, shared)
         if self.squeeze_excite:
             y = SqueezeExcite(dtype=self.dtype, initial=self.initial, name="se")(y)
-        shortcut = self._shortcut(x)
-        y = add_relu(shortcut, y) if self.tuned else nn.relu(shortcut + y)
+        y = self.ops.add_relu(self._shortcut(x), y)
         self.sow("intermediates", "output", y)
         return (y, state), None
 
-    def branch(self, x: Array | Remade, state: State, shared: Any) -> tuple[Array, State]:
+    def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
         """The residual branch, up to its last batch normalisation."""
         raise NotImplementedError
 
-    def conv(self, x: Array | Remade, features: int, size: int, strides: int, name: str) -> Array:
-        # "SAME" would pad asymmetrically at stride 2, unlike PyTorch.
-        pad = (size // 2, size // 2)
-        convolve = None
-        if self.tuned:
-            remade = x if isinstance(x, Remade) else None
-            convolve = functools.partial(convolution.conv_general_dilated, remade=remade)
-        return nn.Conv(
-            features,
-            (size, size),
-            strides,
-            padding=(pad, pad),
-            use_bias=False,
-            dtype=self.dtype,
-            kernel_init=INITIALIZERS[self.initial].conv,
-            conv_general_dilated=convolve,
-            name=name,
-        )(array(x))
+    def conv(self, x: Value, features: int, size: int, strides: int, name: str, dilation: int = 1) -> Array:
+        init = INITIALIZERS[self.initial].conv
+        options = {"strides": strides, "dilation": dilation, "dtype": self.dtype, "ops": self.ops}
+        return Conv(features, (size, size), init, **options, name=name)(x)
+
+    def bn(self, x: Array, name: str) -> Array:
+        return self.norm(name=name)(x)
 
     def conv_bn_relu(
-        self, x: Array | Remade, features: int, size: int, strides: int, conv: str, bn: str
-    ) -> Array | Remade:
-        return self.norm(name=bn, relu=True).remade(self.conv(x, features, size, strides, conv))
+        self, x: Value, features: int, size: int, strides: int, conv: str, bn: str, dilation: int = 1
+    ) -> Value:
+        return self.norm(name=bn, relu=True).value(self.conv(x, features, size, strides, conv, dilation))
 
-    def regulate(self, x: Array, state: State, shared: Any) -> State:
+    def regulate(self, x: Value, state: State, shared: Any) -> State:
         assert self.cell is not None
+        options = {"dilation": self.dilations[1]}
         if shared is None:
-            state, gates = self.cell(name="regulator")(x, state)
+            state, gates = self.cell(**options, name="regulator")(self.ops.array(x), state)
         else:
-            state, gates = self.cell(parent=None).apply({"params": shared}, x, state)
+            cell = self.cell(**options, parent=None)
+            state, gates = cell.apply({"params": shared}, self.ops.array(x), state)
         h = self.norm(name="bn_h", relu=True)(state[0]) if self.normalize_state else state[0]
         self.sow("intermediates", "gates", gates)
         self.sow("intermediates", "state", (h, *state[1:]))
         return (h, *state[1:])
 
-    def fuse(self, x: Array, h: Array) -> Array | Remade:
+    def fuse(self, x: Value, h: Array) -> Value:
         """ReLU(BN(W * [X, H])), or H itself."""
         if self.replace:
             return h
-        both = Remade(_concatenate(x, h), (x, h), _concatenate)
-        return self.conv_bn_relu(both, self.features, 1, 1, "conv_fuse", "bn_fuse")
+        return self.conv_bn_relu(self.ops.concatenate(x, h), self.features, 1, 1, "conv_fuse", "bn_fuse")
 
-    def _shortcut(self, x: Array | Remade) -> Array:
+    def _shortcut(self, x: Value) -> Array:
         features = self.features * self.expansion
-        if self.strides == 1 and array(x).shape[-1] == features:
-            return array(x)
+        if self.strides == 1 and x.shape[-1] == features:
+            return self.ops.array(x)
         if self.shortcut == "A":
-            x = array(x)[:, :: self.strides, :: self.strides]
             if features < x.shape[-1]:
                 raise ValueError(f"shortcut 'A' cannot go from {x.shape[-1]} to {features} channels: use 'B'")
+            x = self.ops.array(x)[:, :: self.strides, :: self.strides]
             return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
-        return self.norm(name="shortcut_bn")(self.conv(x, features, 1, self.strides, "shortcut_conv"))
+        return self.bn(self.conv(x, features, 1, self.strides, "shortcut_conv"), "shortcut_bn")
 
 
 class BasicBlock(Block):
     """Two 3×3 convolutions; with a regulator, a 1×1 convolution between them fuses X2 with H."""
 
-    def branch(self, x: Array | Remade, state: State, shared: Any) -> tuple[Array, State]:
-        n = self.features
-        x = self.conv_bn_relu(x, n, 3, self.strides, "conv1", "bn1")
+    def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
+        n, (before, after) = self.features, self.dilations
+        x = self.conv_bn_relu(x, n, 3, self.strides, "conv1", "bn1", before)
         if self.cell is not None:
-            state = self.regulate(array(x), state, shared)
-            x = self.fuse(array(x), state[0])
-        return self.norm(name="bn2")(self.conv(x, n, 3, 1, "conv2")), state
+            state = self.regulate(x, state, shared)
+            x = self.fuse(x, state[0])
+        return self.bn(self.conv(x, n, 3, 1, "conv2", after), "bn2"), state
 
 
 class BottleneckBlock(Block):
@@ -183,13 +168,13 @@ class BottleneckBlock(Block):
 
     expansion = 4
 
-    def branch(self, x: Array | Remade, state: State, shared: Any) -> tuple[Array, State]:
-        n = self.features
-        first, second = (self.strides, 1) if self.stride_at == "1x1" else (1, self.strides)
+    def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
+        n, (before, after) = self.features, self.dilations
+        first, second, dilation = (self.strides, 1, after) if self.stride_at == "1x1" else (1, self.strides, before)
         x = self.conv_bn_relu(x, n, 1, first, "conv1", "bn1")
         if self.cell is not None:
-            state = self.regulate(array(x), state, shared)
-        x = self.conv_bn_relu(x, n, 3, second, "conv2", "bn2")
+            state = self.regulate(x, state, shared)
+        x = self.conv_bn_relu(x, n, 3, second, "conv2", "bn2", dilation)
         if self.cell is not None:
-            x = self.fuse(array(x), state[0])
-        return self.norm(name="bn3")(self.conv(x, n * self.expansion, 1, 1, "conv3")), state
+            x = self.fuse(x, state[0])
+        return self.bn(self.conv(x, n * self.expansion, 1, 1, "conv3"), "bn3"), state

@@ -7,11 +7,14 @@ import difflib
 import fnmatch
 import functools
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
 
+from regnet_flax.models import ops as ops_lib
+from regnet_flax.models.backbone import chosen
 from regnet_flax.models.regnet import RegNet
 from regnet_flax.models.regnety import RegNetY
 from regnet_flax.models.regulators import REGULATORS
@@ -33,14 +36,17 @@ OPTIONS = (
     "init",
     "unroll",
     "remat",
-    "tuned",
+    "ops",
 )
 _CHOICES = {
-    "kernel": ("separable", "dense", "pallas"),
+    "kernel": ("separable", "dense"),
     "shortcut": ("A", "B"),
     "bottleneck_stride": ("1x1", "3x3"),
     "init": ("paper", "torch"),
+    "ops": ops_lib.CHOICES,
 }
+# What may be given in Python, and not in a config.
+_BACKBONE = ("features", "frozen_batch_stats")
 _EXAMPLE = "regnet20_convlstm kernel=dense regulated_stages=(1, 2)"
 
 
@@ -132,8 +138,26 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+def current_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a config of any version has them, by the names and values of this one."""
+    now = dict(options)
+    tuned = now.pop("tuned", None)
+    if tuned is not None:
+        now["ops"] = "cpu" if tuned else "plain"
+    if now.get("kernel") == "pallas":
+        now |= {"kernel": None, "ops": "gpu"}
+    return now
+
+
 def create_model(
-    name: str, num_classes: int = 10, dtype: Any = jnp.float32, axis_name: str | None = None, **options: Any
+    name: str,
+    num_classes: int = 10,
+    dtype: Any = jnp.float32,
+    axis_name: str | None = None,
+    *,
+    ops: str | ops_lib.Ops | None = "auto",
+    devices: Sequence[Any] | None = None,
+    **options: Any,
 ) -> nn.Module:
     """Makes a model by name.
 
@@ -141,19 +165,43 @@ def create_model(
       name: one of `list_models()`, or any CIFAR depth 6m+2, such as "regnet14_convlstm".
       num_classes: 0 gives pooled features.
       dtype: of the arithmetic, float32 or bfloat16; parameters, statistics and logits are float32.
-      axis_name: the pmap axis over which batch normalisation is synchronised.
+      axis_name: the pmap or shard_map axis over which batch normalisation is synchronised.
+      ops: the arithmetic. "plain" is JAX's own; "cpu" has gradients that are fast on a CPU; "gpu" has the separable
+        ConvLSTM's step as Pallas kernels for a GPU, not yet measured on one, and slow elsewhere. Their results are
+        equal up to rounding. "auto", or None, is "cpu" on CPUs and "plain" on all else. An `Ops` is one of your own.
+        "cpu" and "gpu" have reverse rules of their own, so forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`)
+        ends in a TypeError, and so do second derivatives by "gpu"; Hessian-vector products as `jax.jvp` of `jax.grad`
+        and gradients of gradients work by "cpu". For all else give "plain".
+      devices: those that will run the model, for what depends on their platform: "auto", and whether a stage's blocks
+        are unrolled. None is JAX's default device.
       **options: kernel, share_regulator, regulated_stages, shortcut, width, bottleneck_stride, init (RegNet's
-        `initial`), unroll, remat, tuned, scan and features; see RegNet. None leaves the model's default.
+        `initial`), unroll, remat, scan, features, output_stride and frozen_batch_stats; see RegNet. None leaves the
+        default: the model's, and for unroll all blocks on a CPU, where a loop is somewhat slower, and 1 elsewhere.
 
     Returns:
-      A Flax module; `model.init(key, images, train=False)` makes its variables.
+      A Flax module; `model.init(key, images, train=False)` makes its variables, and `model.stage_info` tells the
+      name, channels and stride of each feature.
 
     Raises:
       ValueError: unknown name (the closest are named), unknown option, or a value that an option cannot take.
     """
+    model = check_model(name, num_classes, ops=ops, **options)
+    platform = ops_lib.platform_of(devices)
+    fields: dict[str, Any] = {"ops": ops_lib.choose(ops or "auto", platform)}
+    if isinstance(model, RegNet) and model.unroll is None and platform != "cpu":
+        fields["unroll"] = 1
+    return model.clone(dtype=dtype, axis_name=axis_name, **fields)
+
+
+def check_model(
+    name: str, num_classes: int = 10, *, ops: str | ops_lib.Ops | None = "auto", **options: Any
+) -> RegNet | RegNetY:
+    """The model of `create_model`, with its errors and without its devices: what depends on them is not decided."""
     make = _resolve(name)
-    known = {*OPTIONS, "scan", "features"} if make.func is RegNet else {"features"}
+    known = {*OPTIONS, "scan", "output_stride", *_BACKBONE} if make.func is RegNet else {"ops", *_BACKBONE}
     given = {key: value for key, value in options.items() if value is not None}
+    if ops is not None and not isinstance(ops, ops_lib.Ops):
+        given["ops"] = ops
     for key, value in given.items():
         if key not in known:
             close = difflib.get_close_matches(key, known, n=1) or sorted(known & set(OPTIONS))
@@ -163,10 +211,13 @@ def create_model(
             raise ValueError(f"{key} is {value!r}: in {name} it is always {make.keywords[key]!r}")
         if key in _CHOICES and value not in _CHOICES[key]:
             raise ValueError(f"{key} is {value!r}: it must be one of {', '.join(map(repr, _CHOICES[key]))}")
-        if key in ("width", "unroll") and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        if key in ("width", "unroll", "output_stride") and (
+            not isinstance(value, int) or isinstance(value, bool) or value < 1
+        ):
             raise ValueError(f"{key} is {value!r}: it must be a whole number of at least 1")
     if num_classes < 0:
         raise ValueError(f"num_classes is {num_classes}: it must be 0, for pooled features, or more")
+    given.pop("ops", None)
     fields: dict[str, Any] = make.keywords | given
     if "init" in fields:  # linen modules have a method of that name
         fields["initial"] = fields.pop("init")
@@ -176,8 +227,10 @@ def create_model(
         if wrong:
             raise ValueError(f"regulated_stages has {wrong[0]!r}: the stages of {name} are 1 to {stages}")
         fields["regulated_stages"] = tuple(given["regulated_stages"])
-    if fields.get("kernel") == "pallas" and fields.get("regulator") not in (None, "convlstm"):
-        raise ValueError(f"kernel is 'pallas': that is for the ConvLSTM; give {name} 'separable', which is the same")
     if fields.get("bottleneck_stride") == "3x3" and fields.get("regulator"):
         raise ValueError(f"bottleneck_stride '3x3' is for ResNets: in {name}, X2 must have the size of H; use '1x1'")
-    return make.func(**fields, num_classes=num_classes, dtype=dtype, axis_name=axis_name)
+    model = make.func(**fields, num_classes=num_classes)
+    wanted = chosen(model.features, model.stage_info)
+    if isinstance(model.features, bool):
+        return model
+    return make.func(**fields | {"features": wanted}, num_classes=num_classes)

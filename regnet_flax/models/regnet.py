@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regnet_flax.models import convolution
+from regnet_flax.models.backbone import StageInfo, chosen
 from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock
-from regnet_flax.models.convolution import Remade, array
 from regnet_flax.models.initializers import INITIALIZERS
-from regnet_flax.models.normalization import BatchNorm
+from regnet_flax.models.layers import BatchNorm, Conv
+from regnet_flax.models.ops import PLAIN, Ops, Value
 from regnet_flax.models.regulators import REGULATORS, ReplacingConvGRU
 
 Array = jax.Array
@@ -22,6 +22,7 @@ Array = jax.Array
 # The paper's, and a public project's.
 CELLS = REGULATORS | {"replacing_convgru": ReplacingConvGRU}
 BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": BottleneckBlock}
+STEM_STRIDES = {"cifar": 1, "cifar_pool": 2, "imagenet": 4}
 
 
 class Stage(nn.Module):
@@ -34,6 +35,7 @@ class Stage(nn.Module):
       block: makes a block, given `name` and, for the first, `strides`.
       length: how many blocks.
       strides: of the first.
+      dilations: of the 3×3 convolutions before the place of the stride, its own too, and of those after it.
       shared: whether one regulator (`regulator`) serves all blocks, or each has its own.
       scan, unroll, remat: see RegNet.
     """
@@ -41,19 +43,20 @@ class Stage(nn.Module):
     block: functools.partial[Block]
     length: int
     strides: int
+    dilations: tuple[int, int]
     shared: bool
     scan: bool
-    unroll: int
+    unroll: int | None
     remat: bool
 
     @nn.compact
-    def __call__(self, x: Array | Remade) -> Array:
+    def __call__(self, x: Value) -> Array:
         """From (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, the block's channels)."""
         block_type, options = self.block.func, self.block.keywords
         carry, shared = (x, ()), None
         if options["cell"] is not None:
             cell = options["cell"](parent=None)
-            n, height, width, _ = array(x).shape
+            n, height, width, _ = x.shape
             shape = (n, -(-height // self.strides), -(-width // self.strides), options["features"])
             state = cell.initial_state(shape, options["dtype"])
             carry = (x, state)
@@ -62,14 +65,16 @@ class Stage(nn.Module):
                 # silently be given one copy per step.
                 shared = self.param("regulator", lambda key: cell.init(key, state[0], state)["params"])
 
-        alone = nn.remat(block_type) if self.remat else block_type
-        carry, _ = alone(**options, strides=self.strides, name="block1")(carry, shared)
+        one = nn.remat(block_type) if self.remat else block_type
+        carry, _ = one(**options, strides=self.strides, dilations=self.dilations, name="block1")(carry, shared)
+        alike = options | {"dilations": self.dilations[1:] * 2}
         if not self.scan:
             for index in range(2, self.length + 1):
-                carry, _ = alone(**options, name=f"block{index}")(carry, shared)
+                carry, _ = one(**alike, name=f"block{index}")(carry, shared)
         elif self.length > 1:
             # A loop keeps XLA from merging the recomputation with the first computation, so nothing else need.
-            rolled = self.unroll < self.length - 1
+            unroll = min(self.unroll or self.length, self.length - 1)
+            rolled = unroll < self.length - 1
             repeated = nn.remat(block_type, prevent_cse=not rolled) if self.remat else block_type
             blocks = nn.scan(
                 repeated,
@@ -77,9 +82,9 @@ class Stage(nn.Module):
                 split_rngs={"params": True},
                 in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                 length=self.length - 1,
-                unroll=min(self.unroll, self.length - 1),
+                unroll=unroll,
             )
-            carry, _ = blocks(**options, name="blocks")(carry, shared)
+            carry, _ = blocks(**alike, name="blocks")(carry, shared)
         return carry[0]
 
 
@@ -94,7 +99,7 @@ class RegNet(nn.Module):
         2 and that max-pool.
       width: channels of the stem and n of the first stage; n doubles from stage to stage.
       regulator: a key of CELLS; None is plain ResNet, and the next five have no effect then.
-      kernel: of the regulators, "separable" or "dense"; "pallas", the separable ConvLSTM as kernels for a GPU.
+      kernel: of the regulators, "separable" or "dense".
       share_regulator: one regulator for all blocks of a stage, or one each; the state is passed on in both.
       regulated_stages: the stages, from 1, that have a regulator; None is all.
       normalize_state, replace: see Block.
@@ -104,13 +109,15 @@ class RegNet(nn.Module):
         regulators only, "3x3" (torchvision).
       initial: initial values, "paper" or "torch".
       scan: run a stage's blocks under `nn.scan`; False is a Python loop over blocks named one by one.
-      unroll: blocks a step of the scan. None takes all on a CPU, where a loop is somewhat slower, and
-        1 elsewhere.
+      unroll: blocks per step of the scan; None is all of them.
       remat: recompute each block in the backward pass instead of keeping what is in it.
-      tuned: use the forms of `convolution` and `normalization` that are fast on a CPU. None does on a CPU.
+      ops: the arithmetic.
       dtype: of the arithmetic; parameters and batch statistics are float32.
       axis_name: the pmap axis over which batch statistics are taken; None is this device's batch.
-      features: return the stages' outputs instead of logits.
+      features: return features instead of logits: True, the stages' outputs, or some names of `stage_info`.
+      output_stride: the largest stride of a stage; where strides would exceed it, the convolutions after them are
+        dilated instead, so that the weights see what they saw. None is without bound.
+      frozen_batch_stats: use the running batch statistics in training too, and leave them as they are.
     """
 
     stage_sizes: tuple[int, ...]
@@ -131,16 +138,39 @@ class RegNet(nn.Module):
     scan: bool = True
     unroll: int | None = None
     remat: bool = False
-    tuned: bool | None = None
+    ops: Ops = PLAIN
     dtype: Any = jnp.float32
     axis_name: str | None = None
-    features: bool = False
+    features: bool | tuple[str, ...] = False
+    output_stride: int | None = None
+    frozen_batch_stats: bool = False
 
     def _regulates(self, stage: int) -> bool:
         return self.regulated_stages is None or stage in self.regulated_stages
 
+    @property
+    def stage_info(self) -> tuple[StageInfo, ...]:
+        """The stem and the stages: name, channels, stride and dilation of each.
+
+        Raises:
+          ValueError: `output_stride` is not the stem's stride times a power of two.
+        """
+        stride, dilation = STEM_STRIDES[self.stem], 1
+        bound = self.output_stride or stride * 2 ** len(self.stage_sizes)
+        if bound < stride or (bound // stride).bit_count() != 1 or bound % stride:
+            raise ValueError(f"output_stride is {bound}: it must be {stride}, the stem's, or {stride} × 2, × 4 or more")
+        stages = [StageInfo("stem", self.width, stride)]
+        for stage in range(1, len(self.stage_sizes) + 1):
+            if stage > 1 and stride < bound:
+                stride *= 2
+            elif stage > 1:
+                dilation *= 2
+            n = self.width * 2 ** (stage - 1)
+            stages.append(StageInfo(f"stage{stage}", n * BLOCKS[self.block].expansion, stride, dilation))
+        return tuple(stages)
+
     @nn.compact
-    def __call__(self, images: Array, train: bool = False, features: bool | None = None) -> Any:
+    def __call__(self, images: Array, train: bool = False, features: bool | str | Sequence[str] | None = None) -> Any:
         """Classifies images.
 
         Args:
@@ -150,73 +180,49 @@ class RegNet(nn.Module):
 
         Returns:
           Logits (N, num_classes); the pooled features (N, channels) where num_classes is 0; or, with `features`, a
-          dict from "stage1", "stage2", … to (N, height, width, channels). Logits and pooled features are float32.
+          dict from the names asked for to (N, height, width, channels). What comes after the last of them is not
+          computed. Logits and pooled features are float32.
+
+        Raises:
+          ValueError: there is no feature of that name.
         """
         init, wide = INITIALIZERS[self.initial], jnp.promote_types(self.dtype, jnp.float32)
-        on_cpu = jax.default_backend() == "cpu"
-        tuned = on_cpu if self.tuned is None else self.tuned
+        infos = self.stage_info
+        wanted = chosen(self.features if features is None else features, infos)
         norm = functools.partial(
-            BatchNorm, use_running_average=not train, dtype=self.dtype, axis_name=self.axis_name, tuned=tuned
-        )
-        size, strides = ((7, 7), 2) if self.stem == "imagenet" else ((3, 3), 1)
-        pad = (size[0] // 2, size[0] // 2)
-        x = nn.Conv(
-            self.width,
-            size,
-            strides,
-            (pad, pad),
-            use_bias=False,
+            BatchNorm,
+            use_running_average=self.frozen_batch_stats or not train,
             dtype=self.dtype,
-            kernel_init=init.conv,
-            conv_general_dilated=convolution.conv_general_dilated if tuned else None,
-            name="conv1",
-        )(images.astype(self.dtype))
-        x = norm(name="bn1", relu=True).remade(x)
+            axis_name=self.axis_name,
+            ops=self.ops,
+        )
+        size, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
+        conv = Conv(self.width, (size, size), init.conv, strides, dtype=self.dtype, ops=self.ops, name="conv1")
+        x = norm(name="bn1", relu=True).value(conv(images.astype(self.dtype)))
         if self.stem != "cifar":
-            x = nn.max_pool(array(x), (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+            x = nn.max_pool(self.ops.array(x), (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
-        unroll = self.unroll or (max(self.stage_sizes) if on_cpu else 1)
-        outputs = {}
+        outputs = {"stem": self.ops.array(x)} if "stem" in wanted else {}
         for stage, length in enumerate(self.stage_sizes, start=1):
-            n = self.width * 2 ** (stage - 1)
-            cell = None
-            if self.regulator is not None and self._regulates(stage):
-                cell = functools.partial(
-                    CELLS[self.regulator],
-                    features=n,
-                    kernel=self.kernel,
-                    dtype=self.dtype,
-                    initial=self.initial,
-                    tuned=tuned,
-                )
-            block = functools.partial(
-                BLOCKS[self.block],
-                features=n,
-                norm=norm,
-                cell=cell,
-                normalize_state=self.normalize_state,
-                replace=self.replace,
-                squeeze_excite=self.squeeze_excite,
-                shortcut=self.shortcut,
-                stride_at=self.bottleneck_stride,
-                dtype=self.dtype,
-                initial=self.initial,
-                tuned=tuned,
-            )
+            before, info = infos[stage - 1 : stage + 1]
+            if wanted and len(outputs) == len(wanted):
+                break
             x = Stage(
-                block=block,
+                block=self._block(stage, norm),
                 length=length,
-                strides=1 if stage == 1 else 2,
+                strides=info.stride // before.stride,
+                dilations=(before.dilation, info.dilation),
                 shared=self.share_regulator,
                 scan=self.scan,
-                unroll=unroll,
+                unroll=self.unroll,
                 remat=self.remat,
-                name=f"stage{stage}",
+                name=info.name,
             )(x)
-            outputs[f"stage{stage}"] = x
-        if self.features if features is None else features:
+            if info.name in wanted:
+                outputs[info.name] = x
+        if wanted:
             return outputs
-        pooled = array(x).mean((1, 2), dtype=wide)
+        pooled = self.ops.array(x).mean((1, 2), dtype=wide)
         if not self.num_classes:
             return pooled
         return nn.Dense(
@@ -226,6 +232,25 @@ class RegNet(nn.Module):
             bias_init=init.bias(pooled.shape[-1]),
             name="head",
         )(pooled)
+
+    def _block(self, stage: int, norm: functools.partial[BatchNorm]) -> functools.partial[Block]:
+        """Makes the blocks of a stage."""
+        n = self.width * 2 ** (stage - 1)
+        common = {"features": n, "dtype": self.dtype, "initial": self.initial, "ops": self.ops}
+        cell = None
+        if self.regulator is not None and self._regulates(stage):
+            cell = functools.partial(CELLS[self.regulator], kernel=self.kernel, **common)
+        return functools.partial(
+            BLOCKS[self.block],
+            norm=norm,
+            cell=cell,
+            normalize_state=self.normalize_state,
+            replace=self.replace,
+            squeeze_excite=self.squeeze_excite,
+            shortcut=self.shortcut,
+            stride_at=self.bottleneck_stride,
+            **common,
+        )
 
 
 def unstack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from regnet_flax.models.backbone import StageInfo, chosen
 from regnet_flax.models.blocks import SqueezeExcite
-from regnet_flax.models.normalization import BatchNorm
+from regnet_flax.models.layers import BatchNorm, Conv
+from regnet_flax.models.ops import PLAIN, Ops, Value
 
 Array = jax.Array
 INITIAL = "torchvision_regnet"
@@ -43,51 +45,53 @@ class Block(nn.Module):
       squeezed: channels between the two layers of squeeze-and-excitation.
       norm: makes a batch normalisation, given `name`.
       dtype: of the arithmetic.
+      ops: the arithmetic.
     """
 
     features: int
     strides: int
     group_width: int
     squeezed: int
-    norm: Callable[..., nn.Module]
+    norm: Callable[..., BatchNorm]
     dtype: Any
+    ops: Ops = PLAIN
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Value) -> Array:
         """From (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, features)."""
         features, strides = self.features, self.strides
-        y = nn.relu(self._conv_bn(x, 1, 1, 1, "a"))
-        y = nn.relu(self._conv_bn(y, 3, strides, features // self.group_width, "b"))
-        y = SqueezeExcite(squeezed=self.squeezed, dtype=self.dtype, initial=INITIAL, name="se")(y)
-        y = self._conv_bn(y, 1, 1, 1, "c")
+        features, strides = self.features, self.strides
+        options = {"norm": self.norm, "dtype": self.dtype, "ops": self.ops}
+        y = conv_bn(x, features, 1, "a", **options, relu=True)
+        y = conv_bn(y, features, 3, "b", **options, strides=strides, groups=features // self.group_width, relu=True)
+        y = SqueezeExcite(squeezed=self.squeezed, dtype=self.dtype, initial=INITIAL, name="se")(self.ops.array(y))
+        y = conv_bn(y, features, 1, "c", **options)
         if strides != 1 or x.shape[-1] != features:
-            x = self._conv_bn(x, 1, strides, 1, "proj")
-        y = nn.relu(x + y)
+            x = conv_bn(x, features, 1, "proj", **options, strides=strides)
+        y = self.ops.add_relu(self.ops.array(x), self.ops.array(y))
         self.sow("intermediates", "output", y)
         return y
 
-    def _conv_bn(self, x: Array, size: int, strides: int, groups: int, name: str) -> Array:
-        return conv_bn(x, self.features, size, strides, groups, self.norm, self.dtype, name)
-
 
 def conv_bn(
-    x: Array, features: int, size: int, strides: int, groups: int, norm: Callable[..., nn.Module], dtype: Any, name: str
-) -> Array:
-    """A convolution `<name>_conv` and the batch normalisation `<name>_bn`."""
-    pad = (size // 2, size // 2)
-    y = nn.Conv(
-        features,
-        (size, size),
-        strides,
-        padding=(pad, pad),
-        feature_group_count=groups,
-        use_bias=False,
-        dtype=dtype,
-        # Of variance 2 / (height × width × outputs / groups), while Flax's fan-out knows no groups.
-        kernel_init=nn.initializers.variance_scaling(2.0 * groups, "fan_out", "normal"),
-        name=f"{name}_conv",
-    )(x)
-    return norm(name=f"{name}_bn")(y)
+    x: Value,
+    features: int,
+    size: int,
+    name: str,
+    *,
+    norm: Callable[..., BatchNorm],
+    dtype: Any,
+    ops: Ops,
+    strides: int = 1,
+    groups: int = 1,
+    relu: bool = False,
+) -> Value:
+    """A convolution `<name>_conv` and the batch normalisation `<name>_bn`, with a ReLU where asked for."""
+    # Of variance 2 / (height × width × outputs / groups), while Flax's fan-out knows no groups.
+    init = nn.initializers.variance_scaling(2.0 * groups, "fan_out", "normal")
+    options = {"strides": strides, "feature_group_count": groups, "dtype": dtype, "ops": ops}
+    y = Conv(features, (size, size), init, **options, name=f"{name}_conv")(x)
+    return norm(name=f"{name}_bn", relu=relu).value(y)
 
 
 class RegNetY(nn.Module):
@@ -99,7 +103,9 @@ class RegNetY(nn.Module):
       se_ratio: channels between the layers of squeeze-and-excitation, as a part of those of the block's input.
       dtype: of the arithmetic; parameters and batch statistics are float32.
       axis_name: the pmap axis over which batch statistics are taken; None is this device's batch.
-      features: return the stages' outputs instead of logits.
+      features: return features instead of logits: True, the stages' outputs, or some names of `stage_info`.
+      frozen_batch_stats: use the running batch statistics in training too, and leave them as they are.
+      ops: the arithmetic.
     """
 
     num_classes: int = 10
@@ -111,31 +117,52 @@ class RegNetY(nn.Module):
     se_ratio: float = 0.25
     dtype: Any = jnp.float32
     axis_name: str | None = None
-    features: bool = False
+    features: bool | tuple[str, ...] = False
+    frozen_batch_stats: bool = False
+    ops: Ops = PLAIN
+
+    def _stages(self) -> list[tuple[int, int]]:
+        return stage_widths(self.depth, self.w0, self.wa, self.wm, self.group_width)
+
+    @property
+    def stage_info(self) -> tuple[StageInfo, ...]:
+        """The stem and the stages: name, channels and stride of each."""
+        stages = enumerate(self._stages(), start=1)
+        return StageInfo("stem", 32, 2), *(StageInfo(f"stage{n}", width, 2 ** (n + 1)) for n, (width, _) in stages)
 
     @nn.compact
-    def __call__(self, images: Array, train: bool = False, features: bool | None = None) -> Any:
+    def __call__(self, images: Array, train: bool = False, features: bool | str | Sequence[str] | None = None) -> Any:
         """Classifies images; see RegNet."""
         wide = jnp.promote_types(self.dtype, jnp.float32)
-        norm = functools.partial(BatchNorm, use_running_average=not train, dtype=self.dtype, axis_name=self.axis_name)
-        x = nn.relu(conv_bn(images.astype(self.dtype), 32, 3, 2, 1, norm, self.dtype, "stem"))
-        outputs = {}
-        stages = stage_widths(self.depth, self.w0, self.wa, self.wm, self.group_width)
-        for stage, (width, blocks) in enumerate(stages, start=1):
+        infos = self.stage_info
+        wanted = chosen(self.features if features is None else features, infos)
+        norm = functools.partial(
+            BatchNorm,
+            use_running_average=self.frozen_batch_stats or not train,
+            dtype=self.dtype,
+            axis_name=self.axis_name,
+            ops=self.ops,
+        )
+        options = {"norm": norm, "dtype": self.dtype, "ops": self.ops}
+        x = conv_bn(images.astype(self.dtype), infos[0].channels, 3, "stem", **options, strides=2, relu=True)
+        outputs = {"stem": self.ops.array(x)} if "stem" in wanted else {}
+        for info, (width, blocks) in zip(infos[1:], self._stages(), strict=True):
+            if wanted and len(outputs) == len(wanted):
+                break
             for block in range(1, blocks + 1):
                 x = Block(
                     features=width,
                     strides=2 if block == 1 else 1,
                     group_width=self.group_width,
                     squeezed=round(self.se_ratio * x.shape[-1]),
-                    norm=norm,
-                    dtype=self.dtype,
-                    name=f"stage{stage}_block{block}",
+                    **options,
+                    name=f"{info.name}_block{block}",
                 )(x)
-            outputs[f"stage{stage}"] = x
-        if self.features if features is None else features:
+            if info.name in wanted:
+                outputs[info.name] = x
+        if wanted:
             return outputs
-        pooled = x.mean((1, 2), dtype=wide)
+        pooled = self.ops.array(x).mean((1, 2), dtype=wide)
         if not self.num_classes:
             return pooled
         return nn.Dense(self.num_classes, dtype=wide, kernel_init=nn.initializers.normal(0.01), name="head")(pooled)

@@ -13,12 +13,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regnet_flax.models import convolution
 from regnet_flax.models.initializers import INITIALIZERS, Initializers
+from regnet_flax.models.ops import PLAIN, Ops, cells
+from regnet_flax.models.ops.cells import Gates, State
 
 Array = jax.Array
-State = tuple[Array, ...]
-Gates = dict[str, Array]
 
 
 class GateWeights(nn.Module):
@@ -44,16 +43,16 @@ class GateWeights(nn.Module):
 
 
 class Regulator(nn.Module):
-    """Base of the cells.
+    """Base of the cells. One of your own gives `gate_names`, `state_names` and `step`, which calls `convolve`.
 
     Attributes:
       features: n, the channels of X and of the state.
-      kernel: "separable", the paper's efficient form of 12n parameters a gate, or "dense", one 3×3 convolution from 2n
-        to n channels, 18n² + n a gate. "pallas" is the ConvLSTM's separable form as kernels for a GPU; elsewhere they
-        are interpreted, which is slow.
+      kernel: "separable", the paper's efficient form of 12n parameters per gate, or "dense", one 3×3 convolution from
+        2n to n channels, 18n² + n per gate.
       dtype: of the arithmetic between X, H and the gates' sums, which are float32 or wider, and of the new state.
       initial: initial values, a name in INITIALIZERS.
-      tuned: use the forms of `convolution` that are fast on a CPU.
+      dilation: the distance between the taps of its 3×3 convolutions.
+      ops: the arithmetic.
 
     Raises:
       ValueError: X and a state array differ in shape; the message names both.
@@ -63,7 +62,8 @@ class Regulator(nn.Module):
     kernel: str = "separable"
     dtype: Any = jnp.float32
     initial: str = "paper"
-    tuned: bool = False
+    dilation: int = 1
+    ops: Ops = PLAIN
 
     gate_names: ClassVar[tuple[str, ...]] = ()
     state_names: ClassVar[tuple[str, ...]] = ("H",)
@@ -89,11 +89,27 @@ class Regulator(nn.Module):
                 raise ValueError(f"{type(self).__name__}: X has shape {x.shape} but {name} has shape {array.shape}")
         x = x.astype(self.dtype)
         state = tuple(array.astype(self.dtype) for array in state)
-        new_state, gates = self.step(x, state, self._weights())
+        if self.dilation > 1:
+            # A step with dilation d is d² steps without it, each on every d-th row and column.
+            shape, d = x.shape, self.dilation
+            x, state = jax.tree.map(lambda array: _apart(array, d), (x, state))
+            found = self.step(x, state, self._weights())
+            new_state, gates = jax.tree.map(lambda array: _together(array, shape, d), found)
+        else:
+            new_state, gates = self.step(x, state, self._weights())
         return tuple(array.astype(self.dtype) for array in new_state), gates
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
-        """The cell's equations."""
+        """The cell's equations.
+
+        Args:
+          x: X, (N, height, width, n), in `dtype`.
+          state: as many arrays like x as there are `state_names`, H first.
+          weights: of the gates in the order of `gate_names`, for `convolve`.
+
+        Returns:
+          The new state, and the gates by their names, each of x's shape, in float32 or wider.
+        """
         raise NotImplementedError
 
     @property
@@ -104,32 +120,44 @@ class Regulator(nn.Module):
 
     def _weights(self) -> tuple[Array, ...]:
         n, gates, init = self.features, len(self.gate_names), INITIALIZERS[self.initial]
-        if self.kernel in ("separable", "pallas"):
+        if self.kernel == "separable":
             (pointwise,) = GateWeights((1, 1, 2, gates * n), False, init, name="pointwise")()
             depthwise, bias = GateWeights((3, 3, 1, gates * n), True, init, name="depthwise")()
             return pointwise.reshape(2, gates, n), depthwise.reshape(3, 3, gates, n), bias.reshape(gates, n)
         if self.kernel == "dense":
             kernel, bias = GateWeights((3, 3, 2 * n, gates * n), True, init, name="conv")()
             return kernel.reshape(3, 3, 2 * n, gates, n), bias.reshape(gates, n)
-        raise ValueError(f"kernel is {self.kernel!r}: it must be 'separable', 'dense' or 'pallas'")
+        raise ValueError(f"kernel is {self.kernel!r}: it must be 'separable' or 'dense'")
 
     def conv3x3(self, x: Array, kernel: Array) -> Array:
         """A convolution at stride 1 with padding 1."""
-        convolve = convolution.conv_general_dilated if self.tuned else convolution.plain_convolve
-        return convolve(x, kernel, (1, 1), ((1, 1), (1, 1)))
+        return self.ops.conv(x, kernel, (1, 1), ((1, 1), (1, 1)))
 
     def convolve(self, x: Array, h: Array, weights: tuple[Array, ...], first: int, last: int) -> list[Array]:
         """W[x, h] + b for the gates from `first` up to `last`, not included, in float32 or wider."""
-        *kernels, bias = (w[..., first:last, :] for w in weights)
-        kernels = [kernel.astype(self.dtype) for kernel in kernels]
-        if self.kernel != "dense":
-            separable = convolution.separable if self.tuned else convolution.plain_separable
-            sums = separable(x, h, *kernels)
-        else:
-            sums = self.conv3x3(jnp.concatenate([x, h], -1), kernels[0].reshape(3, 3, 2 * self.features, -1))
-            sums = sums.reshape(*x.shape[:-1], last - first, self.features)
+        if self.kernel == "separable":
+            return cells.separable_sums(self.ops.separable, x, h, weights, first, last)
+        kernel, bias = (w[..., first:last, :] for w in weights)
+        kernel = kernel.astype(self.dtype).reshape(3, 3, 2 * self.features, -1)
+        sums = self.conv3x3(jnp.concatenate([x, h], -1), kernel)
+        sums = sums.reshape(*x.shape[:-1], last - first, self.features)
         sums = sums + bias.astype(jnp.promote_types(self.dtype, jnp.float32))
         return [sums[..., gate, :] for gate in range(last - first)]
+
+
+def _apart(x: Array, d: int) -> Array:
+    """Every d-th row and column of (N, height, width, n) as an image of its own, padded with zeros: (d² N, …, n)."""
+    batch, height, width, n = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -height % d), (0, -width % d), (0, 0)))
+    height, width = x.shape[1] // d, x.shape[2] // d
+    return x.reshape(batch, height, d, width, d, n).transpose(2, 4, 0, 1, 3, 5).reshape(-1, height, width, n)
+
+
+def _together(x: Array, shape: tuple[int, ...], d: int) -> Array:
+    """The inverse of `_apart`, for an image of `shape`."""
+    (batch, height, width, n), (rows, columns) = shape, x.shape[1:3]
+    x = x.reshape(d, d, batch, rows, columns, n).transpose(2, 3, 0, 4, 1, 5)
+    return x.reshape(batch, rows * d, columns * d, n)[:, :height, :width]
 
 
 class ConvRNN(Regulator):
@@ -138,9 +166,9 @@ class ConvRNN(Regulator):
     gate_names = ("h",)
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
-        (a,) = self.convolve(x, state[0], weights, 0, 1)
-        h = jnp.tanh(a)
-        return (h,), {"h": h}
+        if self.kernel == "separable":
+            return self.ops.rnn_step(x, state, weights)
+        return cells.rnn(lambda h, *gates: self.convolve(x, h, weights, *gates), state)
 
 
 class ConvGRU(Regulator):
@@ -149,11 +177,9 @@ class ConvGRU(Regulator):
     gate_names = ("z", "r", "h")
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
-        (h,) = state
-        z, r = (nn.sigmoid(a) for a in self.convolve(x, h, weights, 0, 2))
-        (a,) = self.convolve(x, (r * h).astype(self.dtype), weights, 2, 3)
-        candidate = jnp.tanh(a)
-        return ((1 - z) * h + z * candidate,), {"z": z, "r": r, "h": candidate}
+        if self.kernel == "separable":
+            return self.ops.gru_step(x, state, weights)
+        return cells.gru(lambda h, *gates: self.convolve(x, h, weights, *gates), state)
 
 
 class ConvLSTM(Regulator):
@@ -166,16 +192,9 @@ class ConvLSTM(Regulator):
     state_names = ("H", "C")
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
-        h, c = state
-        a, b, d, e = self.convolve(x, h, weights, 0, 4)
-        i, f, o, g = nn.sigmoid(a), nn.sigmoid(b), nn.sigmoid(d), jnp.tanh(e)
-        gates = {"i": i, "f": f, "o": o, "g": g}
-        if self.kernel == "pallas":  # the gates by the plain equations are computed only where they are asked for
-            from regnet_flax.models import fused_lstm  # Pallas is experimental, and there may be none for a platform
-
-            return fused_lstm.step(x, h, c, *weights, interpret=jax.default_backend() != "gpu"), gates
-        c = f * c + i * g
-        return (o * jnp.tanh(c), c), gates
+        if self.kernel == "separable":
+            return self.ops.lstm_step(x, state, weights)
+        return cells.lstm(lambda h, *gates: self.convolve(x, h, weights, *gates), state)
 
 
 class ReplacingConvGRU(Regulator):

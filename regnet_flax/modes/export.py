@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from regnet_flax.data.augment import normalize
 from regnet_flax.errors import WeightsError
 from regnet_flax.files import read_json, replacing
+from regnet_flax.models.ops import PLAIN
 from regnet_flax.models.regnet import unstack_blocks
 from regnet_flax.modes import model_card
 from regnet_flax.port.torch import to_torch
@@ -90,9 +91,9 @@ def stablehlo(
       (N, classes), float32.
     """
     # The plain equations and no loop, whatever the backend that exports would choose for itself.
+    model = model.clone(ops=PLAIN)
     if hasattr(model, "scan"):
-        kernel = "separable" if model.kernel == "pallas" else model.kernel
-        model, variables = model.clone(scan=False, tuned=False, kernel=kernel), unstack_blocks(variables)
+        model, variables = model.clone(scan=False), unstack_blocks(variables)
 
     def classify(images: jax.Array) -> Any:
         return model.apply(variables, normalize(images, mean, std), train=False)

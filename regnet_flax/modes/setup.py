@@ -82,6 +82,7 @@ def build_model(config: Any, devices: Sequence[Any] | None = None, axis_name: st
         num_classes=config.dataset.num_classes,
         dtype=jnp.dtype(config.dtype),
         axis_name=axis_name,
+        devices=devices,
         **model_options(config),
     )
 

@@ -14,6 +14,7 @@ from regnet_flax.config.resolve import changed_fields
 from regnet_flax.data import sources, stream
 from regnet_flax.errors import ConfigError, WorkdirError
 from regnet_flax.files import read_json, read_json_lines
+from regnet_flax.models.registry import current_options
 from regnet_flax.training import parallel
 
 CONFIG, METRICS, RESULTS, LOG, FIGURES = "config.json", "metrics.jsonl", "results.json", "train.log", "figures"
@@ -24,13 +25,27 @@ CHECKPOINTS = "checkpoints"
 logger = logging.getLogger("regnet_flax")
 
 
+def read_plain_config(workdir: pathlib.Path) -> Any:
+    """config.json as it stands, the model's options by their names of today; None where there is no such file.
+
+    Raises:
+      WorkdirError: it is no JSON.
+    """
+    stored = read_json(workdir / CONFIG)
+    try:
+        stored["model"]["overrides"] = current_options(stored["model"]["overrides"])
+    except (KeyError, TypeError, ValueError):
+        pass  # whether it is a run's config is for others to say
+    return stored
+
+
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     """What config.json says of the workdir's run; None where there is no such file.
 
     Raises:
       WorkdirError: it is damaged.
     """
-    stored = read_json(workdir / CONFIG)
+    stored = read_plain_config(workdir)
     if stored is None:
         return None
     try:

@@ -3,7 +3,7 @@
 A gate's sums take few multiply-adds and much memory: written out, the shifted products of four gates are many times the
 size of the state. Here a program of the kernel holds some pixels of one image with all their channels, reads each
 neighbour of X and H once for all gates, and writes the new state alone; the backward pass recomputes the gates from
-X, H and C. The plain equations in `regulators` are the reference.
+X, H and C. The equations in `cells` are the reference. Only first derivatives in reverse mode are defined.
 """
 
 from __future__ import annotations
@@ -13,8 +13,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+
+from regnet_flax.models.ops import cells, plain
+from regnet_flax.models.ops.varying import vary_together
 
 Array = jax.Array
 
@@ -23,32 +27,23 @@ ELEMENTS = 1024  # of X in one program
 _TAPS = [(k, k // 3 - 1, k % 3 - 1) for k in range(9)]
 
 
-def step(
-    x: Array, h: Array, c: Array, pointwise: Array, kernel: Array, bias: Array, interpret: bool = False
-) -> tuple[Array, Array]:
-    """i, f, o = σ(W[X, H] + b); g = tanh(Wg[X, H] + bg); C' = f⊙C + i⊙g; H' = o⊙tanh(C').
+def lstm_step(x: Array, state: cells.State, weights: tuple[Array, ...]) -> tuple[cells.State, cells.Gates]:
+    """One step of a separable ConvLSTM, of equal dtypes and computed in float32; see Ops.
 
-    Args:
-      x, h, c: (N, height, width, n), of one dtype.
-      pointwise: (2, 4, n), the weights of X and H.
-      kernel: (3, 3, 4, n).
-      bias: (4, n).
-      interpret: run the kernels as plain JAX, on any device.
-
-    Returns:
-      H' and C', of x's shape and dtype, computed in float32.
+    The gates by the plain equations are computed only where they are asked for.
     """
-    return _step(x, h, c, pointwise, kernel, bias, interpret)
+    _, gates = plain.lstm_step(x, state, weights)
+    return _step(*vary_together(x, *state, *weights)), gates
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _step(x, h, c, pointwise, kernel, bias, interpret):
+@jax.custom_vjp
+def _step(x, h, c, pointwise, kernel, bias):
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    return _call(_forward_kernel, (shape, shape), (), (x, h, c), (pointwise, kernel, bias), interpret)
+    return _call(_forward_kernel, (shape, shape), (), (x, h, c), (pointwise, kernel, bias))
 
 
-def _backward(interpret, saved, d):
-    x, h, c, pointwise, kernel, bias = saved
+@jax.custom_jvp
+def _gradients(x, h, c, pointwise, kernel, bias, *d):
     batch, height, width, n = x.shape
     like = jax.ShapeDtypeStruct(x.shape, x.dtype)
     of_gates = jax.ShapeDtypeStruct((batch, height, width, GATES, n), jnp.float32)
@@ -58,17 +53,19 @@ def _backward(interpret, saved, d):
         ((9, GATES, n), (GATES, n)),
         (x, h, c, *d),
         (pointwise, kernel, bias),
-        interpret,
     )
-    dx, dh, by_input = _call(
-        _inputs_backward_kernel, (like, like), ((2, GATES, n),), (x, h, ds), (pointwise, kernel), interpret
-    )
+    dx, dh, by_input = _call(_inputs_backward_kernel, (like, like), ((2, GATES, n),), (x, h, ds), (pointwise, kernel))
     weights = (by_input, by_tap.reshape(kernel.shape), by_bias)
     dtypes = (pointwise.dtype, kernel.dtype, bias.dtype)
     return dx, dh, dc, *(a.astype(dtype) for a, dtype in zip(weights, dtypes, strict=True))
 
 
-_step.defvjp(lambda *args: (_step(*args), args[:6]), _backward)
+@_gradients.defjvp
+def _second_derivatives(primals, tangents):
+    raise TypeError('the ConvLSTM of ops="gpu" has no second derivatives: give create_model ops="plain"')
+
+
+_step.defvjp(lambda *args: (_step(*args), args), lambda saved, d: _gradients(*saved, *d))
 
 
 def _pixels(n: int, size: int) -> int:
@@ -82,9 +79,10 @@ def _call(
     sums: tuple[tuple[int, ...], ...],
     images: tuple[Array, ...],
     weights: tuple[Array, ...],
-    interpret: bool,
 ) -> tuple[Array, ...]:
     """Runs a kernel over all pixels; images come to it as (N, height · width, …), weights as (…, gates, n).
+
+    Where the program runs on anything but a GPU, which JAX knows when it compiles, the kernel is interpreted.
 
     Args:
       kernel: of a place, `images`, `weights` and what it writes.
@@ -94,18 +92,30 @@ def _call(
     batch, height, width, n = images[0].shape
     blocks = pl.cdiv(height * width, _pixels(n, height * width))
 
+    varying = {"manual_axis_type": jax.typeof(images[0]).manual_axis_type}
+
     def flat(a):
         return (batch, height * width, *a.shape[3:])
 
-    call = pl.pallas_call(
-        functools.partial(kernel, _Place(height, width, n)),
-        out_shape=[jax.ShapeDtypeStruct(flat(a), a.dtype) for a in outputs]
-        + [jax.ShapeDtypeStruct((batch * blocks, *shape), jnp.float32) for shape in sums],
-        grid=(batch, blocks),
-        interpret=interpret,
-        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4),
+    def call(*arrays, interpret):
+        return pl.pallas_call(
+            functools.partial(kernel, _Place(height, width, n)),
+            out_shape=[
+                *(jax.ShapeDtypeStruct(flat(a), a.dtype, **varying) for a in outputs),
+                *(jax.ShapeDtypeStruct((batch * blocks, *shape), jnp.float32, **varying) for shape in sums),
+            ],
+            grid=(batch, blocks),
+            interpret=interpret,
+            compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4),
+        )(*arrays)
+
+    found = lax.platform_dependent(
+        *(a.reshape(flat(a)) for a in images),
+        *(a.reshape(-1, GATES, n) for a in weights),
+        cuda=functools.partial(call, interpret=False),
+        rocm=functools.partial(call, interpret=False),
+        default=functools.partial(call, interpret=True),
     )
-    found = call(*(a.reshape(flat(a)) for a in images), *(a.reshape(-1, GATES, n) for a in weights))
     drawn = (a.reshape(b.shape) for a, b in zip(found[: len(outputs)], outputs, strict=True))
     return *drawn, *(a.sum(0) for a in found[len(outputs) :])
 

@@ -1,0 +1,101 @@
+"""Convolution and batch normalisation as the networks have them, over a back end's arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.nn.initializers import Initializer
+
+from regnet_flax.models.ops import PLAIN, Ops, Value
+from regnet_flax.models.ops.plain import normalize
+
+Array = jax.Array
+
+
+class Conv(nn.Module):
+    """A convolution without bias, padded by half the kernel on each side ("SAME" pads unevenly at stride 2).
+
+    Attributes:
+      features: channels of the output.
+      kernel_size: height and width, odd.
+      kernel_init: initial values.
+      strides: of height and width.
+      dilation: the distance between the kernel's taps.
+      feature_group_count: groups of channels.
+      dtype: of the arithmetic; the kernel is float32.
+      ops: the arithmetic.
+    """
+
+    features: int
+    kernel_size: tuple[int, int]
+    kernel_init: Initializer
+    strides: int = 1
+    dilation: int = 1
+    feature_group_count: int = 1
+    dtype: Any = jnp.float32
+    ops: Ops = PLAIN
+
+    @nn.compact
+    def __call__(self, x: Value) -> Array:
+        """From (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, features)."""
+        shape = (*self.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
+        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        return self.ops.conv(
+            x,
+            kernel.astype(self.dtype),
+            (self.strides, self.strides),
+            tuple((size // 2 * self.dilation,) * 2 for size in self.kernel_size),
+            rhs_dilation=(self.dilation, self.dilation),
+            feature_group_count=self.feature_group_count,
+        )
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with PyTorch's momentum 0.1 (Flax's 0.9) and epsilon.
+
+    Attributes:
+      use_running_average: use the running statistics, and leave them as they are.
+      relu: whether a ReLU follows.
+      momentum: the part of the running statistics that a step keeps.
+      epsilon: is added to the variance.
+      dtype: of the result; parameters and statistics are float32.
+      axis_name: of the devices over which statistics are taken; None is this one's batch.
+      ops: the arithmetic.
+    """
+
+    use_running_average: bool
+    relu: bool = False
+    momentum: float = 0.9
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+    ops: Ops = PLAIN
+
+    def __call__(self, x: Array) -> Array:
+        """From (N, height, width, n) to the same, in `dtype`."""
+        return self.ops.array(self.value(x))
+
+    @nn.compact
+    def value(self, x: Array) -> Value:
+        """The same, for a convolution of the same `ops`."""
+        shape = x.shape[-1:]
+        running = {
+            "mean": self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32),
+            "var": self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32),
+        }
+        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        options: Any = {"relu": self.relu, "epsilon": self.epsilon, "dtype": self.dtype}
+        if self.is_initializing() and not self.use_running_average:  # there may be no axis of that name yet
+            return PLAIN.batch_norm(x, scale, bias, **options)[0]
+        if self.use_running_average:
+            return normalize(x, running["mean"].value, running["var"].value, scale, bias, **options)
+        y, mean, variance = self.ops.batch_norm(x, scale, bias, axis_name=self.axis_name, **options)
+        for statistic, value in ((running["mean"], mean), (running["var"], variance)):
+            value = lax.stop_gradient(value)
+            statistic.value = self.momentum * statistic.value + (1 - self.momentum) * value
+        return y

@@ -1,0 +1,107 @@
+"""The arithmetic of the networks: one interface, three back ends. No network, stage or block knows which one it has."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from regnet_flax.models.ops import cells, cpu, cpu_batch_norm, plain
+
+Array = jax.Array
+# An array, or what a back end hands from one of its functions to another in its place; `shape` and `dtype` are its own.
+Value = Any
+Step = Callable[[Array, cells.State, tuple[Array, ...]], tuple[cells.State, cells.Gates]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+    """A back end: functions that every network is made of. It hashes and compares by them, as a field of a module must.
+
+    `dataclasses.replace(ops.PLAIN, name="mine", lstm_step=…)` makes one of your own.
+
+    Attributes:
+      name: for messages.
+      conv: (x, kernel, strides, padding, **options) → (N, height, width, outputs). x is a Value of shape
+        (N, height, width, inputs), kernel (height, width, inputs, outputs); padding and options are those of
+        `jax.lax.conv_general_dilated`, in NHWC and HWIO where nothing else is asked for.
+      batch_norm: (x, scale, bias, *, relu, epsilon, dtype, axis_name) → (y, mean, variance). y is a Value of x's shape
+        (N, height, width, n) in `dtype`, normalised over all axes but the last and over the devices of `axis_name`,
+        with a ReLU where asked for; scale, bias, mean and the biased variance have the shape (n,), in float32 or wider.
+        Take no gradient of mean and variance.
+      add_relu: (x, y) → ReLU(x + y), two arrays of one shape.
+      concatenate: two Values → a Value, along the channels.
+      array: a Value → the array.
+      separable: (x, h, pointwise, depthwise) → (N, height, width, gates, n) in float32 or wider, from x and h
+        (N, height, width, n), pointwise (2, gates, n), which weighs the pairs (x[c], h[c]), and depthwise
+        (3, 3, gates, n), a 3×3 convolution of each result, zeros around the image.
+      rnn_step, gru_step, lstm_step: (x, state, weights) → (new state, gates by name), one step of a separable cell by
+        the equations in `cells`. The state's arrays are like x; weights are pointwise and depthwise as above and the
+        bias (gates, n), of any float dtype; gates are (N, height, width, n), in float32 or wider.
+    """
+
+    name: str
+    conv: Callable[..., Array] = dataclasses.field(repr=False)
+    batch_norm: Callable[..., tuple[Value, Array, Array]] = dataclasses.field(repr=False)
+    add_relu: Callable[[Array, Array], Array] = dataclasses.field(repr=False)
+    concatenate: Callable[[Value, Value], Value] = dataclasses.field(repr=False)
+    array: Callable[[Value], Array] = dataclasses.field(repr=False)
+    separable: cells.Separable = dataclasses.field(repr=False)
+    rnn_step: Step = dataclasses.field(repr=False)
+    gru_step: Step = dataclasses.field(repr=False)
+    lstm_step: Step = dataclasses.field(repr=False)
+
+
+def _gpu_lstm_step(x: Array, state: cells.State, weights: tuple[Array, ...]) -> tuple[cells.State, cells.Gates]:
+    from regnet_flax.models.ops import gpu  # Pallas is experimental, and there may be none for a platform
+
+    return gpu.lstm_step(x, state, weights)
+
+
+PLAIN = Ops(
+    name="plain",
+    conv=plain.conv,
+    batch_norm=plain.batch_norm,
+    add_relu=plain.add_relu,
+    concatenate=plain.concatenate,
+    array=plain.array,
+    separable=plain.separable,
+    rnn_step=plain.rnn_step,
+    gru_step=plain.gru_step,
+    lstm_step=plain.lstm_step,
+)
+CPU = Ops(
+    name="cpu",
+    conv=cpu.conv,
+    batch_norm=cpu_batch_norm.batch_norm,
+    add_relu=cpu_batch_norm.add_relu,
+    concatenate=cpu.concatenate,
+    array=cpu.array,
+    separable=cpu.separable,
+    rnn_step=cpu.rnn_step,
+    gru_step=cpu.gru_step,
+    lstm_step=cpu.lstm_step,
+)
+GPU = dataclasses.replace(PLAIN, name="gpu", lstm_step=_gpu_lstm_step)
+BACK_ENDS = {ops.name: ops for ops in (PLAIN, CPU, GPU)}
+CHOICES = ("auto", *BACK_ENDS)
+
+
+def platform_of(devices: Sequence[Any] | None) -> str:
+    """The platform of the devices that will run a model, such as "cpu"; None stands for JAX's default device."""
+    if devices is not None:
+        return devices[0].platform
+    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+    return getattr(default, "platform", default) or jax.default_backend()
+
+
+def choose(ops: str | Ops, platform: str) -> Ops:
+    """The back end that a choice stands for on a platform.
+
+    "auto" is CPU on CPUs and PLAIN on all others: GPU has not been measured, so it is for those who ask for it.
+    """
+    if isinstance(ops, Ops):
+        return ops
+    return BACK_ENDS["cpu" if platform == "cpu" else "plain"] if ops == "auto" else BACK_ENDS[ops]

@@ -1,0 +1,139 @@
+"""Batch normalisation, and the ReLU after it, in few passes over memory.
+
+In the training step of `plain.batch_norm`, XLA:CPU writes out the differences from the mean, the masked gradient and
+its products, each as large as the activations. `batch_norm` keeps X alone and computes these anew where they are used,
+with both sums of the backward pass in one reduction. The equations are the same; which derivatives are defined is said
+in `cpu`. See benchmarks/README.md for what was measured.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from regnet_flax.models.ops.cpu import Remade, no_inline, pixel_sums
+from regnet_flax.models.ops.plain import over_devices
+from regnet_flax.models.ops.varying import vary_together
+
+Array = jax.Array
+
+
+def batch_norm(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    *,
+    relu: bool = False,
+    epsilon: float = 1e-5,
+    dtype: Any = None,
+    axis_name: str | None = None,
+) -> tuple[Remade, Array, Array]:
+    """Normalises by the batch's own statistics, for a convolution that can make it from X again; see Ops.
+
+    The statistics are not differentiated.
+    """
+    dtype = jnp.dtype(dtype or x.dtype)
+    x, scale, bias = vary_together(x, scale, bias)
+    normalized: Any = _batch_norm(x, scale, bias, epsilon, relu, dtype, axis_name)
+    y, mean, variance = normalized
+    factor = lax.rsqrt(variance + epsilon) * scale
+    return Remade(y, (x, mean, factor, bias), _normalizer(relu, dtype)), mean, variance
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _batch_norm(x, scale, bias, epsilon, relu, dtype, axis_name):
+    return _forward(x, scale, bias, epsilon, relu, dtype, axis_name)[0]
+
+
+def _forward(x, scale, bias, epsilon, relu, dtype, axis_name):
+    mean = over_devices(_mean(x), axis_name)
+    variance = over_devices(_variance(x, mean), axis_name)
+    y = _normalizer(relu, dtype)(x, mean, lax.rsqrt(variance + epsilon) * scale, bias)
+    return (y, mean, variance), (x, scale, bias, mean, variance)
+
+
+@functools.cache  # so that equal ones are one
+def _normalizer(relu, dtype):
+    def make(x, mean, factor, bias):
+        y = (x - mean) * factor + bias
+        return (jax.nn.relu(y) if relu else y).astype(dtype)
+
+    return make
+
+
+def _backward(epsilon, relu, dtype, axis_name, saved, gradients):
+    del dtype
+    x, scale, bias, mean, variance = saved
+    root = lax.rsqrt(variance + epsilon)
+    by_bias, by_scale = local = _gradient_sums(gradients[0], x, mean, root, scale, bias, relu=relu)
+    dx = _input_gradient(
+        gradients[0], x, mean, root, scale, bias, *(over_devices(s, axis_name) for s in local), relu=relu
+    )
+    return dx, by_scale.astype(scale.dtype), by_bias.astype(bias.dtype)
+
+
+def _wide(x):
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _pixels(x):
+    return x.size // x.shape[-1]
+
+
+@no_inline
+def _mean(x):
+    return pixel_sums([_wide(x)])[0] / _pixels(x)
+
+
+@no_inline
+def _variance(x, mean):
+    return pixel_sums([jnp.square(x - mean)])[0] / _pixels(x)
+
+
+def _before(d, x, mean, root, scale, bias, relu):
+    """The gradient of what the ReLU is given, and X normalised."""
+    d, x = _wide(d), x - mean
+    return (jnp.where(x * (root * scale) + bias > 0, d, 0) if relu else d), x * root
+
+
+@functools.partial(no_inline, static=("relu",))
+def _gradient_sums(d, x, mean, root, scale, bias, *, relu):
+    d, x = _before(d, x, mean, root, scale, bias, relu)
+    return tuple(pixel_sums([d, d * x]))
+
+
+@functools.partial(no_inline, static=("relu",))
+def _input_gradient(d, x, mean, root, scale, bias, by_bias, by_scale, *, relu):
+    count, dtype = _pixels(x), x.dtype
+    d, x = _before(d, x, mean, root, scale, bias, relu)
+    return ((d - (by_bias + x * by_scale) / count) * (root * scale)).astype(dtype)
+
+
+_batch_norm.defvjp(_forward, _backward)
+
+
+def add_relu(x: Array, y: Array) -> Array:
+    """ReLU(x + y), of which the backward pass needs the result alone."""
+    return _add_relu(*vary_together(x, y))
+
+
+@jax.custom_vjp
+def _add_relu(x, y):
+    return jax.nn.relu(x + y)
+
+
+def _add_relu_forward(x, y):
+    result = jax.nn.relu(x + y)
+    return result, result
+
+
+def _add_relu_backward(result, d):
+    d = jnp.where(result > 0, d, 0)
+    return d, d
+
+
+_add_relu.defvjp(_add_relu_forward, _add_relu_backward)

@@ -1,0 +1,262 @@
+"""Every function of every back end against PLAIN: values, derivatives, `vmap`, `pmap`, `jax.shard_map`, bfloat16.
+
+What is not defined is said by tests as well: forward mode of "cpu" and "gpu", and second derivatives of "gpu", which on
+a CPU is interpreted here.
+"""
+
+import dataclasses
+import functools
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+
+from regnet_flax import create_model
+from regnet_flax.models import ops as ops_lib
+from regnet_flax.models.ops import CPU, GPU, PLAIN
+
+N, SIZE, CHANNELS = 4, 4, 3
+IMAGE, WEIGHTS = (N, SIZE, SIZE, CHANNELS), ((2, 4, CHANNELS), (3, 3, 4, CHANNELS), (4, CHANNELS))
+SAME = ((1, 1), (1, 1))
+
+
+def conv(ops, strides, axis_name, x, kernel):
+    return ops.conv(x, kernel, (strides, strides), SAME)
+
+
+def conv_of_two(ops, axis_name, x, y, kernel):
+    return ops.conv(ops.concatenate(x, y), kernel, (1, 1), SAME)
+
+
+def batch_norm(ops, relu, axis_name, x, scale, bias):
+    return ops.array(ops.batch_norm(x, scale, bias, relu=relu, axis_name=axis_name)[0])
+
+
+def conv_of_batch_norm(ops, axis_name, x, scale, bias, kernel):
+    y, *_ = ops.batch_norm(x, scale, bias, relu=True, axis_name=axis_name)
+    return ops.conv(y, kernel, (1, 1), SAME)
+
+
+def separable(ops, axis_name, x, h, pointwise, depthwise):
+    return ops.separable(x, h, pointwise, depthwise)
+
+
+def step(ops, name, axis_name, x, *rest):
+    *state, pointwise, depthwise, bias = rest
+    return getattr(ops, name)(x, tuple(state), (pointwise, depthwise, bias))
+
+
+def add_relu(ops, axis_name, x, y):
+    return ops.add_relu(x, y)
+
+
+def gates(count):
+    return tuple(tuple(count if size == 4 else size for size in shape) for shape in WEIGHTS)
+
+
+# The function, what stands before `axis_name` among its arguments, and the shapes of its arrays.
+CASES = {
+    "conv": (conv, (1,), (IMAGE, (3, 3, CHANNELS, 2))),
+    "conv_strided": (conv, (2,), (IMAGE, (3, 3, CHANNELS, 2))),
+    "conv_of_two": (conv_of_two, (), (IMAGE, IMAGE, (3, 3, 2 * CHANNELS, 2))),
+    "batch_norm": (batch_norm, (False,), (IMAGE, (CHANNELS,), (CHANNELS,))),
+    "batch_norm_relu": (batch_norm, (True,), (IMAGE, (CHANNELS,), (CHANNELS,))),
+    "conv_of_batch_norm": (conv_of_batch_norm, (), (IMAGE, (CHANNELS,), (CHANNELS,), (3, 3, CHANNELS, 2))),
+    "add_relu": (add_relu, (), (IMAGE, IMAGE)),
+    "separable": (separable, (), (IMAGE, IMAGE, *WEIGHTS[:2])),
+    "rnn_step": (step, ("rnn_step",), (IMAGE, IMAGE, *gates(1))),
+    "gru_step": (step, ("gru_step",), (IMAGE, IMAGE, *gates(3))),
+    "lstm_step": (step, ("lstm_step",), (IMAGE, IMAGE, IMAGE, *gates(4))),
+}
+ALL = {CPU: tuple(CASES), GPU: ("lstm_step",)}
+
+
+def normal(seed, *shape, dtype=None):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype or jnp.result_type(float))
+
+
+def arguments(case, dtype=None):
+    return tuple(normal(seed, *shape, dtype=dtype) for seed, shape in enumerate(CASES[case][2]))
+
+
+def function(ops, case, axis_name=None):
+    call, options, _ = CASES[case]
+    return functools.partial(call, ops, *options, axis_name)
+
+
+def loss(ops, case, axis_name=None):
+    """A sum over the results in which each element has a weight of its own, a wave over its index in the image."""
+
+    def total(*arrays):
+        leaves = jax.tree.leaves(function(ops, case, axis_name)(*arrays))
+        return sum(jnp.vdot(jnp.cos(jnp.arange(a[0].size)).reshape(a[0].shape), a.sum(0)) for a in leaves)
+
+    return total
+
+
+def everything(ops, second, by_case):
+    """Of each case: value, gradients, those of two sets of arrays by vmap, and, if asked for, second derivatives."""
+    found = {}
+    for case, arrays in by_case.items():
+        gradient = jax.grad(loss(ops, case), range(len(arrays)))
+        found[case, "value"] = function(ops, case)(*arrays)
+        found[case, "gradient"] = gradient(*arrays)
+        found[case, "vmap"] = jax.vmap(gradient)(*(jnp.stack([a, 1 + a / 2]) for a in arrays))
+        if second:
+            found[case, "forward over reverse"] = jax.jvp(gradient, arrays, arrays)[1]
+            found[case, "reverse over reverse"] = jax.vjp(gradient, *arrays)[1](found[case, "gradient"])
+    return found
+
+
+def assert_same(found, expected, rtol):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype, path
+        scale = float(jnp.abs(b.astype(jnp.float32)).max())
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), np.asarray(b, np.float64), rtol=rtol, atol=rtol * scale, err_msg=str(path)
+        )
+
+
+@pytest.mark.parametrize(
+    "cases", [[case for case in CASES if case != "gru_step"][i::2] for i in range(2)] + [["gru_step"]]
+)
+def test_cpu(cases):
+    with jax.enable_x64(True):
+        by_case = {case: arguments(case) for case in cases}
+        found, expected = (jax.jit(functools.partial(everything, ops, True))(by_case) for ops in (CPU, PLAIN))
+        assert_same(found, expected, 1e-10)
+
+
+def test_gpu():
+    """Its LSTM is all that it has of its own."""
+    own = [field.name for field in dataclasses.fields(GPU) if getattr(GPU, field.name) != getattr(PLAIN, field.name)]
+    assert own == ["name", "lstm_step"]
+    by_case = {"lstm_step": arguments("lstm_step")}
+    found, expected = (jax.jit(functools.partial(everything, ops, False))(by_case) for ops in (GPU, PLAIN))
+    assert_same(found, expected, 1e-4)
+
+
+def over_devices(ops, axis_name, by_case):
+    """Value and gradients of each case, where batch normalisation is over two devices."""
+    return {
+        case: (
+            function(ops, case, axis_name)(*arrays),
+            jax.grad(loss(ops, case, axis_name), range(len(arrays)))(*arrays),
+        )
+        for case, arrays in by_case.items()
+    }
+
+
+@pytest.mark.parametrize("axis_name", ["batch", None])
+@pytest.mark.parametrize("ops", ALL, ids=lambda ops: ops.name)
+def test_shard_map(ops, axis_name):
+    """With its default check_vma: images are divided, and weights, which all devices hold, get the devices' sum.
+
+    JAX's interpreter of Pallas kernels knows no such check, and so "gpu" runs without it here.
+    """
+    check = {"check_vma": False} if ops is GPU else {}
+    by_case = {case: arguments(case) for case in ALL[ops]}
+    mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
+    specs = jax.tree.map(lambda a: PartitionSpec("batch") if a.shape == IMAGE else PartitionSpec(), by_case)
+    outputs = {case: (PartitionSpec("batch"), specs[case]) for case in by_case}
+
+    def run(ops):
+        call = functools.partial(over_devices, ops, axis_name)
+        return jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=outputs, **check))(by_case)
+
+    assert_same(run(ops), run(PLAIN), 1e-4)
+
+
+@pytest.mark.parametrize("ops", ALL, ids=lambda ops: ops.name)
+def test_pmap(ops):
+    by_case = {case: arguments(case) for case in ALL[ops]}
+    halves = jax.tree.map(
+        lambda a: a.reshape(2, N // 2, *a.shape[1:]) if a.shape == IMAGE else jnp.stack([a, a]), by_case
+    )
+
+    def run(ops):
+        call = functools.partial(over_devices, ops, "batch")
+        return jax.pmap(call, axis_name="batch", devices=jax.devices()[:2])(halves)
+
+    assert_same(run(ops), run(PLAIN), 1e-4)
+
+
+@pytest.mark.parametrize("ops", ALL, ids=lambda ops: ops.name)
+def test_bfloat16(ops):
+    """Types are PLAIN's, and sums over pixels are float32: gradients are within bfloat16's rounding of float32's."""
+    by_case = {case: arguments(case, jnp.bfloat16) for case in ALL[ops]}
+    found = jax.jit(functools.partial(over_devices, ops, None))(by_case)
+    types = jax.eval_shape(functools.partial(over_devices, PLAIN, None), by_case)
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), by_case)
+    expected = jax.jit(functools.partial(over_devices, PLAIN, None))(wide)
+    assert_same(found, jax.tree.map(lambda a, like: a.astype(like.dtype), expected, types), 0.05)
+
+
+@pytest.mark.parametrize("ops", ALL, ids=lambda ops: ops.name)
+def test_forward_mode_is_refused(ops):
+    """And defined by PLAIN, which create_model names instead."""
+    for case in ALL[ops]:
+        arrays = arguments(case)
+        with pytest.raises(TypeError, match="forward-mode"):
+            jax.jit(lambda *a, case=case: jax.jvp(function(ops, case), a, a)).lower(*arrays)
+        jax.jit(lambda *a, case=case: jax.jvp(function(PLAIN, case), a, a)).lower(*arrays)
+    assert 'give "plain"' in create_model.__doc__
+
+
+def test_gpu_has_no_second_derivatives():
+    arrays = arguments("lstm_step")
+    with pytest.raises(TypeError, match='no second derivatives: give create_model ops="plain"'):
+        jax.jit(lambda *a: jax.jvp(jax.grad(loss(GPU, "lstm_step")), a, a)).lower(*arrays)
+
+
+def options_of_conv(convolve):
+    """One convolution with each of the options of lax.conv_general_dilated."""
+    x, kernel = normal(0, 2, 7, 6, 4), normal(1, 3, 3, 4, 6)
+    convolve = functools.partial(convolve, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    channels_first = {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}
+    return {
+        "dilation": convolve(x, kernel, (1, 1), ((2, 2), (2, 2)), rhs_dilation=(2, 2)),
+        "dilated input": convolve(x, kernel, (1, 1), SAME, lhs_dilation=(2, 1)),
+        "groups": convolve(x, kernel[:, :, :2], (2, 2), SAME, feature_group_count=2),
+        "batch groups": convolve(x, kernel, (1, 1), SAME, batch_group_count=2),
+        "layout": convolve(x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1), (1, 1), SAME, **channels_first),
+        "type of sums": convolve(x, kernel, (1, 1), SAME, preferred_element_type=jnp.float32),
+        "precision": convolve(x, kernel, (1, 1), SAME, precision=lax.Precision.HIGHEST),
+        **{padding: convolve(x, kernel, (2, 2), padding) for padding in ("SAME", "SAME_LOWER", "VALID")},
+    }
+
+
+def test_conv_has_the_options_of_lax():
+    """It honours them, or is lax's; with nn.Conv too."""
+    found, expected = (jax.jit(functools.partial(options_of_conv, c))() for c in (CPU.conv, lax.conv_general_dilated))
+    assert_same(found, expected, 1e-5)
+    assert str(jax.make_jaxpr(functools.partial(options_of_conv, CPU.conv))()).count("Precision.HIGHEST") == 2
+    layer = nn.Conv(4, (3, 3), kernel_dilation=2, conv_general_dilated=CPU.conv)
+    assert jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))[0].shape == (1, 8, 8, 4)
+
+
+@pytest.mark.parametrize("default", ["cpu", "gpu"])
+def test_auto_is_decided_by_the_devices_given(monkeypatch, default):
+    monkeypatch.setattr(jax, "default_backend", lambda: default)
+    devices = {name: [types.SimpleNamespace(platform=name)] for name in ("cpu", "gpu", "tpu")}
+    for name, given in devices.items():
+        model = create_model("regnet8_convlstm", devices=given)
+        on_cpu = name == "cpu"
+        assert (model.ops, model.unroll) == ((CPU, None) if on_cpu else (PLAIN, 1))
+        assert create_model("regnet8_convlstm", ops="gpu", unroll=2, devices=given).ops is GPU
+    assert create_model("regnet8_convlstm").ops == (CPU if default == "cpu" else PLAIN)
+    mine = dataclasses.replace(PLAIN, name="mine")
+    assert create_model("regnety_400mf", ops=mine).ops is mine
+    with pytest.raises(ValueError, match="ops is 'fast': it must be one of 'auto', 'plain', 'cpu', 'gpu'"):
+        create_model("resnet20", ops="fast")
+
+
+def test_default_device(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert ops_lib.platform_of(None) == "cpu"
