@@ -85,7 +85,7 @@ def test_the_only_pmap_is_in_the_loop_and_reductions_are_in_the_steps_and_batch_
         if module_name(path) != f"{P}.training.loop":
             assert not [n for n in calls(path, "pmap") if getattr(n.value, "id", "") == "jax"], path
         # A batch normalisation over several devices has its own, as Flax's has.
-        if module_name(path) not in (f"{P}.training.steps", f"{P}.models.normalization"):
+        if module_name(path) not in (f"{P}.training.steps", f"{P}.models.ops.plain"):
             assert not calls(path, "pmean", "psum"), path
 
 

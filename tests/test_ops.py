@@ -48,7 +48,8 @@ def separable(ops, axis_name, x, h, pointwise, depthwise):
 
 def step(ops, name, axis_name, x, *rest):
     *state, pointwise, depthwise, bias = rest
-    return getattr(ops, name)(x, tuple(state), (pointwise, depthwise, bias))
+    state, gates = getattr(ops, name)(x, tuple(state), (pointwise, depthwise, bias))
+    return tuple(a.astype(x.dtype) for a in state), gates
 
 
 def add_relu(ops, axis_name, x, y):
