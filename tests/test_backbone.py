@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from regnet_flax import create_model
@@ -136,7 +137,7 @@ def test_wrong_output_strides():
 
 
 def test_under_jit_shard_map_and_nnx():
-    """Gradients on arrays divided over devices by jit and by shard_map, and of the model as an nnx module, are equal."""
+    """Gradients are equal on arrays divided by jit and by shard_map, and as an nnx module."""
     model = create_model("regnet8_convlstm", width=4, frozen_batch_stats=True, features=("stage2",))
     variables = variables_of(model)
     mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
@@ -154,7 +155,10 @@ def test_under_jit_shard_map_and_nnx():
     by_shard_map = jax.jit(jax.shard_map(gradient, mesh=mesh, **specs))(variables["params"], sharded)
 
     bridged = nnx.bridge.lazy_init(nnx.bridge.ToNNX(model, rngs=nnx.Rngs(params=0)), IMAGES)
-    linen = model.init(nnx.Rngs(params=0).params(), IMAGES)
+    flat = {"params": {}, "batch_stats": {}}
+    for path, variable in nnx.to_flat_state(nnx.state(bridged, nnx.Any(nnx.Param, nnx.BatchStat))):
+        flat["params" if isinstance(variable, nnx.Param) else "batch_stats"][path] = variable.get_value()
+    linen = {collection: unflatten_dict(values) for collection, values in flat.items()}
     np.testing.assert_allclose(bridged(IMAGES)["stage2"], model.apply(linen, IMAGES)["stage2"], rtol=1e-4, atol=1e-5)
     by_nnx = jax.tree.leaves(nnx.grad(lambda bridged: (bridged(IMAGES)["stage2"] ** 2).sum())(bridged))
     by_linen = jax.grad(lambda p: (model.apply(linen | {"params": p}, IMAGES)["stage2"] ** 2).sum())(linen["params"])

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 
-from regnet_flax.models.registry import current_options
+from regnet_flax.models.ops import current_options
 from regnet_flax.training.interrupt import WorkdirError
 
 CONFIG, METRICS, RESULTS, LOG, FIGURES = "config.json", "metrics.jsonl", "results.json", "train.log", "figures"
