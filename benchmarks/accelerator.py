@@ -18,7 +18,7 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 MODELS = ["resnet20", "regnet20_convlstm"]
-PARITY = ["tests/test_parity.py", "tests/test_block_parity.py", "tests/test_optimizer.py", "tests/test_fused_lstm.py"]
+PARITY = ["tests/test_parity.py", "tests/test_block_parity.py", "tests/test_optimizer.py", "tests/test_ops_gpu.py"]
 VARIANTS = ["torch eager, channels first", "torch eager, channels last"]
 VARIANTS += ["torch.compile, channels first", "torch.compile, channels last", "ours"]
 
@@ -113,7 +113,7 @@ def main():
                 "--variants",
                 *VARIANTS,
             ]
-            command += ["ours, pallas"] if "lstm" in model else []
+            command += ["ours, gpu"] if "lstm" in model else []
             step(f"versus_torch_{model}_{dtype}", [*command, "--batch", arguments.batch, "--out", result], result)
     result = out / "seeds.json"
     step("seeds", [python, "benchmarks/seeds.py", "--out", result], result)

@@ -23,14 +23,14 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 VARIANTS = {
     "ours": {},
-    "ours, plain": {"tuned": False},
-    "ours, pallas": {"kernel": "pallas"},
+    "ours, plain": {"ops": "plain"},
+    "ours, gpu": {"ops": "gpu"},
     "torch eager, channels first": {},
     "torch eager, channels last": {"channels_last": True},
     "torch.compile, channels first": {"compile": True},
     "torch.compile, channels last": {"channels_last": True, "compile": True},
 }
-ON_CPU = [name for name in VARIANTS if name != "ours, pallas"]  # interpreted there
+ON_CPU = [name for name in VARIANTS if name != "ours, gpu"]  # interpreted there
 CLASSES = 10
 
 

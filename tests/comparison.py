@@ -19,7 +19,7 @@ import torch
 import torch_reference
 from regnet_flax import create_model
 from regnet_flax.models import blocks, regnety
-from regnet_flax.models.normalization import BatchNorm
+from regnet_flax.models.layers import BatchNorm
 from regnet_flax.models.regnet import CELLS, RegNet
 from regnet_flax.models.regnety import RegNetY
 from regnet_flax.port.torch import from_torch, to_torch

@@ -87,7 +87,7 @@ def test_the_only_pmap_is_in_parallel_and_reductions_are_in_the_step_and_batch_n
         if module_name(path) != f"{P}.training.parallel":
             assert not [n for n in calls(path, "pmap") if getattr(n.value, "id", "") == "jax"], path
         # A batch normalisation over several devices has its own, as Flax's has.
-        if module_name(path) not in (f"{P}.training.step", f"{P}.models.normalization"):
+        if module_name(path) not in (f"{P}.training.step", f"{P}.models.ops.plain"):
             assert not calls(path, "pmean", "psum"), path
 
 

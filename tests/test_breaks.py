@@ -7,6 +7,7 @@ import torch
 
 import comparison
 from regnet_flax.models.blocks import Block
+from regnet_flax.models.ops import plain
 from regnet_flax.models.regulators import ConvGRU, ConvLSTM
 from torch_reference import PROJ
 
@@ -81,20 +82,20 @@ def test_variance(where, monkeypatch):
         with pytest.raises(AssertionError, match="running_var is off"):
             block()
         return
-    statistics = nn.normalization._compute_stats
+    statistics = plain.statistics
 
-    def unbiased(x, *arguments, **options):
-        mean, variance = statistics(x, *arguments, **options)
+    def unbiased(x, axis_name):
+        mean, variance = statistics(x, axis_name)
         n = x.size // x.shape[-1]
         return mean, variance * n / (n - 1)
 
-    monkeypatch.setattr(nn.normalization, "_compute_stats", unbiased)
+    monkeypatch.setattr(plain, "statistics", unbiased)
     with pytest.raises(AssertionError, match="outputs, training, float64: X is off"):
         block()
 
 
 def test_same_padding(monkeypatch):
-    def same(self, x, features, size, strides, name):
+    def same(self, x, features, size, strides, name, dilation=1):
         return nn.Conv(features, (size, size), strides, padding="SAME", use_bias=False, dtype=self.dtype, name=name)(x)
 
     monkeypatch.setattr(Block, "conv", same)

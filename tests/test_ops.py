@@ -6,6 +6,9 @@ a CPU is interpreted here.
 
 import dataclasses
 import functools
+import json
+import pathlib
+import tarfile
 import types
 
 import flax.linen as nn
@@ -19,6 +22,8 @@ from jax.sharding import Mesh, PartitionSpec
 from regnet_flax import create_model
 from regnet_flax.models import ops as ops_lib
 from regnet_flax.models.ops import CPU, GPU, PLAIN
+from regnet_flax.models.registry import OPTIONS
+from regnet_flax.training import workdir
 
 N, SIZE, CHANNELS = 4, 4, 3
 IMAGE, WEIGHTS = (N, SIZE, SIZE, CHANNELS), ((2, 4, CHANNELS), (3, 3, 4, CHANNELS), (4, CHANNELS))
@@ -48,7 +53,8 @@ def separable(ops, axis_name, x, h, pointwise, depthwise):
 
 def step(ops, name, axis_name, x, *rest):
     *state, pointwise, depthwise, bias = rest
-    return getattr(ops, name)(x, tuple(state), (pointwise, depthwise, bias))
+    state, gates = getattr(ops, name)(x, tuple(state), (pointwise, depthwise, bias))
+    return tuple(a.astype(x.dtype) for a in state), gates
 
 
 def add_relu(ops, axis_name, x, y):
@@ -260,3 +266,18 @@ def test_default_device(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with jax.default_device(jax.devices("cpu")[0]):
         assert ops_lib.platform_of(None) == "cpu"
+
+
+def test_options_of_older_configs(tmp_path):
+    """A stored run names options of its time, which become those of today."""
+    stored = pathlib.Path(__file__).parent / "stored" / "lone.tar.gz"
+    with tarfile.open(stored) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (config,) = tmp_path.rglob("config.json")
+    before = json.loads(config.read_text())["model"]["overrides"]
+    overrides = workdir.read_plain_config(config.parent)["model"]["overrides"]
+    assert set(before) - set(OPTIONS) and set(overrides) <= set(OPTIONS)
+    (gone,) = set(before) - set(OPTIONS)
+    assert ops_lib.current_options({gone: False, "width": 4}) == {"ops": "plain", "width": 4}
+    assert ops_lib.current_options({gone: True})["ops"] == "cpu"
+    assert ops_lib.current_options({"kernel": "pallas"}) == {"kernel": None, "ops": "gpu"}

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from regnet_flax.analysis import summary
-from regnet_flax.models.registry import create_model, current_options
+from regnet_flax.models.ops import current_options
+from regnet_flax.models.registry import create_model
 
 CONFIDENCE = 0.95
 _REGULATORS = {"convrnn": "ConvRNN", "convgru": "ConvGRU", "convlstm": "ConvLSTM", "replacing_convgru": "ConvGRU"}

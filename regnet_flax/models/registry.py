@@ -7,7 +7,7 @@ import difflib
 import fnmatch
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -138,17 +138,6 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def current_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as a config of any version has them, by the names and values of this one."""
-    now = dict(options)
-    tuned = now.pop("tuned", None)
-    if tuned is not None:
-        now["ops"] = "cpu" if tuned else "plain"
-    if now.get("kernel") == "pallas":
-        now |= {"kernel": None, "ops": "gpu"}
-    return now
-
-
 def create_model(
     name: str,
     num_classes: int = 10,
@@ -229,8 +218,8 @@ def check_model(
         fields["regulated_stages"] = tuple(given["regulated_stages"])
     if fields.get("bottleneck_stride") == "3x3" and fields.get("regulator"):
         raise ValueError(f"bottleneck_stride '3x3' is for ResNets: in {name}, X2 must have the size of H; use '1x1'")
-    model = make.func(**fields, num_classes=num_classes)
+    model: Any = make.func(**fields, num_classes=num_classes)
     wanted = chosen(model.features, model.stage_info)
-    if isinstance(model.features, bool):
-        return model
-    return make.func(**fields | {"features": wanted}, num_classes=num_classes)
+    if not isinstance(model.features, bool):
+        model = make.func(**fields | {"features": wanted}, num_classes=num_classes)
+    return model

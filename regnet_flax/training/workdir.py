@@ -14,7 +14,7 @@ from regnet_flax.config.resolve import changed_fields
 from regnet_flax.data import sources, stream
 from regnet_flax.errors import ConfigError, WorkdirError
 from regnet_flax.files import read_json, read_json_lines
-from regnet_flax.models.registry import current_options
+from regnet_flax.models.ops import current_options
 from regnet_flax.training import parallel
 
 CONFIG, METRICS, RESULTS, LOG, FIGURES = "config.json", "metrics.jsonl", "results.json", "train.log", "figures"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -105,3 +105,17 @@ def choose(ops: str | Ops, platform: str) -> Ops:
     if isinstance(ops, Ops):
         return ops
     return BACK_ENDS["cpu" if platform == "cpu" else "plain"] if ops == "auto" else BACK_ENDS[ops]
+
+
+def current_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a config of any version has them, by the names and values of this one.
+
+    There were "tuned", a flag, and "pallas" among the kernels before there was "ops".
+    """
+    now = dict(options)
+    tuned = now.pop("tuned", None)
+    if tuned is not None:
+        now["ops"] = "cpu" if tuned else "plain"
+    if now.get("kernel") == "pallas":
+        now |= {"kernel": None, "ops": "gpu"}
+    return now

@@ -8,17 +8,12 @@ import numpy as np
 import pytest
 
 from regnet_flax import create_model
-from regnet_flax.models import fused_lstm
-from regnet_flax.models.regulators import ConvLSTM
+from regnet_flax.models.ops import GPU, PLAIN
 
 
-def cell(kernel, weights, x, h, c):
-    """H' and C' of the package's own cell."""
-    pointwise, taps, bias = weights
-    n = x.shape[-1]
-    params = {"kernel": taps.reshape(3, 3, 1, 4 * n), "bias": bias.reshape(4 * n)}
-    params = {"pointwise": {"kernel": pointwise.reshape(1, 1, 2, 4 * n)}, "depthwise": params}
-    return ConvLSTM(n, kernel=kernel, dtype=x.dtype).apply({"params": params}, x, (h, c))[0]
+def cell(ops, weights, x, h, c):
+    """H' and C'."""
+    return tuple(a.astype(x.dtype) for a in ops.lstm_step(x, (h, c), weights)[0])
 
 
 def arrays(height, width, n, dtype=jnp.float32):
@@ -36,8 +31,8 @@ SMALL = [(4, 4, 4), *[pytest.param(*s, marks=pytest.mark.slow) for s in ((1, 1, 
 @pytest.mark.parametrize("height, width, n", [(16, 16, 16), (5, 7, 3), *SMALL])
 def test_step(height, width, n):
     images, weights, d = arrays(height, width, n)
-    expected, plain = jax.vjp(functools.partial(cell, "separable"), weights, *images)
-    found, fused = jax.vjp(functools.partial(cell, "pallas"), weights, *images)
+    expected, plain = jax.vjp(functools.partial(cell, PLAIN), weights, *images)
+    found, fused = jax.vjp(functools.partial(cell, GPU), weights, *images)
     pairs = [*zip(found, expected, strict=True)]
     pairs += zip(jax.tree.leaves(fused(d)), jax.tree.leaves(plain(d)), strict=True)
     assert len(pairs) == 2 + 3 + 3
@@ -48,8 +43,8 @@ def test_step(height, width, n):
 @pytest.mark.slow
 def test_bfloat16():
     images, weights, d = arrays(8, 8, 4, jnp.bfloat16)
-    found, pull = jax.vjp(functools.partial(cell, "pallas"), weights, *images)
-    wide, wide_pull = jax.vjp(functools.partial(cell, "separable"), weights, *(a.astype(jnp.float32) for a in images))
+    found, pull = jax.vjp(functools.partial(cell, GPU), weights, *images)
+    wide, wide_pull = jax.vjp(functools.partial(cell, PLAIN), weights, *(a.astype(jnp.float32) for a in images))
     assert all(a.dtype == jnp.bfloat16 for a in found)
     gradients, expected = pull(d), wide_pull(tuple(a.astype(jnp.float32) for a in d))
     assert all(a.dtype == jnp.float32 for a in gradients[0])
@@ -58,30 +53,13 @@ def test_bfloat16():
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.02, atol=0.02 * float(jnp.abs(b).max()))
 
 
-def test_seeds_together():
-    images, weights, _ = arrays(4, 4, 4)
-    stacked = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), (weights, *images))
-
-    def gradients(kernel):
-        return jax.vmap(jax.grad(lambda *operands: cell(kernel, *operands)[0].sum(), range(4)))(*stacked)
-
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), gradients("pallas"), gradients("separable")
-    )
-
-
 @pytest.mark.slow
 def test_a_model():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
-    plain, fused = (create_model("regnet8_convlstm", width=4, kernel=kernel) for kernel in ("separable", "pallas"))
+    plain, fused = (create_model("regnet8_convlstm", width=4, ops=ops) for ops in ("plain", "gpu"))
     variables = jax.jit(functools.partial(plain.init, train=False))(jax.random.key(0), images)
     found, expected = (jax.jit(functools.partial(m.apply, train=False))(variables, images) for m in (fused, plain))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-
-
-def test_for_other_cells_it_is_refused():
-    with pytest.raises(ValueError, match="that is for the ConvLSTM; give regnet20_convgru 'separable'"):
-        create_model("regnet20_convgru", kernel="pallas")
 
 
 @pytest.mark.parametrize("dtype, height, width, n, seeds", [(jnp.float32, 32, 32, 16, 1), (jnp.bfloat16, 5, 7, 3, 2)])
@@ -89,8 +67,8 @@ def test_triton_takes_the_kernels(dtype, height, width, n, seeds):
     """They are translated for a GPU, where there is none."""
     shapes = [(8, height, width, n)] * 3 + [(2, 4, n), (3, 3, 4, n), (4, n)]
 
-    def loss(*operands):
-        h, c = fused_lstm.step(*operands)
+    def loss(x, h, c, *weights):
+        h, c = cell(GPU, weights, x, h, c)
         return (h * c).astype(jnp.float32).sum()
 
     gradient = jax.jit(jax.vmap(jax.grad(loss, range(6))))
