@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 import tracemalloc
+import warnings
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -363,12 +364,21 @@ def test_an_image_that_does_not_decode(folder, how):
         assert str(path) in message and "--config.dataset.strict=False" in message
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as a user's process has it, no error
 @pytest.mark.parametrize("pixels", [8 * 12 + 30, 8 * 12 * 2 + 30])  # Pillow warns of the one, and refuses the other.
-def test_decompression_bombs_do_not_decode(folder, monkeypatch, pixels):
+def test_decompression_bombs_do_not_decode_and_warnings_stay_warnings(folder, monkeypatch, pixels):
     draw(folder / "train/ant/z.png", size=(pixels, 1))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8 * 12)
+    before, during, pillows = list(warnings.filters), [], Image.open
+
+    def record(file):
+        during.append(list(warnings.filters))
+        return pillows(file)
+
+    monkeypatch.setattr(Image, "open", record)
     dataset = load_dataset("folder", data_dir=str(folder), image_size=5)
-    assert len(dataset.skipped) == 1 and "z.png: DecompressionBomb" in dataset.skipped[0]
+    assert len(dataset.skipped) == 1 and "z.png: DecompressionBombError" in dataset.skipped[0]
+    assert during and all(filters == before for filters in during), "the filters are the whole process's"
 
 
 @pytest.mark.fault("a class of which no image decodes")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -192,10 +193,13 @@ def test_nothing_that_decodes(folder, monkeypatch):
         opened(folder).train_batches(seed=0, batch_size=4)(0)
 
 
-def test_decompression_bombs_do_not_decode(folder, monkeypatch):
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as a user's process has it, no error
+def test_decompression_bombs_do_not_decode_and_warnings_stay_warnings(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30 - 1)
-    with pytest.raises(DataError, match="DecompressionBombWarning"):
+    before = list(warnings.filters)
+    with pytest.raises(DataError, match="DecompressionBombError"):
         read(opened(folder).train_batches(seed=0, batch_size=4), range(1))
+    assert warnings.filters == before, "they are the whole process's"
 
 
 # The data set

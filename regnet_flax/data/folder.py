@@ -6,7 +6,6 @@ import math
 import os
 import stat
 import sys
-import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -68,6 +67,24 @@ def _free_memory() -> int:
         return sys.maxsize
 
 
+def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
+    """Pillow's Image.open, which refuses images of suspicious size instead of warning of them.
+
+    Raises:
+        Image.DecompressionBombError: more than Image.MAX_IMAGE_PIXELS pixels.
+        Exception: whatever else Pillow raises for a file that it cannot open.
+    """
+    # Turning Pillow's warning into an error would do so for the whole process.
+    image = Image.open(file)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        image.close()
+        raise Image.DecompressionBombError(
+            f"{image.width}x{image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS={limit}: shrink the image"
+        )
+    return image
+
+
 def read_image(path: str | os.PathLike) -> Image.Image:
     """Reads the first frame of an image file as upright 8-bit RGB.
 
@@ -83,7 +100,7 @@ def read_image(path: str | os.PathLike) -> Image.Image:
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return to_rgb(ImageOps.exif_transpose(image))
 
 
@@ -218,18 +235,12 @@ def _is_dir(entry: os.DirEntry) -> bool:
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
 
 
-def _bombs_are_errors() -> warnings.catch_warnings:
-    """Makes Pillow refuse an image of suspicious size; for the whole process, so not to be entered by two threads."""
-    return warnings.catch_warnings(action="error", category=Image.DecompressionBombWarning)
-
-
 def _first_size(root: Path, paths: list[str]) -> tuple[int, int]:
     """Returns (width, height) of the first image that decodes."""
-    with _bombs_are_errors():
-        for path in paths:
-            # Those that do not decode are named when the splits are read.
-            with contextlib.suppress(Exception):
-                return read_image(path).size
+    for path in paths:
+        # Those that do not decode are named when the splits are read.
+        with contextlib.suppress(Exception):
+            return read_image(path).size
     raise DataError(f"{root}: none of the {len(paths)} image files decodes; check that they are images")
 
 
@@ -261,7 +272,7 @@ def _decode_split(
         images[index] = np.asarray(image)
         return ""
 
-    with _bombs_are_errors(), ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool:
         reasons = list(pool.map(decode, range(len(paths))))
     skipped = [reason for reason in reasons if reason]
     if skipped:

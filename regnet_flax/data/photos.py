@@ -10,7 +10,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-from regnet_flax.data.folder import to_rgb
+from regnet_flax.data.folder import open_image, to_rgb
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the upright photograph
 
@@ -82,7 +82,7 @@ def read_crop(
     Raises:
       Exception: see image_folder.read_image.
     """
-    with Image.open(file) as image:
+    with open_image(file) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         lies = orientation in (5, 6, 7, 8)  # on its side
         width, height = image.size[::-1] if lies else image.size

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from regnet_flax.data.folder import Split, check_memory, read_image_folder
+from regnet_flax.data.folder import Split, check_memory, open_image, read_image_folder
 from regnet_flax.data.tfds import USE_FOLDERS, prepare_tfds
 from regnet_flax.errors import DataError, one_line
 
@@ -262,7 +262,7 @@ def _read_source(source: Any) -> Split:
     for start in range(0, len(source), BATCH):
         examples = source.__getitems__(range(start, min(start + BATCH, len(source))))
         for index, example in enumerate(examples, start):
-            images[index] = np.asarray(Image.open(io.BytesIO(example["image"])))
+            images[index] = np.asarray(open_image(io.BytesIO(example["image"])))
             labels[index] = example["label"]
     return Split(images, labels)
 

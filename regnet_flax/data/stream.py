@@ -14,14 +14,12 @@ import multiprocessing
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import resource_tracker
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from regnet_flax.data import folder
 from regnet_flax.data.batches import EvalBatches, HostBatch, Records, Subset, TrainBatches
@@ -209,11 +207,6 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _refuse_bombs() -> None:
-    # Not within a context, which would be that of all threads.
-    warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
-
-
 def _start_tracker() -> None:
     """Starts the process that clears away what a killed worker left in shared memory, without a word of it."""
     before = os.environ.get("PYTHONWARNINGS")
@@ -228,7 +221,6 @@ def _start_tracker() -> None:
 
 def _start_worker(index: int, count: int) -> None:
     """Runs first in a worker process, whose signals are blocked: only its parent ends it."""
-    _refuse_bombs()
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -271,7 +263,6 @@ def open_stream(
     Raises:
         DataError: the data set is missing, unreadable, of other classes, or too small for `validation`.
     """
-    _refuse_bombs()
     crop = CROP in augment
     if name == "imagenet2012":
         dataset = _imagenet(data_dir, image_size or IMAGENET_SIZE, crop, strict)
