@@ -32,9 +32,7 @@ def get_config() -> config_dict.ConfigDict:
     dataset.name = "digits"  # "digits", "cifar10", "cifar100", "imagenet2012", "folder" or "synthetic"
     dataset.data_dir = ""  # TFDS's data_dir ("": TFDS's own default), or the folder with train/ and test/ (and val/)
     dataset.num_classes = 0  # 0: from the data
-    dataset.validation = (
-        0.0  # hold out so many training images (5000), or a fraction (0.1), to choose "best" by; 0: none
-    )
+    dataset.validation = 0.0  # training images held out to choose "best" by: so many (5000), or a fraction (0.1)
     dataset.in_memory = "auto"  # "always": it lies on the device as uint8; "never": it is streamed; "auto" streams
     # imagenet2012, folders of more than 4 GiB once decoded, and what has "random_resized_crop" in `augment`
     dataset.workers = 0  # processes that decode what is streamed; 0: threads of this one

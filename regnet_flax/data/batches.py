@@ -23,11 +23,6 @@ HostBatch = dict[str, Any]
 class Records(Protocol):
     """The encoded photographs of one split."""
 
-    @property
-    def labels(self) -> np.ndarray | None:
-        """int32 (N,), where they are known without reading."""
-        ...
-
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> list[tuple[str | IO[bytes], int, str]]:
@@ -44,10 +39,6 @@ class Subset:
 
     def __init__(self, records: Records, indices: np.ndarray):
         self._records, self._indices = records, indices
-
-    @property
-    def labels(self) -> np.ndarray | None:
-        return None if self._records.labels is None else self._records.labels[self._indices]
 
     def __len__(self) -> int:
         return len(self._indices)

@@ -285,7 +285,8 @@ def open_stream(
     check_classes(name, num_classes, len(dataset.class_names))
     if validation:
         train = dataset.train
-        kept, held = hold_out(name, len(train), validation, seed, train.labels)
+        labels = train.labels if isinstance(train, FolderRecords) else None  # TFDS's are not known without reading
+        kept, held = hold_out(name, len(train), validation, seed, labels)
         dataset = dataclasses.replace(dataset, train=Subset(train, kept), validation=Subset(train, held))
     return dataset
 

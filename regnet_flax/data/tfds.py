@@ -142,8 +142,6 @@ def _unreachable(url: str) -> str:
 class TfdsRecords:
     """A split of a TFDS data set in ArrayRecord form, whose images TFDS leaves encoded."""
 
-    labels = None  # not known without reading
-
     def __init__(self, builder: Any, split: str):
         import tensorflow_datasets as tfds
 
