@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -13,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from regnet_flax.analysis import summary
+from regnet_flax.command_line import Options
 from regnet_flax.config import check as config_lib
 from regnet_flax.config.resolve import resolve
 from regnet_flax.data import stream
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import Dataset
+from regnet_flax.modes.train import pmap
 from regnet_flax.training.trainer import Program
 
 logger = logging.getLogger("regnet_flax")
@@ -119,3 +122,9 @@ def matmul_rate(device: Any, dtype: str, rounds: int = 5) -> float:
         jax.block_until_ready(product(a, a))
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
+
+
+def run(config: Any, options: Options) -> None:
+    """Prints what `benchmark` measures, as one line of JSON."""
+    config.dataset.data_dir = config.dataset.data_dir or "."  # nothing is read
+    print(json.dumps(benchmark(config, pmap, jax.local_devices())))

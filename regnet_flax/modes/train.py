@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from regnet_flax.analysis import plots
 from regnet_flax.analysis.by_class import write_figures
+from regnet_flax.command_line import Options
 from regnet_flax.config import check as config_lib
 from regnet_flax.config.resolve import resolve
 from regnet_flax.data import sources, stream
@@ -326,3 +327,8 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
         else:
             logger.info("by class: %s, pictures: %s", path / workdir.EVAL, figures)
     return metrics
+
+
+def run(config: Any, options: Options) -> None:
+    """Trains, or resumes, the workdir's run; see `train_and_evaluate`."""
+    train_and_evaluate(config, options.workdir, profile=options.profile)
