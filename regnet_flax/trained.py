@@ -62,8 +62,9 @@ class Trained:
           ValueError: an array has another dtype or number of axes.
         """
         inputs = self._arrays(images) if isinstance(images, np.ndarray) else self._files(images)
-        settings = self.config.dataset
-        size = self.config.eval.batch_size
+        if not len(inputs):
+            return np.empty((0, len(self.class_names)), np.float32)
+        settings, size = self.config.dataset, self.config.eval.batch_size
         return probabilities(self.model, self.variables, inputs, settings.mean, settings.std, size)
 
     def to_input(self, image: Image.Image) -> np.ndarray:

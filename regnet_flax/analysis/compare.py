@@ -66,10 +66,10 @@ def read(label: str, workdir: pathlib.Path) -> Result:
     model = create_model(config["model"]["name"], num_classes=config["dataset"]["num_classes"], **overrides)
     parts = summary.summarize(model, tuple(config["image_shape"]))
     regulator = getattr(model, "regulator", None)
-    regulated = regulator is not None and getattr(model, "regulated_stages", None) != ()
+    regulated = getattr(model, "regulated_stages", None) != ()
     return Result(
         label=label,
-        regulator=CELLS[regulator].__name__ if regulated else "",
+        regulator=CELLS[regulator].__name__ if regulator and regulated else "",
         parameters=results["parameters"],
         multiply_adds=sum(part.multiply_adds for part in parts),
         seeds=seeds,

@@ -262,16 +262,14 @@ def default_config() -> Any:
     """
     from ml_collections import config_dict
 
-    config = config_dict.ConfigDict()
+    tree: dict[str, Any] = {}
     for name, field in FIELDS.items():
         *sections, last = name.split(".")
-        section = config
+        section = tree
         for part in sections:
-            if part not in section:
-                section[part] = config_dict.ConfigDict()
-            section = section[part]
+            section = section.setdefault(part, {})
         section[last] = config_dict.placeholder(field.kind) if field.kind else field.default
-    return config
+    return config_dict.ConfigDict(tree)
 
 
 def describe() -> str:
