@@ -437,6 +437,17 @@ def test_the_same_config_changes_nothing():
     assert changed_fields(stored(), stored(), resolved=True) == []
 
 
+def test_a_config_of_an_earlier_version_means_the_defaults_and_what_is_no_field_is_ignored(caplog, logger):
+    before = stored()
+    del before["model"]["plugins"], before["optimizer"]["ema_decay"]
+    before["model"]["overrides"] |= {"gone": None, "fast": True}
+    assert changed_fields(before, DIGITS, resolved=False) == []
+    (line,) = changed_fields(before, changed({"optimizer.ema_decay": 0.9}), resolved=True)
+    assert line == "optimizer.ema_decay: 0.0 before, 0.9 now"
+    (warning,) = caplog.messages
+    assert "model.overrides.fast=True" in warning and "ignored" in warning
+
+
 def test_a_changed_field_is_named_with_both_values():
     now = changed({"train.batch_size": 32, "optimizer.boundaries": (0.5,), "model.overrides.kernel": "dense"})
     assert sorted(changed_fields(stored(), now, resolved=False)) == [

@@ -25,6 +25,7 @@ def register_regulator(name: str) -> Callable[[Cell], Cell]:
     overrides `__call__`, and a cell that does not use each weight once per pixel overrides `multiply_adds`.
 
         import jax.numpy as jnp
+        from flax import linen as nn
         from regnet_flax import create_model, register_regulator
         from regnet_flax.models.regulators import Regulator
 
