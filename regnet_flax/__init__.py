@@ -1,6 +1,40 @@
 """RegNet, self-regulated networks for image classification (arXiv 2101.00590), in JAX and Flax linen."""
 
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from regnet_flax.models.plugins import register_regulator
 from regnet_flax.models.registry import create_model, list_models
 
+if TYPE_CHECKING:
+    from regnet_flax.trained import Trained
+
 __version__ = "0.1.0"
-__all__ = ["__version__", "create_model", "list_models"]
+__all__ = ["__version__", "create_model", "list_models", "load", "register_regulator"]
+
+
+def load(workdir: str | os.PathLike[str], checkpoint: str | int = "best", *, seed: int | None = None) -> Trained:
+    """Loads the model that a run has trained.
+
+        trained = regnet_flax.load("runs/digits-regnet20_convlstm-0")
+        probabilities = trained.predict("photo.jpg")  # float32 (1, classes)
+        trained.class_names[probabilities[0].argmax()]
+
+    Args:
+      workdir: the run's directory. Its config.json names the modules of `model.plugins`, which are imported.
+      checkpoint: "best", "last" or a step.
+      seed: which of several seeds that trained together; the first by default.
+
+    Returns:
+      The model with its variables, config and class names; see `trained.Trained`.
+
+    Raises:
+      WorkdirError: there is no such workdir, or no checkpoint in it.
+      ConfigError: it has no such seed, or another value of config.json is wrong.
+      CheckpointError: no checkpoint can be read.
+    """
+    from regnet_flax import trained  # which imports what training needs
+
+    return trained.load(workdir, checkpoint, seed=seed)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from regnet_flax.config.check import check_config, flatten, model_options
-from regnet_flax.config.fields import FIELDS, MAY_CHANGE
+from regnet_flax.config.fields import FIELDS
 from regnet_flax.config.resolve import changed_fields
 from regnet_flax.errors import ConfigError
 from regnet_flax.models.registry import list_models
@@ -142,6 +142,7 @@ WRONG = {
     "seed": [-1, 0.5, "0", True, None, 2**31],
     "dtype": ["float16", "", 32, None, ["float32"]],
     "model.name": [20, None, b"resnet20"],
+    "model.plugins": ["os", ("my module",), ("my/module.py",), (".os",), (1,), None],
     "model.overrides.share_regulator": ["no", 1],
     "model.overrides.regulated_stages": [1, "12", (0,), (1.5,), ("1",), (True,)],
     "model.overrides.remat": ["yes", 0],
@@ -439,6 +440,17 @@ def test_the_same_config_changes_nothing():
     assert changed_fields(stored(), stored(), resolved=True) == []
 
 
+def test_a_config_of_an_earlier_version_means_the_defaults_and_what_is_no_field_is_ignored(caplog, logger):
+    before = stored()
+    del before["model"]["plugins"], before["optimizer"]["ema_decay"]
+    before["model"]["overrides"] |= {"gone": None, "fast": True}
+    assert changed_fields(before, DIGITS, resolved=False) == []
+    (warning,) = caplog.messages
+    (line,) = changed_fields(before, changed({"optimizer.ema_decay": 0.9}), resolved=False)
+    assert line == "optimizer.ema_decay: 0.0 before, 0.9 now"
+    assert "model.overrides.fast=True" in warning and "ignored" in warning
+
+
 def test_a_changed_field_is_named_with_both_values():
     now = changed({"train.batch_size": 32, "optimizer.boundaries": (0.5,), "model.overrides.kernel": "dense"})
     assert sorted(changed_fields(stored(), now, resolved=False)) == [
@@ -458,11 +470,12 @@ def test_a_run_of_before_a_field_has_the_value_of_then():
 
 def test_fields_that_change_no_number_may_change():
     other = {"dataset.data_dir": "/elsewhere", "dataset.in_memory": "always", "eval.checkpoint": "last"}
-    other |= {field: 7 for field in MAY_CHANGE if field not in other}
+    may_change = {name for name, field in FIELDS.items() if field.may_change}
+    other |= {field: 7 for field in may_change if field not in other}
     assert changed_fields(stored(), changed(other), resolved=False) == []
-    assert {"train.max_steps", "checkpoint.keep", "log.every_steps"} <= set(MAY_CHANGE)
-    computed = {"seed", "dtype", "model.name", "dataset.name", "dataset.augment", "train.batch_size", "train.epochs"}
-    assert not set(MAY_CHANGE) & (computed | {field for field in FIELDS if field.startswith("optimizer.")})
+    assert {"train.max_steps", "checkpoint.keep", "log.every_steps"} <= may_change
+    computed = {"seed", "dtype", "model.name", "dataset.name", "dataset.augment", "train.batch_size"}
+    assert not may_change & (computed | {field for field in FIELDS if field.startswith("optimizer.")})
 
 
 @pytest.mark.parametrize(

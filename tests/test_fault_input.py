@@ -42,8 +42,8 @@ def wrong_values(field):
         return (
             st.tuples(NEGATIVE.filter(lambda n: n < -10) | NOT_FINITE | st.none()) | st.integers() | st.text(max_size=5)
         )
-    if FIELDS[field]("any text"):
-        return WORDS.filter(lambda text: bool(FIELDS[field](text))) | st.floats() | st.none() | st.binary()
+    if FIELDS[field].check("any text"):
+        return WORDS.filter(lambda text: bool(FIELDS[field].check(text))) | st.floats() | st.none() | st.binary()
     return st.none() | st.floats() | st.binary() | st.lists(st.text(), max_size=2)
 
 
@@ -82,7 +82,7 @@ def test_all_wrong_fields_are_named_with_value_and_mend():
 
 
 NUMBERS = [field for field in CHECKED if type(DEFAULTS[field]) in (int, float)]
-CHOICES = [field for field in CHECKED if isinstance(DEFAULTS[field], str) and FIELDS[field]("no such")]
+CHOICES = [field for field in CHECKED if isinstance(DEFAULTS[field], str) and FIELDS[field].check("no such")]
 FLAGS = [field for field in CHECKED if isinstance(DEFAULTS[field], bool)]
 TUPLES = [field for field in CHECKED if isinstance(DEFAULTS[field], tuple)]
 BAD_NUMBERS = st.sampled_from(["nan", "-1", "-inf", "1e400", "--5", "1,5", "", "None", "()", "0x", "9" * 30, "-0.5"])

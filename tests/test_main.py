@@ -11,6 +11,7 @@ import pytest
 
 from conftest import checksums
 from regnet_flax import main
+from regnet_flax.config.fields import FIELDS
 
 pytestmark = pytest.mark.core
 
@@ -71,6 +72,10 @@ def test_summary(capsys):
 def test_help(capsys):
     assert main.main(["--help"]) == 0
     assert "--workdir" in capsys.readouterr().out
+    assert main.main(["--helpfields"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(FIELDS)
+    assert any("over all devices" in line for line in lines)
 
 
 def test_any_directory_and_a_config_of_ones_own(tmp_path, program):

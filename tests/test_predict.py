@@ -12,6 +12,7 @@ from PIL import Image
 
 from configs import folder
 from regnet_flax import main
+from regnet_flax import trained as trained_lib
 from regnet_flax.data import photos
 from regnet_flax.data.folder import read_image
 from regnet_flax.data.sources import load_dataset
@@ -144,8 +145,8 @@ def test_images_are_resized_as_for_evaluation(trained):
     files = sorted(data.glob("val/*/*.png"))
     assert len(files) == len(test.images) == 9
     for file, image in zip(files, test.images, strict=True):
-        np.testing.assert_array_equal(predict.to_input(read_image(file), (8, 8, 3)), image)
-    grey = predict.to_input(read_image(files[0]), (5, 7, 1))
+        np.testing.assert_array_equal(trained_lib.to_input(read_image(file), (8, 8, 3)), image)
+    grey = trained_lib.to_input(read_image(files[0]), (5, 7, 1))
     assert grey.shape == (5, 7, 1) and grey.dtype == np.uint8
     assert abs(grey.mean() - (0.299 * 170 + 0.587 * 60 + 0.114 * 40)) < 5
 
@@ -154,7 +155,7 @@ def test_the_centre_is_cropped_as_for_evaluation(trained):
     _, data = trained
     file = sorted(data.glob("val/*/*.png"))[0]
     expected = photos.read_crop(file, 6, functools.partial(photos.centre_box, size=6))
-    found = predict.to_input(read_image(file), (6, 6, 3), crop=True)
+    found = trained_lib.to_input(read_image(file), (6, 6, 3), crop=True)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -169,7 +170,7 @@ def test_probabilities_are_the_softmax_of_normalised_images_whatever_the_batch(b
 
     kernel = np.random.default_rng(1).normal(size=(16, 3)).astype("f")
     variables = {"params": {"Dense_0": {"kernel": jnp.asarray(kernel), "bias": jnp.zeros(3)}}}
-    found = predict.probabilities(Linear(), variables, images, (0.5,), (0.25,), batch_size)
+    found = trained_lib.probabilities(Linear(), variables, images, (0.5,), (0.25,), batch_size)
     logits = ((images.reshape(7, 16) / 255 - 0.5) / 0.25) @ kernel.astype(np.float64)
     expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     assert found.shape == (7, 3)

@@ -13,10 +13,11 @@ import numpy as np
 
 from regnet_flax.analysis import summary
 from regnet_flax.models.ops import current_options
+from regnet_flax.models.plugins import import_plugins
 from regnet_flax.models.registry import create_model
+from regnet_flax.models.regnet import CELLS
 
 CONFIDENCE = 0.95
-_REGULATORS = {"convrnn": "ConvRNN", "convgru": "ConvGRU", "convlstm": "ConvLSTM", "replacing_convgru": "ConvGRU"}
 _HE = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43}  # arXiv 1512.03385, table 6; 110 is the best of five runs
 _XU = {"cifar10": 1.51, "cifar100": 2.04}  # points that RegNet-20 is below ResNet-20; arXiv 2101.00590
 
@@ -61,14 +62,16 @@ def read(label: str, workdir: pathlib.Path) -> Result:
     seeds = tuple(config.get("seeds", [config["seed"]]))
     own = results.get("seeds") or {str(config["seed"]): results}
     last = [own[str(seed)]["last"] for seed in seeds]
+    import_plugins(config["model"].get("plugins", ()))
     overrides = current_options(config["model"]["overrides"])
     overrides = {name: value for name, value in overrides.items() if value is not None}
     model = create_model(config["model"]["name"], num_classes=config["dataset"]["num_classes"], **overrides)
     parts = summary.summarize(model, tuple(config["image_shape"]))
+    regulator = getattr(model, "regulator", None)
     regulated = getattr(model, "regulated_stages", None) != ()
     return Result(
         label=label,
-        regulator=_REGULATORS.get(getattr(model, "regulator", None) or "", "") if regulated else "",
+        regulator=CELLS[regulator].__name__ if regulator and regulated else "",
         parameters=results["parameters"],
         multiply_adds=sum(part.multiply_adds for part in parts),
         seeds=seeds,

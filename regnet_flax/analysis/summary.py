@@ -42,7 +42,18 @@ class Part:
     output: tuple[int, ...] | None = None
 
 
+def _inside_regulator(module: nn.Module) -> bool:
+    parent = module.parent
+    while isinstance(parent, nn.Module):
+        if isinstance(parent, Regulator):
+            return True
+        parent = parent.parent
+    return False
+
+
 def _multiply_adds(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int:
+    if _inside_regulator(module):  # a regulator counts what is in it
+        return 0
     if isinstance(module, (nn.Conv, Conv)):
         taps = int(np.prod(module.kernel_size, dtype=int)) * inputs[0].shape[-1] // module.feature_group_count
         return math.prod(output.shape[1:]) * taps
@@ -61,8 +72,9 @@ def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[tuple[st
 
     def count(call, args, kwargs, context):
         module = context.module
-        detached_init = isinstance(module, Regulator) and not module.path and module.is_initializing()
-        if context.method_name != "__call__" or detached_init:  # the latter makes a shared regulator's parameters
+        # Before its blocks a stage runs a regulator only to make a shared one's parameters, and to check it.
+        before_blocks = isinstance(module, Regulator) and not inside[1]
+        if context.method_name != "__call__" or before_blocks:
             return call(*args, **kwargs)
         of_the_model = isinstance(module.parent, type(model))
         if of_the_model:

@@ -10,6 +10,7 @@ from regnet_flax.data import stream
 from regnet_flax.data.augment import ERASE
 from regnet_flax.data.sources import IMAGES
 from regnet_flax.errors import ConfigError
+from regnet_flax.models.plugins import import_plugins
 from regnet_flax.models.registry import OPTIONS, check_model, parse_variant
 
 
@@ -36,7 +37,7 @@ def image_shape(config: Any) -> tuple[tuple[int, int, int], int]:
 
 
 def check_config(config: Any, devices: int = 1) -> None:
-    """Raises ConfigError if any value is wrong in itself, or contradicts another.
+    """Raises ConfigError if any value is wrong in itself, or contradicts another; imports `model.plugins` first.
 
     Args:
       config: a nested config with the fields of configs/base.py.
@@ -46,10 +47,8 @@ def check_config(config: Any, devices: int = 1) -> None:
     problems = [f"{field} is missing: start from configs/base.py" for field in FIELDS if field not in values]
     problems += [f"{field} is not a field of configs/base.py: remove it" for field in values if field not in FIELDS]
     sound = {}
-    for field, check in FIELDS.items():
-        if field not in values:
-            continue
-        if wrong := check(values[field]):
+    for field in filter(values.__contains__, FIELDS):
+        if wrong := FIELDS[field].check(values[field]):
             problems.append(f"{field} is {values[field]!r}: it must be {wrong}")
         else:
             sound[field] = values[field]
@@ -60,14 +59,7 @@ def check_config(config: Any, devices: int = 1) -> None:
 
 def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
     """What is wrong between fields that are right in themselves; `values` has no others."""
-    overrides = {option: f"model.overrides.{option}" for option in OPTIONS}
-    if values.keys() >= {"model.name", *overrides.values()}:
-        options = {option: values[field] for option, field in overrides.items()}
-        try:
-            check_model(values["model.name"], **options)
-        except (ValueError, TypeError) as error:
-            yield f"model: {error}"
-        yield from _wrong_variants(values.get("compare.models", ()), options)
+    yield from _wrong_models(values)
     if (seeds := values.get("compare.seeds", ())) and len(set(seeds)) < len(seeds):
         yield f"compare.seeds is {seeds}: name each seed once"
     accumulate_steps = values.get("optimizer.accumulate_steps", 1)
@@ -109,6 +101,22 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
     yield from _streaming_contradictions(values)
 
 
+def _wrong_models(values: dict[str, Any]) -> Iterator[str]:
+    try:
+        import_plugins(values.get("model.plugins", ()))
+    except ValueError as error:
+        yield f"model.plugins: {error}"
+        return
+    overrides = {option: f"model.overrides.{option}" for option in OPTIONS}
+    if values.keys() >= {"model.name", *overrides.values()}:
+        options = {option: values[field] for option, field in overrides.items()}
+        try:
+            check_model(values["model.name"], **options)
+        except (ValueError, TypeError) as error:
+            yield f"model: {error}"
+        yield from _wrong_variants(values.get("compare.models", ()), options)
+
+
 def _streaming_contradictions(values: dict[str, Any]) -> Iterator[str]:
     name, in_memory = values.get("dataset.name", "folder"), values.get("dataset.in_memory", "auto")
     augment = values.get("dataset.augment", ())
@@ -140,8 +148,7 @@ def _wrong_variants(variants: Sequence[str], overrides: dict[str, Any]) -> Itera
         try:
             name, options = parse_variant(text)
             for option, value in options.items():
-                check = FIELDS.get(f"model.overrides.{option}")
-                if check and (wrong := check(value)):
+                if wrong := FIELDS[f"model.overrides.{option}"].check(value):
                     raise ValueError(f"{option} is {value!r}: it must be {wrong}")
             check_model(name, **overrides | options)
         except (ValueError, TypeError) as error:

@@ -1,7 +1,12 @@
-"""Each config field: which values are sound in themselves, and in which a run may be resumed with another."""
+"""Every field of a config, one row each: its default, what it must be, and what it means.
+
+configs/base.py is made from these rows, and the other configs change what it gives. Override a field on the command
+line with --config.train.batch_size=64; a tuple with --config.dataset.mean='(0.5,)'.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -10,8 +15,7 @@ from typing import Any
 from regnet_flax.data import stream
 from regnet_flax.data.augment import AUGMENTATIONS, ERASE
 from regnet_flax.data.sources import SOURCES
-from regnet_flax.models.ops import CHOICES
-from regnet_flax.models.registry import OPTIONS
+from regnet_flax.models.registry import OPTIONS, Option
 
 SCHEDULES = ("step", "cosine", "constant")
 OPTIMIZERS = ("sgd", "adamw", "lamb")
@@ -63,8 +67,11 @@ def _each(check: Check) -> Check:
     return check_all
 
 
-def _optional(check: Check) -> Check:
-    return lambda value: "" if value is None else check(value)
+def _modules(value: Any) -> str:
+    names = isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value)
+    if names and all(part.isidentifier() for name in value for part in name.split(".")):
+        return ""
+    return "a tuple of modules' names, such as \"('my_module',)\""
 
 
 def _checkpoint(value: Any) -> str:
@@ -77,103 +84,223 @@ def _count_or_fraction(value: Any) -> str:
     return "" if good else "0, a whole number, or a fraction between 0 and 1"
 
 
-def _any(value: Any) -> str:
-    return ""
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A row of FIELDS.
+
+    Attributes:
+      default: configs/base.py's; a workdir's config.json that lacks the field, being of an earlier version, means this.
+      check: "" for a value that is sound in itself, otherwise what it must be.
+      comment: what a user reads of the field.
+      may_change: whether a run may be resumed with another value, since it changes no number that training computes.
+      from_data: whether the default stands for "from the data set".
+      kind: the type of its values where the default, None, does not tell.
+    """
+
+    default: Any
+    check: Check
+    comment: str
+    _: dataclasses.KW_ONLY
+    may_change: bool = False
+    from_data: bool = False
+    kind: type | None = None
 
 
-FIELDS: dict[str, Check] = {
-    "seed": _whole(0),
-    "dtype": _choice("float32", "bfloat16"),
-    "model.name": _text,
-    "model.init_from": _text,
-    "model.new_head": _flag,
-    # The other values are create_model's to check.
-    **{f"model.overrides.{option}": _any for option in OPTIONS},
-    "model.overrides.share_regulator": _optional(_flag),
-    "model.overrides.regulated_stages": _optional(_each(_whole(1))),
-    "model.overrides.remat": _optional(_flag),
-    "model.overrides.ops": _optional(_choice(*CHOICES)),
-    "dataset.name": _choice(*dict.fromkeys((*SOURCES, *stream.STREAMED))),
-    "dataset.data_dir": _text,
-    "dataset.num_classes": _whole(0),
-    "dataset.validation": _count_or_fraction,
-    "dataset.in_memory": _choice("auto", "always", "never"),
-    "dataset.workers": _whole(0, 1024),
-    "dataset.prefetch": _whole(1, 1024),
-    "dataset.strict": _flag,
-    "dataset.image_size": _whole(0, 8192),
-    "dataset.augment": _each(_choice(stream.CROP, *AUGMENTATIONS, ERASE)),
-    "dataset.mean": _each(_number(-10, 10)),
-    "dataset.std": _each(_number(0, 10, above=True)),
-    "train.batch_size": _whole(1),
-    "train.epochs": _whole(1),
-    "train.max_steps": _whole(0),
-    "train.steps_per_call": _whole(0),
-    "train.batch_norm": _choice("sync", "local"),
-    "train.mixup": _number(0, 1000),
-    "train.cutmix": _number(0, 1000),
-    "optimizer.name": _choice(*OPTIMIZERS),
-    "optimizer.learning_rate": _number(0, 1e6, above=True),
-    "optimizer.momentum": _number(0, 1),
-    "optimizer.nesterov": _flag,
-    "optimizer.weight_decay": _number(0, 1e6),
-    "optimizer.betas": _each(_number(0, 1)),
-    "optimizer.decayed": _choice("all", "kernels"),
-    "optimizer.schedule": _choice(*SCHEDULES),
-    "optimizer.boundaries": _each(_number(0, 1e9, above=True)),
-    "optimizer.decay": _number(0, 1, above=True),
-    "optimizer.warmup_epochs": _number(0),
-    "optimizer.label_smoothing": _number(0, 1),
-    "optimizer.clip_norm": _number(0),
-    "optimizer.accumulate_steps": _whole(1),
-    "optimizer.ema_decay": _number(0, 0.99999),
-    "eval.batch_size": _whole(1),
-    "eval.every_epochs": _whole(0),
-    "eval.checkpoint": _checkpoint,
-    "log.every_steps": _whole(0),
-    "checkpoint.every_steps": _whole(0),
-    "checkpoint.keep": _whole(1),
-    "checkpoint.keep_best": _whole(0),
-    "predict.images": _text,
-    "predict.top": _whole(1),
-    "predict.json": _flag,
-    "compare.models": _each(_text),
-    "compare.seeds": _each(_whole(0)),
-    "compare.together": _choice("auto", "always", "never"),
-    "export.format": _choice("stablehlo", "safetensors", "torch"),
-    "export.path": _text,
+def _override(option: Option) -> Field:
+    """The row of an option of create_model, which checks itself what is not checked here."""
+    checks = {bool: _flag, tuple: _each(_whole(1))}
+
+    def check(value: Any) -> str:
+        return "" if value is None or option.kind not in checks else checks[option.kind](value)
+
+    return Field(None, check, option.comment, kind=option.kind)
+
+
+_DATA_SETS = tuple(dict.fromkeys((*SOURCES, *stream.STREAMED)))
+
+FIELDS: dict[str, Field] = {
+    "seed": Field(0, _whole(0), "of the initial weights, the order of the examples and their augmentation"),
+    "dtype": Field(
+        "float32",
+        _choice("float32", "bfloat16"),
+        'of the arithmetic, or "bfloat16"; parameters and batch statistics are float32',
+    ),
+    "model.name": Field(
+        "regnet20_convlstm", _text, "see `regnet_flax.list_models()`; any CIFAR depth 6m+2 is accepted"
+    ),
+    "model.plugins": Field(
+        (),
+        _modules,
+        "modules to import first, such as ('my_module',), which register regulators: see `register_regulator`",
+        may_change=True,
+    ),
+    "model.init_from": Field(
+        "", _text, "a .safetensors or .pth file of weights by PyTorch's names to start from, or to evaluate"
+    ),
+    "model.new_head": Field(False, _flag, "leave that file's head out, as for another number of classes"),
+    # None: the model's own default.
+    **{f"model.overrides.{name}": _override(option) for name, option in OPTIONS.items()},
+    "dataset.name": Field("digits", _choice(*_DATA_SETS), f"one of {', '.join(_DATA_SETS)}"),
+    "dataset.data_dir": Field(
+        "",
+        _text,
+        "TFDS's data_dir (\"\": TFDS's own default), or the folder with train/ and test/ (and val/)",
+        may_change=True,
+    ),
+    "dataset.num_classes": Field(0, _whole(0), "0: from the data", from_data=True),
+    "dataset.validation": Field(
+        0.0,  # takes 5000 as well as 0.1
+        _count_or_fraction,
+        'hold out so many training images (5000), or a fraction (0.1), to choose "best" by; 0: none',
+    ),
+    "dataset.in_memory": Field(
+        "auto",
+        _choice("auto", "always", "never"),
+        '"always": it lies on the device as uint8; "never": it is streamed; "auto" streams imagenet2012, folders of '
+        f"more than 4 GiB once decoded, and what has {stream.CROP} in `augment`",
+        may_change=True,
+    ),
+    "dataset.workers": Field(
+        0, _whole(0, 1024), "processes that decode what is streamed; 0: threads of this one", may_change=True
+    ),
+    "dataset.prefetch": Field(
+        2, _whole(1, 1024), "batches that each of these processes (or this one) holds ready", may_change=True
+    ),
+    "dataset.strict": Field(
+        False, _flag, "an image that does not decode is an error, instead of being listed and left out"
+    ),
+    "dataset.image_size": Field(
+        0, _whole(0, 8192), "images are resized to this height and width; 0: as they are", from_data=True
+    ),
+    "dataset.augment": Field(
+        (),
+        _each(_choice(stream.CROP, *AUGMENTATIONS, ERASE)),
+        f"of training images, in this order: {', '.join(AUGMENTATIONS)}; {ERASE} must come last; streamed, "
+        f"{stream.CROP} may come first",
+    ),
+    "dataset.mean": Field(
+        (), _each(_number(-10, 10)), "of each channel, for pixels in 0…1; (): from the training images", from_data=True
+    ),
+    "dataset.std": Field((), _each(_number(0, 10, above=True)), "likewise", from_data=True),
+    "train.batch_size": Field(128, _whole(1), "over all devices"),
+    # Boundaries that are fractions of the run, and the cosine, depend on it: `optimizer.changed_rate` tells whether a
+    # learning rate already used does.
+    "train.epochs": Field(200, _whole(1), "may change where no learning rate already used does", may_change=True),
+    "train.max_steps": Field(
+        0, _whole(0), "stop after so many steps; 0: no bound. The schedule does not depend on it", may_change=True
+    ),
+    "train.steps_per_call": Field(
+        0, _whole(0), "steps in one compiled call; 0: 1 on a CPU, 50 elsewhere", may_change=True
+    ),
+    "train.batch_norm": Field(
+        "sync",
+        _choice("sync", "local"),
+        'statistics over the batch of all devices; "local": over each device\'s part',
+    ),
+    "train.mixup": Field(
+        0.0, _number(0, 1000), "images mixed in pairs by a share drawn from Beta(mixup, mixup), such as 0.2; 0: none"
+    ),
+    "train.cutmix": Field(
+        0.0,
+        _number(0, 1000),
+        "boxes exchanged in pairs, of an area drawn likewise, such as 1.0; where both, one at random",
+    ),
+    "optimizer.name": Field("sgd", _choice(*OPTIMIZERS), f"one of {', '.join(OPTIMIZERS)}"),
+    "optimizer.learning_rate": Field(0.1, _number(0, 1e6, above=True), "after the warm-up, before any decay"),
+    "optimizer.momentum": Field(0.9, _number(0, 1), 'of "sgd"; 0: none'),
+    "optimizer.nesterov": Field(False, _flag, 'Nesterov\'s momentum, of "sgd"'),
+    "optimizer.betas": Field((0.9, 0.999), _each(_number(0, 1)), 'decay rates of both averages, of "adamw" and "lamb"'),
+    "optimizer.weight_decay": Field(
+        1e-4, _number(0, 1e6), 'L2 for "sgd"; decoupled, times the learning rate, for "adamw" and "lamb"'
+    ),
+    "optimizer.decayed": Field(
+        "all", _choice("all", "kernels"), 'the weights that decay; "kernels": neither biases nor normalisations'
+    ),
+    "optimizer.schedule": Field("step", _choice(*SCHEDULES), f"of the learning rate: {', '.join(SCHEDULES)}"),
+    "optimizer.boundaries": Field(
+        (0.5, 0.75),
+        _each(_number(0, 1e9, above=True)),
+        'of "step": epochs, or fractions of the run if below 1',
+    ),
+    "optimizer.decay": Field(0.1, _number(0, 1, above=True), 'of "step": the factor at each boundary'),
+    "optimizer.warmup_epochs": Field(0.0, _number(0), "the rate rises linearly over so many epochs first"),
+    "optimizer.label_smoothing": Field(0.0, _number(0, 1), "the share of the target that goes to all classes alike"),
+    "optimizer.clip_norm": Field(0.0, _number(0), "the gradient's largest norm; 0: no bound"),
+    "optimizer.accumulate_steps": Field(
+        1, _whole(1), "parts that a batch goes through in, to save memory, each normalised by itself"
+    ),
+    "optimizer.ema_decay": Field(
+        0.0,
+        _number(0, 0.99999),
+        "of averages of weights and batch statistics, to be evaluated and exported; after t steps it is at most "
+        "(1 + t) / (10 + t); 0: none",
+    ),
+    "eval.batch_size": Field(500, _whole(1), "over all devices, rounded up to a multiple of them", may_change=True),
+    "eval.every_epochs": Field(1, _whole(0), "0: never", may_change=True),
+    "eval.checkpoint": Field(
+        "best", _checkpoint, 'for --mode eval, predict and export: "best", "last" or a step', may_change=True
+    ),
+    "log.every_steps": Field(100, _whole(0), "0: only where it evaluates", may_change=True),
+    "checkpoint.every_steps": Field(0, _whole(0), "0: every epoch", may_change=True),
+    "checkpoint.keep": Field(2, _whole(1), "the newest", may_change=True),
+    "checkpoint.keep_best": Field(
+        1, _whole(0), "and those of the highest accuracy of the evaluated split", may_change=True
+    ),
+    "predict.images": Field("", _text, "for --mode predict: a file, a folder, or a glob of them", may_change=True),
+    "predict.top": Field(5, _whole(1), "classes shown for each image", may_change=True),
+    "predict.json": Field(
+        False,
+        _flag,
+        "JSON on standard output instead of a table; all else is then said on standard error",
+        may_change=True,
+    ),
+    "compare.models": Field(
+        (),
+        _each(_text),
+        'for --mode compare: the baseline first; options after the name: "regnet20_convgru kernel=dense"',
+        may_change=True,
+    ),
+    "compare.seeds": Field((0, 1, 2), _each(_whole(0)), "of each model, trained together", may_change=True),
+    "compare.together": Field(
+        "auto",
+        _choice("auto", "always", "never"),
+        'their steps: "always" in one by vmap, "never", taking turns, in the memory of one; "auto": by turns on a CPU',
+    ),
+    "export.format": Field(
+        "safetensors",
+        _choice("stablehlo", "safetensors", "torch"),
+        'for --mode export; or "torch", weights by PyTorch\'s names; "stablehlo", the model as a program',
+        may_change=True,
+    ),
+    "export.path": Field(
+        "", _text, '"": weights.safetensors, weights.pth or model.stablehlo in the workdir', may_change=True
+    ),
 }
 
-# The fields in which a run may be resumed with another value: they change no number that training computes.
-MAY_CHANGE = (
-    "dataset.data_dir",
-    "dataset.in_memory",
-    "dataset.workers",
-    "dataset.prefetch",
-    "train.max_steps",
-    "train.steps_per_call",
-    "eval.batch_size",
-    "eval.every_epochs",
-    "eval.checkpoint",
-    "log.every_steps",
-    "checkpoint.every_steps",
-    "checkpoint.keep",
-    "checkpoint.keep_best",
-    "predict.images",
-    "predict.top",
-    "predict.json",
-    "compare.models",
-    "compare.seeds",
-    "export.format",
-    "export.path",
-)
-# And those in which it may where no learning rate already used changes by it (program.changed_rate): boundaries that
-# are fractions of the run, and the cosine, depend on them.
-MAY_CHANGE_LATER_RATES = ("train.epochs",)
-# The fields that earlier versions did not have, and the values that are those of their runs.
-ADDED = {"dataset.validation": 0, "optimizer.name": "sgd", "optimizer.decayed": "all", "optimizer.betas": (0.9, 0.999)}
-# The values that stand for "from the data set".
-AUTOMATIC = {"dataset.num_classes": 0, "dataset.image_size": 0, "dataset.mean": (), "dataset.std": ()}
+
+def default_config() -> Any:
+    """Makes the ConfigDict that every config starts from, with the default of each field.
+
+    Returns:
+      A nested `ml_collections.ConfigDict`. A field keeps the type of its default; one of `model.overrides` takes its
+      option's type, or None.
+    """
+    from ml_collections import config_dict
+
+    tree: dict[str, Any] = {}
+    for name, field in FIELDS.items():
+        *sections, last = name.split(".")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[last] = config_dict.placeholder(field.kind) if field.kind else field.default
+    return config_dict.ConfigDict(tree)
+
+
+def describe() -> str:
+    """Lists the fields for the terminal, one per line: name, default and comment."""
+    width = max(map(len, FIELDS))
+    return "".join(f"{name:{width}}  {field.default!r:19}  {field.comment}\n" for name, field in FIELDS.items())
 
 
 def boundary_steps(boundaries: Sequence[float], epochs: float, steps_per_epoch: int) -> list[int]:

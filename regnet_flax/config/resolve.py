@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from regnet_flax.config.check import flatten
-from regnet_flax.config.fields import ADDED, AUTOMATIC, MAY_CHANGE, MAY_CHANGE_LATER_RATES
+from regnet_flax.config.fields import FIELDS
 from regnet_flax.data import stream
 from regnet_flax.data.sources import Dataset
 from regnet_flax.errors import ConfigError
+
+logger = logging.getLogger("regnet_flax")
+
+# Of a run's config.json, what says nothing of what came of it, or is not a stranger's to say.
+_NOT_TAKEN = ("model.init_from", "model.new_head", "export.path")
 
 
 def resolve(config: Any, dataset: Dataset | stream.StreamedDataset) -> Any:
@@ -35,22 +41,53 @@ def resolve(config: Any, dataset: Dataset | stream.StreamedDataset) -> Any:
     return config
 
 
+def fill_in(config: Any, stored: Mapping[str, Any]) -> None:
+    """Gives a config the values of a run's config.json, which may be of an earlier version.
+
+    What is no field any more is left out, with a warning if it was set. What the run began with and where it exported
+    to are not taken: "model.init_from", "model.new_head" and "export.path", which may be a stranger's.
+
+    Args:
+      config: a nested config with every field, which is changed.
+      stored: what config.json holds.
+
+    Raises:
+      ConfigError: a section is none, or a value is of no type that a config can hold.
+    """
+    values = dict(flatten(stored))
+    if wrong := [name for name in config if hasattr(config[name], "items") and name in values]:
+        raise ConfigError(f"{wrong[0]} is {values[wrong[0]]!r}")
+    _warn_of_unknown(values)
+    kept = {name: value for name, value in values.items() if name in FIELDS and name not in _NOT_TAKEN}
+    with config.ignore_type():
+        config.update_from_flattened_dict(kept | {"model.init_from": "", "model.new_head": False})
+
+
+def _warn_of_unknown(stored: Mapping[str, Any]) -> None:
+    """Of fields of an earlier version that were set; what a run records beside its fields is in no section."""
+    for name, value in stored.items():
+        if "." in name and name not in FIELDS and value is not None:
+            logger.warning("config.json has %s=%r, which this version does not know: it is ignored", name, value)
+
+
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, resolved: bool) -> list[str]:
     """What forbids going on with a run under another config.
 
     Args:
-      before: the run's resolved config.
+      before: the run's resolved config, of this version or an earlier one: a field that it lacks had its default.
       now: the config to go on with.
       resolved: whether `now` is resolved too; if not, what it leaves to the data set is not compared.
 
     Returns:
       A line for each field that differs and may not, "train.batch_size: 128 before, 64 now".
     """
-    old, new = ADDED | dict(flatten(before)), dict(flatten(now))
+    old, new = dict(flatten(before)), dict(flatten(now))
+    if not resolved:  # said once, though a run is compared twice
+        _warn_of_unknown(old)
     lines = []
-    for field in new:
-        automatic = not resolved and field in AUTOMATIC and new[field] == AUTOMATIC[field]
-        if field in MAY_CHANGE + MAY_CHANGE_LATER_RATES or automatic or old.get(field) == new[field]:
-            continue
-        lines.append(f"{field}: {old.get(field)!r} before, {new[field]!r} now")
+    for name, field in FIELDS.items():
+        was, value = old.get(name, field.default), new[name]
+        left_to_data = field.from_data and not resolved and value == field.default
+        if not (field.may_change or left_to_data or was == value):
+            lines.append(f"{name}: {was!r} before, {value!r} now")
     return lines

@@ -7,8 +7,8 @@ import difflib
 import fnmatch
 import functools
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -26,24 +26,37 @@ IMAGENET_STAGES = {
     50: ("bottleneck", (3, 4, 6, 3)),
     101: ("bottleneck", (3, 4, 23, 3)),
 }
-OPTIONS = (
-    "kernel",
-    "share_regulator",
-    "regulated_stages",
-    "shortcut",
-    "width",
-    "bottleneck_stride",
-    "init",
-    "unroll",
-    "remat",
-    "ops",
-)
-_CHOICES = {
-    "kernel": ("separable", "dense"),
-    "shortcut": ("A", "B"),
-    "bottleneck_stride": ("1x1", "3x3"),
-    "init": ("paper", "torch"),
-    "ops": ops_lib.CHOICES,
+
+
+class Option(NamedTuple):
+    """An option of create_model that a config may give too, as `model.overrides.NAME`.
+
+    Attributes:
+      kind: the type of its values; None, the default in a config, leaves the model's own.
+      comment: what a user reads of it.
+      choices: the values that it takes; () for no such list.
+    """
+
+    kind: type
+    comment: str
+    choices: tuple[str, ...] = ()
+
+
+OPTIONS = {
+    "kernel": Option(
+        str,
+        'of the regulators: "separable" or "dense"',
+        ("separable", "dense"),
+    ),
+    "share_regulator": Option(bool, "one for all blocks of a stage, or one each"),
+    "regulated_stages": Option(tuple, "such as (1, 2); None: all"),
+    "shortcut": Option(str, '"B", a 1×1 convolution, or "A", without parameters', ("A", "B")),
+    "width": Option(int, "channels of the first stage"),
+    "bottleneck_stride": Option(str, '"1x1", or "3x3" as torchvision has it (ResNets only)', ("1x1", "3x3")),
+    "init": Option(str, 'initial values: "paper" or "torch"', ("paper", "torch")),
+    "unroll": Option(int, "blocks per step of nn.scan; None: all on a CPU, 1 elsewhere"),
+    "remat": Option(bool, "recompute each block in the backward pass, to save memory"),
+    "ops": Option(str, 'the arithmetic: "auto", "plain", "cpu" or "gpu"; see create_model', ops_lib.CHOICES),
 }
 # What may be given in Python, and not in a config.
 _BACKBONE = ("features", "frozen_batch_stats")
@@ -63,12 +76,17 @@ def _name(depth: int, regulator: str | None, squeeze_excite: bool) -> str:
     return f"se_{name}" if squeeze_excite else name
 
 
-MODELS: dict[str, functools.partial[nn.Module]] = {
-    _name(depth, regulator, squeeze_excite): functools.partial(RegNet, **_fields(depth, regulator, squeeze_excite))
-    for depth in (*CIFAR_DEPTHS, *IMAGENET_STAGES)
-    for squeeze_excite in (False, True)
-    for regulator in (None, *REGULATORS)
-}
+def family(regulators: Iterable[str | None]) -> dict[str, functools.partial[nn.Module]]:
+    """The models of all depths with each of these regulators, None for none, by name."""
+    return {
+        _name(depth, regulator, squeeze_excite): functools.partial(RegNet, **_fields(depth, regulator, squeeze_excite))
+        for depth in (*CIFAR_DEPTHS, *IMAGENET_STAGES)
+        for squeeze_excite in (False, True)
+        for regulator in regulators
+    }
+
+
+MODELS = family((None, *REGULATORS))
 _PROJECTS = {"share_regulator": False, "kernel": "dense", "normalize_state": False, "initial": "torch"}
 _PROJ = _PROJECTS | {"regulator": "convlstm"}
 _RNN = _PROJECTS | {"replace": True, "stage_sizes": (3, 3, 3)}
@@ -198,8 +216,9 @@ def check_model(
             raise ValueError(f"model {name!r} has no option {key!r}: {hint}")
         if key in ("kernel", "share_regulator") and make.keywords.get(key, value) != value:
             raise ValueError(f"{key} is {value!r}: in {name} it is always {make.keywords[key]!r}")
-        if key in _CHOICES and value not in _CHOICES[key]:
-            raise ValueError(f"{key} is {value!r}: it must be one of {', '.join(map(repr, _CHOICES[key]))}")
+        choices = OPTIONS[key].choices if key in OPTIONS else ()
+        if choices and value not in choices:
+            raise ValueError(f"{key} is {value!r}: it must be one of {', '.join(map(repr, choices))}")
         if key in ("width", "unroll", "output_stride") and (
             not isinstance(value, int) or isinstance(value, bool) or value < 1
         ):

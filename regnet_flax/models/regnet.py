@@ -15,7 +15,7 @@ from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock
 from regnet_flax.models.initializers import INITIALIZERS
 from regnet_flax.models.layers import BatchNorm, Conv
 from regnet_flax.models.ops import PLAIN, Ops, Value
-from regnet_flax.models.regulators import REGULATORS, ReplacingConvGRU
+from regnet_flax.models.regulators import REGULATORS, ReplacingConvGRU, check_cell
 
 Array = jax.Array
 
@@ -60,10 +60,12 @@ class Stage(nn.Module):
             shape = (n, -(-height // self.strides), -(-width // self.strides), options["features"])
             state = cell.initial_state(shape, options["dtype"])
             carry = (x, state)
+            if self.is_initializing():
+                check_cell(cell, state, shared=self.shared)
             if self.shared:
                 # Made here and passed to every block: a cell handed over as a submodule of the scanned block would
                 # silently be given one copy per step.
-                shared = self.param("regulator", lambda key: cell.init(key, state[0], state)["params"])
+                shared = self.param("regulator", lambda key: cell.init(key, state[0], state).get("params", {}))
 
         one = nn.remat(block_type) if self.remat else block_type
         carry, _ = one(**options, strides=self.strides, dilations=self.dilations, name="block1")(carry, shared)

@@ -7,12 +7,15 @@ output g·n + c is channel c of gate g.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import InvalidRngError
 
+from regnet_flax.errors import InputError
 from regnet_flax.models.initializers import INITIALIZERS, Initializers
 from regnet_flax.models.ops import PLAIN, Ops, cells
 from regnet_flax.models.ops.cells import Gates, State
@@ -114,9 +117,9 @@ class Regulator(nn.Module):
 
     @property
     def multiply_adds(self) -> int:
-        """Of one step, a pixel."""
-        n = self.features
-        return len(self.gate_names) * (18 * n * n if self.kernel == "dense" else 11 * n)
+        """Of one step, per pixel, of a cell that has its variables: each weight is used once, but for biases."""
+        weights = jax.tree.leaves(self.variables.get("params", {}))
+        return sum(math.prod(weight.shape) for weight in weights if len(weight.shape) > 1)
 
     def _weights(self) -> tuple[Array, ...]:
         n, gates, init = self.features, len(self.gate_names), INITIALIZERS[self.initial]
@@ -205,10 +208,6 @@ class ReplacingConvGRU(Regulator):
 
     gate_names = ("a", "b", "y")
 
-    @property
-    def multiply_adds(self) -> int:
-        return 9 * self.features**2 * (2 * 2 + 3)
-
     def _weights(self) -> tuple[Array, ...]:
         n, initial = self.features, INITIALIZERS[self.initial]
         if self.kernel != "dense":
@@ -230,3 +229,26 @@ class ReplacingConvGRU(Regulator):
 
 
 REGULATORS: dict[str, type[Regulator]] = {"convrnn": ConvRNN, "convgru": ConvGRU, "convlstm": ConvLSTM}
+
+
+def check_cell(cell: Regulator, state: State, *, shared: bool) -> None:
+    """Raises InputError if a cell of one's own needs what its stage does not give it; nothing is computed."""
+
+    def init_and_apply() -> Any:
+        variables = cell.init(jax.random.key(0), state[0], state)
+        cell.apply(variables, state[0], state, mutable=list(variables))
+        return variables
+
+    name = type(cell).__name__
+    try:
+        variables = jax.eval_shape(init_and_apply)
+    except InvalidRngError as error:
+        raise InputError(
+            f"the regulator {name} draws random numbers, as for dropout, and is given none, since what a run computes "
+            "would depend on the number of devices: leave them out"
+        ) from error
+    if shared and (others := sorted(variables.keys() - {"params"})):
+        raise InputError(
+            f"the regulator {name} keeps {', '.join(others)}, and one that all blocks of a stage share can keep params "
+            "only: give each block its own, with share_regulator=False"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 import time
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from regnet_flax.analysis import summary
+from regnet_flax.command_line import Options
 from regnet_flax.config import check as config_lib
 from regnet_flax.config.resolve import resolve
 from regnet_flax.data import stream
@@ -117,3 +119,9 @@ def matmul_rate(device: Any, dtype: str, rounds: int = 5) -> float:
         jax.block_until_ready(product(a, a))
         best = min(best, time.perf_counter() - began)
     return 2 * side**3 / best
+
+
+def run(config: Any, options: Options) -> None:
+    """Prints what `benchmark` measures, as one line of JSON."""
+    config.dataset.data_dir = config.dataset.data_dir or "."  # nothing is read
+    print(json.dumps(benchmark(config, jax.local_devices())))

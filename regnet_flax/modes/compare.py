@@ -13,9 +13,11 @@ from typing import Any
 import jax
 
 from regnet_flax.analysis import report
+from regnet_flax.command_line import Options
 from regnet_flax.config.check import check_config
 from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError
 from regnet_flax.models.registry import parse_variant
+from regnet_flax.modes.train import train_and_evaluate
 from regnet_flax.training.signals import StopSignals
 from regnet_flax.training.workdir import workdir_lock
 
@@ -87,3 +89,8 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
             logger.info("report: %s and %s", path / report.MARKDOWN, path / report.HTML)
     if failed:
         raise NonFiniteError(f"{len(failed)} of {len(variants)} models did not end: {'; '.join(failed)}")
+
+
+def run(config: Any, options: Options) -> None:
+    """Compares the models of `compare.models`; see `compare`."""
+    compare(config, options.workdir, train_and_evaluate)

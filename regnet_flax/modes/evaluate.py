@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from regnet_flax.analysis.by_class import write_figures
+from regnet_flax.command_line import Options
 from regnet_flax.config.check import check_config
 from regnet_flax.config.resolve import resolve
 from regnet_flax.errors import ConfigError
@@ -93,3 +94,8 @@ def _write(
         logger.warning("%s and the pictures cannot be written: %s", path / workdir.EVAL, error.strerror)
     else:
         logger.info("by class: %s, pictures: %s", path / workdir.EVAL, figures)
+
+
+def run(config: Any, options: Options) -> None:
+    """Evaluates the checkpoint `eval.checkpoint` of the workdir, or `model.init_from`; see `evaluate_only`."""
+    evaluate_only(config, options.workdir)

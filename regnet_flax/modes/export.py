@@ -12,15 +12,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from regnet_flax.command_line import Options
 from regnet_flax.data.augment import normalize
 from regnet_flax.errors import WeightsError
-from regnet_flax.files import read_json, replacing
+from regnet_flax.files import replacing
 from regnet_flax.models.ops import PLAIN
 from regnet_flax.models.regnet import unstack_blocks
 from regnet_flax.modes import model_card
 from regnet_flax.port.torch import to_torch
 from regnet_flax.port.weights import write_weights
-from regnet_flax.training.workdir import CONFIG
+from regnet_flax.trained import Trained, with_config
 
 FILES = {"stablehlo": "model.stablehlo", "safetensors": "weights.safetensors", "torch": "weights.pth"}
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -28,16 +29,11 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 logger = logging.getLogger("regnet_flax")
 
 
-def export_model(
-    config: Any, model: nn.Module, variables: dict[str, Any], step: int, workdir: str | pathlib.Path
-) -> pathlib.Path:
+def export_model(trained: Trained, workdir: str | pathlib.Path) -> pathlib.Path:
     """Writes the file that `export.path` and `export.format` ask for, and a model card beside it.
 
     Args:
-      config: the workdir's.
-      model: from create_model.
-      variables: "params" and "batch_stats".
-      step: of the checkpoint that they are of.
+      trained: the model, with the config that says what to write.
       workdir: where the file goes if `export.path` is "".
 
     Returns:
@@ -46,9 +42,9 @@ def export_model(
     Raises:
       WeightsError: the path's suffix is none of that format's, or PyTorch is needed and not installed.
     """
+    config, model, variables, step = trained.config, trained.model, trained.variables, trained.step
     workdir, kind = pathlib.Path(workdir), config.export.format
     path = pathlib.Path(config.export.path) if config.export.path else workdir / FILES[kind]
-    record = read_json(workdir / CONFIG)
     metadata = {
         "model": config.model.name,
         "num_classes": str(config.dataset.num_classes),
@@ -60,10 +56,10 @@ def export_model(
     if kind == "stablehlo":
         if path.suffix != pathlib.Path(FILES[kind]).suffix:
             raise WeightsError(f"{path} must end in .stablehlo, or name another --config.export.format")
-        program = stablehlo(model, variables, record["image_shape"], config.dataset.mean, config.dataset.std)
+        program = stablehlo(model, variables, trained.image_shape, config.dataset.mean, config.dataset.std)
         with replacing(path) as part:
             part.write_bytes(program)
-        beside = metadata | {"image_shape": record["image_shape"], "class_names": record["class_names"]}
+        beside = metadata | {"image_shape": list(trained.image_shape), "class_names": list(trained.class_names)}
         path.with_name(path.name + ".json").write_text(json.dumps(beside, indent=2) + "\n")
         said = f"for {', '.join(PLATFORMS)}"
     else:
@@ -101,3 +97,8 @@ def stablehlo(
     (count,) = jax.export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((count, *image_shape), jnp.uint8)
     return bytes(jax.export.export(jax.jit(classify), platforms=PLATFORMS)(images).serialize())
+
+
+def run(config: Any, options: Options) -> None:
+    """Exports the workdir's checkpoint `eval.checkpoint`; see `export_model`."""
+    export_model(with_config(config, options.workdir), options.workdir)

@@ -38,7 +38,7 @@ Weights by PyTorch's names and in its layouts. With regnet_flax:
 
 ```python
 import numpy as np
-from regnet_flax import create_model
+{plugins}from regnet_flax import create_model
 from regnet_flax.port.torch import from_torch
 from regnet_flax.port.weights import read_weights
 
@@ -134,6 +134,7 @@ def describe(config: Any, variables: dict[str, Any], step: int, workdir: pathlib
         "classes": len(names),
         "mean": tuple(round(value, 6) for value in data.mean),
         "std": tuple(round(value, 6) for value in data.std),
+        "plugins": "".join(f"import {name}  # registers the regulator\n" for name in config.model.plugins),
         "model": ", ".join(filter(None, (f'"{config.model.name}", num_classes={len(names)}', written))),
     }
     programs = [file for file in files if file.endswith(".stablehlo")]

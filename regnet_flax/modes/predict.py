@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import logging
 import os
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from regnet_flax.analysis import plots
-from regnet_flax.data import augment, photos, stream
+from regnet_flax.command_line import Options
 from regnet_flax.data.folder import EXTENSIONS, read_image
 from regnet_flax.errors import ConfigError, DataError, one_line
-from regnet_flax.files import read_json
+from regnet_flax.trained import Trained, with_config
 from regnet_flax.training import workdir
 
 SHOWN = 16  # images in the picture
@@ -62,25 +60,8 @@ def _is_image(file: pathlib.Path) -> bool:
     return file.name.lower().endswith(EXTENSIONS) and not file.name.startswith(".") and file.is_file()
 
 
-def to_input(image: Image.Image, shape: Sequence[int], crop: bool = False) -> np.ndarray:
-    """What the model is given of an image: resized as image folders are for evaluation.
-
-    Args:
-      image: upright RGB, of any size.
-      shape: (height, width, channels); of one channel, the image is made grey.
-      crop: take the centre, as for a model that was trained on random crops.
-
-    Returns:
-      uint8 of this shape.
-    """
-    height, width, channels = shape
-    image = image.convert("L") if channels == 1 else image
-    box = photos.centre_box(*image.size, size=height) if crop else None
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box)).reshape(height, width, channels)
-
-
 def _read(
-    files: Sequence[pathlib.Path], shape: Sequence[int], crop: bool
+    files: Sequence[pathlib.Path], trained: Trained
 ) -> tuple[list[pathlib.Path], np.ndarray, list[np.ndarray], list[dict[str, str]]]:
     """The files that can be read, the model's inputs, thumbnails of the first, and the files that cannot, with why."""
     readable, inputs, thumbnails, skipped = [], [], [], []
@@ -92,7 +73,7 @@ def _read(
             logger.warning("left out %s: %s", file, skipped[-1]["reason"])
             continue
         readable.append(file)
-        inputs.append(to_input(image, shape, crop))
+        inputs.append(trained.to_input(image))
         if len(thumbnails) < SHOWN:
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             thumbnails.append(np.asarray(image))
@@ -101,48 +82,12 @@ def _read(
     return readable, np.stack(inputs), thumbnails, skipped
 
 
-def probabilities(
-    model: nn.Module, variables: dict[str, Any], images: np.ndarray, mean: Any, std: Any, batch_size: int
-) -> np.ndarray:
-    """The probability of each class for each image.
-
-    Args:
-      model: from create_model.
-      variables: "params" and "batch_stats".
-      images: uint8 (N, height, width, channels).
-      mean: see augment.normalize.
-      std: likewise.
-      batch_size: images at a time.
-
-    Returns:
-      float32 (N, classes).
-    """
-    batch_size = min(batch_size, len(images))
-
-    @jax.jit
-    def predict(batch):
-        logits: Any = model.apply(variables, augment.normalize(batch, mean, std), train=False)
-        return jax.nn.softmax(logits)
-
-    results = []
-    for start in range(0, len(images), batch_size):
-        # The last batch is filled up, so that one shape is compiled.
-        indices = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
-        results.append(np.asarray(predict(jnp.asarray(images[indices]))))
-    return np.concatenate(results)[: len(images)]
-
-
-def predict_images(
-    config: Any, model: nn.Module, variables: dict[str, Any], step: int, path: str | os.PathLike
-) -> dict[str, Any]:
+def predict_images(trained: Trained, path: str | os.PathLike) -> dict[str, Any]:
     """Predicts the classes of the images that `predict.images` names, and writes figures/predict.png.
 
     Args:
-      config: the workdir's.
-      model: from create_model.
-      variables: "params" and "batch_stats".
-      step: of the checkpoint that they are of.
-      path: the workdir, whose config.json has the class names and the images' shape.
+      trained: the model, with the config.
+      path: the workdir, where the figure goes.
 
     Returns:
       "model"; "workdir"; "step"; "predictions", for each image that could be read its "file" and "top", the
@@ -153,12 +98,9 @@ def predict_images(
       ConfigError: `predict.images` names no file.
       DataError: none of the files can be read.
     """
-    record = read_json(pathlib.Path(path) / workdir.CONFIG)
-    names = record["class_names"]
-    settings = config.dataset
-    crop = stream.CROP in settings.augment
-    files, images, thumbnails, skipped = _read(find_images(config.predict.images), record["image_shape"], crop)
-    shares = probabilities(model, variables, images, settings.mean, settings.std, config.eval.batch_size)
+    config, names = trained.config, trained.class_names
+    files, images, thumbnails, skipped = _read(find_images(config.predict.images), trained)
+    shares = trained.predict(images)
     best = np.argsort(-shares, axis=1, kind="stable")[:, : config.predict.top]
     tops = [
         [{"class": names[c], "probability": float(row[c])} for c in order]
@@ -172,12 +114,12 @@ def predict_images(
         [file.name for file in files],
         [[(entry["class"], entry["probability"]) for entry in top] for top in tops],
         picture,
-        title=f"{config.model.name} at step {step}{more}",
+        title=f"{config.model.name} at step {trained.step}{more}",
     )
     return {
         "model": config.model.name,
         "workdir": str(path),
-        "step": step,
+        "step": trained.step,
         "predictions": [{"file": str(file), "top": top} for file, top in zip(files, tops, strict=True)],
         "skipped": skipped,
         "picture": str(picture),
@@ -202,3 +144,10 @@ def show(result: dict[str, Any], as_json: bool) -> None:
         table.add_row(os.path.relpath(file, folder or "."), *cells)
     Console(markup=False, highlight=False, emoji=False).print(table)
     logger.info("picture: %s", result["picture"])
+
+
+def run(config: Any, options: Options) -> None:
+    """Prints the classes of the images that `predict.images` names; see `predict_images`."""
+    with contextlib.redirect_stdout(sys.stderr) if config.predict.json else contextlib.nullcontext():
+        result = predict_images(with_config(config, options.workdir), options.workdir)
+    show(result, config.predict.json)

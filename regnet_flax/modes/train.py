@@ -13,6 +13,7 @@ import jax
 
 from regnet_flax.analysis import plots
 from regnet_flax.analysis.by_class import write_figures
+from regnet_flax.command_line import Options
 from regnet_flax.config.check import check_config, flatten
 from regnet_flax.config.resolve import resolve
 from regnet_flax.errors import ConfigError, WorkdirError
@@ -203,3 +204,8 @@ def _finish(run: Run, config: Any, dataset: Dataset, checkpoints: Checkpoints, p
         write_json(path / workdir.RESULTS, results)
         report(results, path)
     return parallel.from_primary(results)
+
+
+def run(config: Any, options: Options) -> None:
+    """Trains, or resumes, the workdir's run; see `train_and_evaluate`."""
+    train_and_evaluate(config, options.workdir, profile=options.profile)

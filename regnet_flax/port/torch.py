@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -46,18 +47,18 @@ def _torch_name(path: tuple[str, ...], modules: dict[str, str]) -> str:
     """From ("stage1", "block2", "shortcut_conv", "kernel") to "layer1.1.shortcut.0.weight"."""
     parts = []
     *owners, leaf = path
-    for owner in owners:
+    for index, owner in enumerate(owners):
         if match := re.fullmatch(r"stage(\d+)_block(\d+)", owner):  # RegNetY
             parts.append(f"trunk_output.block{match[1]}.block{match[1]}-{int(match[2]) - 1}")
         elif match := re.fullmatch(r"stage(\d+)", owner):
             parts.append(f"regulator{match[1]}" if owners[1] == "regulator" else f"layer{match[1]}")
         elif match := re.fullmatch(r"block(\d+)", owner):
             parts.append(str(int(match[1]) - 1))
-        elif owner == "regulator" and owners[1] == "regulator":
+        elif index == 1 and owner == "regulator":
             continue  # the stage's shared one, already named
         else:
             parts.append(modules.get(owner, owner))
-    return ".".join([*parts, _LEAVES[leaf]])
+    return ".".join([*parts, _LEAVES.get(leaf, leaf)])
 
 
 class _Entry(NamedTuple):
@@ -82,8 +83,14 @@ class _Entry(NamedTuple):
 
 def _entries(variables: Mapping[str, Any], model: nn.Module) -> Iterator[_Entry]:
     modules = _module_names(model)
-    for path, array in traverse_util.flatten_dict(dict(variables)).items():
-        yield _Entry(_torch_name(path[1:], modules), path, array)
+    flat = traverse_util.flatten_dict(dict(variables))
+    names = {path: _torch_name(path[1:], modules) for path in flat}
+    count = collections.Counter(names.values())
+    for path, array in flat.items():
+        name = names[path]
+        if count[name] > 1:  # as of a cell of one's own with weights "kernel" and "scale"
+            name = f"{name.rpartition('.')[0]}.{path[-1]}"
+        yield _Entry(name, path, array)
 
 
 def to_torch(variables: Mapping[str, Any], model: nn.Module) -> dict[str, np.ndarray]:

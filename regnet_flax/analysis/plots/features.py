@@ -134,9 +134,11 @@ def gates(blocks: Sequence[BlockFeatures], path: pathlib.Path, title: str = "") 
       title: above it.
 
     Raises:
-      ValueError: no block has a regulator.
+      ValueError: no block has a regulator with gates.
     """
-    blocks = _regulated(blocks)
+    blocks = [block for block in blocks if block.gates]
+    if not blocks:
+        raise ValueError("no block has a regulator with gates: take a RegNet's blocks, not a ResNet's")
     plt = pyplot()
     names = list(blocks[0].gates)
     width = max(2.2, 0.33 * len(blocks))
@@ -146,8 +148,9 @@ def gates(blocks: Sequence[BlockFeatures], path: pathlib.Path, title: str = "") 
     for index, (axes, name) in enumerate(zip(grid[0], names, strict=True)):
         arrays = [block.gates[name] for block in blocks]
         _bands(axes, blocks, arrays, f"C{index}")
-        signed = min(array.min() for array in arrays) < 0  # tanh, not σ
-        axes.set_ylim(-1.03 if signed else -0.03, 1.03)
+        low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
+        # From −1 for tanh, from 0 for σ; a cell of one's own may go beyond.
+        axes.set_ylim(min(low, -1.0 if low < 0 else 0.0) - 0.03, max(high, 1.0) + 0.03)
         axes.set_title(f"gate {name}")
     figure.suptitle(title)
     _save(plt, figure, path)
@@ -165,7 +168,9 @@ def state(blocks: Sequence[BlockFeatures], path: pathlib.Path, *, image: int = 0
     Raises:
       ValueError: no block has a regulator.
     """
-    blocks = _regulated(blocks)
+    blocks = [block for block in blocks if block.state]
+    if not blocks:
+        raise ValueError("no block has a regulator: take a RegNet's blocks, not a ResNet's")
     plt = pyplot()
     names = list(blocks[0].state)
     figure = plt.figure(figsize=(0.8 + 0.95 * len(blocks), 1.3 * len(names) + 2.9), layout="constrained")
@@ -185,10 +190,3 @@ def state(blocks: Sequence[BlockFeatures], path: pathlib.Path, *, image: int = 0
         axes.set_title(f"{name}, all values", fontsize="medium")
     figure.suptitle(title)
     _save(plt, figure, path)
-
-
-def _regulated(blocks: Sequence[BlockFeatures]) -> list[BlockFeatures]:
-    kept = [block for block in blocks if block.gates]
-    if not kept:
-        raise ValueError("no block has a regulator: take a RegNet's blocks, not a ResNet's")
-    return kept

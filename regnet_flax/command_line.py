@@ -1,0 +1,155 @@
+"""Reads the command line: flags, the config file, and the config that a workdir keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from regnet_flax.config_files import DEFAULT_CONFIG, find_config, provide_configs
+from regnet_flax.errors import ConfigError, UsageError
+
+_IN_CONFIG = "Error whilst parsing config file"  # ml_collections, before a traceback
+# These modes take the config from the command line alone; the others take it from the workdir's config.json.
+_BEGIN = ("train", "compare")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What the command line says beside the config.
+
+    Attributes:
+      mode: what to do.
+      workdir: where the run is kept.
+      distributed: "", or how this process finds the others; see `parallel.initialize`.
+      profile: whether to write a trace of a few training steps into the workdir.
+    """
+
+    mode: str
+    workdir: str
+    distributed: str = ""
+    profile: bool = False
+
+
+def usage(modes: Sequence[str]) -> str:
+    """What --help prints."""
+    return f"""\
+usage: python -m regnet_flax.main [--config FILE] [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE …]
+
+  --config FILE          a config file, or FILE:MODEL for another model; {DEFAULT_CONFIG} by default
+  --mode MODE            {", ".join(modes)}; train by default. Interrupted runs resume: run train again
+  --workdir DIR          where the run is kept; runs/<config>-<model>-<seed> by default, runs/<config> for compare
+  --distributed auto     train or eval as one of several processes that Slurm, Kubernetes, Open MPI or a TPU started
+  --distributed HOST:PORT,PROCESSES,INDEX    the same, told which: process 0's machine and a free port on it
+  --profile              write a trace of a few training steps into WORKDIR/profile, for TensorBoard or Perfetto
+  --config.FIELD=VALUE   sets a field of the config, such as --config.train.batch_size=64
+  --helpfields           lists the fields of a config
+
+Models: regnet20_convlstm, regnet56_convgru, se_resnet20, …; see regnet_flax.list_models().
+"""
+
+
+def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
+    """Reads the command line.
+
+    Args:
+      argv: the arguments, without the program's name.
+      modes: the values that --mode takes.
+
+    Returns:
+      The locked config and the other flags. Modes other than train and compare take the config from the workdir's
+      config.json where there is one, the command line's overrides on top.
+
+    Raises:
+      UsageError: wrong flags, fields or values.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    name, rest = _take_config(argv)
+    file = find_config(name)
+    provide_configs(file.partition(":")[0])
+    # ml_collections asks that the file come before the overrides.
+    arguments = ["regnet_flax", f"--config={file}", *rest]
+
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", help_string="config file", flag_values=values, sys_argv=arguments)
+    flags.DEFINE_string("workdir", "", "where the run is kept: runs/<config>-<model>-<seed> by default", values)
+    flags.DEFINE_enum("mode", "train", list(modes), "what to do", values)
+    flags.DEFINE_string("distributed", "", "auto, or HOST:PORT,PROCESSES,INDEX, to train with other processes", values)
+    flags.DEFINE_bool("profile", False, "write a trace of a few training steps into the workdir", values)
+    try:
+        left = values(arguments)
+    except Exception as error:  # the config is a program, and may end in anything
+        of_the_config = not isinstance(error, flags.Error) or _IN_CONFIG in str(error)
+        if isinstance(error, flags.IllegalFlagValueError) and (wrong := _wrong_field(arguments, str(error))):
+            raise UsageError(wrong) from error
+        prefix = f"--config {name or DEFAULT_CONFIG}: " if of_the_config else ""
+        raise UsageError(prefix + _one_line(error)) from error
+    if len(left) > 1:
+        raise UsageError(f"{left[1]!r} is not understood: options are written --name=value")
+
+    config, workdir = values.config, values.workdir
+    if not workdir:
+        stem = pathlib.Path(file.partition(":")[0]).stem
+        run = stem if values.mode == "compare" else f"{stem}-{config.model.name}-{config.seed}"
+        workdir = str(pathlib.Path("runs") / run)
+    if values.mode not in _BEGIN:
+        _take_stored(config, workdir, config_flags.get_override_values(values["config"]))
+    return config, Options(values.mode, workdir, values.distributed, values.profile)
+
+
+def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of --config, None where it is not given, and the other arguments."""
+    names = [arg for arg in argv if re.match(r"--?config(=|$)", arg)]
+    rest = list(argv)
+    if not names:
+        return None, rest
+    if len(names) > 1:
+        raise UsageError("--config is given more than once")
+    index = rest.index(names[0])
+    _, equals, name = rest.pop(index).partition("=")
+    if equals:
+        return name, rest
+    if index == len(rest):
+        raise UsageError("--config needs a file, such as --config configs/cifar10.py")
+    return rest.pop(index), rest
+
+
+def _take_stored(config: Any, workdir: str, overrides: dict[str, Any]) -> None:
+    """Gives the config the values of the workdir's config.json, if there is one, and the overrides on top."""
+    from regnet_flax.config.resolve import fill_in
+    from regnet_flax.training.workdir import CONFIG, read_plain_config
+
+    stored = read_plain_config(pathlib.Path(workdir))
+    if not stored:
+        return
+    try:
+        fill_in(config, stored)
+    except (AttributeError, KeyError, TypeError, ConfigError) as error:
+        raise UsageError(
+            f"{workdir}/{CONFIG} does not fit this version ({_one_line(error)}): restore it, or name another --workdir"
+        ) from error
+    config.update_from_flattened_dict(overrides)
+
+
+def _wrong_field(arguments: Sequence[str], problem: str) -> str:
+    """What is wrong with the value that absl could not parse, as check_config says it; "" if it is no field's."""
+    from regnet_flax.config.fields import FIELDS
+
+    for argument in arguments:
+        name, _, value = argument.lstrip("-").partition("=")
+        field = name.removeprefix("config.")
+        if field in FIELDS and problem.startswith(f"flag --{name}={value}: "):
+            return f"{field} is {value!r}: it must be {FIELDS[field].check(value) or 'of another type'}"
+    return ""
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    if any(_IN_CONFIG in line for line in lines):
+        lines = lines[-1:]  # of a traceback
+    return " ".join(lines) or type(error).__name__

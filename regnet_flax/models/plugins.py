@@ -1,0 +1,91 @@
+"""Regulators of one's own: registered by name, in modules that a config may name."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from regnet_flax.errors import one_line
+from regnet_flax.models.registry import MODELS, family
+from regnet_flax.models.regnet import CELLS
+from regnet_flax.models.regulators import REGULATORS, Regulator
+
+Cell = TypeVar("Cell", bound=type[Regulator])
+
+
+def register_regulator(name: str) -> Callable[[Cell], Cell]:
+    """Makes a regulator of your own known by name, as the decorator of its class.
+
+    Every depth then has a model with it, such as "regnet20_mycell" and "se_regnet50_mycell", for `create_model`,
+    `list_models` and configs; exports, `--mode summary`, `--mode compare` and `analysis.features` know it too. A cell
+    gives `gate_names`, `state_names` and `step`; see `Regulator`. A cell with other weights than those of gates
+    overrides `__call__`, and a cell that does not use each weight once per pixel overrides `multiply_adds`.
+
+        import jax.numpy as jnp
+        from flax import linen as nn
+        from regnet_flax import create_model, register_regulator
+        from regnet_flax.models.regulators import Regulator
+
+        @register_regulator("leaky")
+        class Leaky(Regulator):
+            gate_names = ("z", "h")
+
+            def step(self, x, state, weights):
+                (h,) = state
+                z, candidate = self.convolve(x, h, weights, 0, 2)
+                gates = {"z": nn.sigmoid(z), "h": jnp.tanh(candidate)}
+                return (gates["z"] * h + gates["h"],), gates
+
+        model = create_model("regnet20_leaky")
+
+    The command line imports the module with `--config.model.plugins="('my_module',)"`.
+
+    A regulator is given no random numbers, so it cannot have dropout: what a run computes would depend on the number of
+    devices. One with batch statistics needs `share_regulator=False`; `self.is_mutable_collection("batch_stats")` tells
+    it whether the model is training. `model.init` raises ValueError otherwise.
+
+    Args:
+      name: an identifier, in ASCII.
+
+    Returns:
+      The decorator, which returns the class as it is.
+
+    Raises:
+      ValueError: the name is no identifier or taken, or what is decorated is not a subclass of `Regulator`.
+    """
+    if not (isinstance(name, str) and name.isascii() and name.isidentifier()):
+        raise ValueError(
+            f'{name!r} is no name for a regulator: write an identifier, as in @register_regulator("mycell")'
+        )
+
+    def register(cell: Cell) -> Cell:
+        if not (isinstance(cell, type) and issubclass(cell, Regulator)):
+            raise ValueError(f"{cell!r} cannot be registered: it must be a subclass of regnet_flax's Regulator")
+        if name in CELLS:
+            owner = f"{CELLS[name].__module__}.{CELLS[name].__qualname__}"
+            raise ValueError(f"a regulator {name!r} exists already ({owner}): choose another name")
+        REGULATORS[name] = CELLS[name] = cell
+        MODELS.update(family([name]))
+        return cell
+
+    return register
+
+
+def import_plugins(names: Sequence[str]) -> None:
+    """Imports modules that register regulators, from the current directory too.
+
+    Raises:
+      ValueError: one cannot be imported; the message is one line.
+    """
+    if names and os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except (Exception, SystemExit) as error:
+            raise ValueError(
+                f"{name!r} cannot be imported ({one_line(error)}): fix it, run where it is, or set PYTHONPATH"
+            ) from error

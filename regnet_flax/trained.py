@@ -1,0 +1,171 @@
+"""What a run has trained, ready to be used: `load(workdir).predict(images)`."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from PIL import Image
+
+from regnet_flax.config.fields import default_config
+from regnet_flax.config.resolve import fill_in
+from regnet_flax.data import photos, stream
+from regnet_flax.data.augment import normalize
+from regnet_flax.data.folder import read_image
+from regnet_flax.errors import ConfigError, DataError, WorkdirError, one_line
+from regnet_flax.modes.setup import load_trained
+from regnet_flax.training.workdir import read_config
+
+Path = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A model with what it was trained to.
+
+    Attributes:
+      model: from create_model.
+      variables: its "params" and "batch_stats", the averages where the run keeps them.
+      config: the run's, a ConfigDict, in which what was left to the data set is filled in.
+      class_names: in the order of the logits.
+      image_shape: (height, width, channels) of the images that the model takes.
+      step: of the checkpoint.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    config: Any
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    step: int
+
+    def predict(self, images: np.ndarray | Path | Iterable[Path]) -> np.ndarray:
+        """The probability of each class for each image.
+
+        Args:
+          images: uint8 pixels, (N, height, width, channels) or one image's (height, width, channels); or the path of an
+            image file, or a list of paths. Arrays of `image_shape` are taken as they are; all other images are resized
+            as those of the test split were. The run's normalisation is done here.
+
+        Returns:
+          float32 (N, classes), each row summing to 1.
+
+        Raises:
+          DataError: a file cannot be read as an image.
+          ValueError: an array has another dtype or number of axes.
+        """
+        inputs = self._arrays(images) if isinstance(images, np.ndarray) else self._files(images)
+        if not len(inputs):
+            return np.empty((0, len(self.class_names)), np.float32)
+        settings, size = self.config.dataset, self.config.eval.batch_size
+        return probabilities(self.model, self.variables, inputs, settings.mean, settings.std, size)
+
+    def to_input(self, image: Image.Image) -> np.ndarray:
+        """What the model is given of an upright RGB image: uint8 of `image_shape`; see `to_input`."""
+        return to_input(image, self.image_shape, crop=stream.CROP in self.config.dataset.augment)
+
+    def _arrays(self, images: np.ndarray) -> np.ndarray:
+        if images.dtype != np.uint8 or images.ndim not in (3, 4):
+            raise ValueError(
+                f"images are {images.dtype} of shape {images.shape}: give uint8, (N, height, width, channels) or "
+                "(height, width, channels)"
+            )
+        images = images.reshape(-1, *images.shape[-3:])
+        if images.shape[1:] == self.image_shape:
+            return images
+        if images.shape[-1] not in (1, 3):
+            raise ValueError(f"images have {images.shape[-1]} channels: give 1, grey, or 3, RGB")
+        grey = images.shape[-1] == 1
+        return self._stack(Image.fromarray(image[..., 0] if grey else image).convert("RGB") for image in images)
+
+    def _files(self, paths: Path | Iterable[Path]) -> np.ndarray:
+        def read(path: Path) -> Image.Image:
+            try:
+                return read_image(pathlib.Path(path))
+            except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
+                raise DataError(f"{path} cannot be read as an image ({one_line(error)})") from error
+
+        return self._stack(map(read, [paths] if isinstance(paths, (str, os.PathLike)) else paths))
+
+    def _stack(self, images: Iterable[Image.Image]) -> np.ndarray:
+        inputs = [self.to_input(image) for image in images]
+        return np.stack(inputs) if inputs else np.empty((0, *self.image_shape), np.uint8)
+
+
+def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = None) -> Trained:
+    """See `regnet_flax.load`."""
+    path = pathlib.Path(workdir)
+    if not (stored := read_config(path)):
+        raise WorkdirError(f"{path} is no workdir of a run, which has a config.json: name the directory that one wrote")
+    seeds = stored.get("seeds", [stored.get("seed", 0)])
+    if seed is not None and seed not in seeds:
+        raise ConfigError(f"seed is {seed}: {path} has {', '.join(map(str, seeds))}")
+    config = default_config().lock()
+    fill_in(config, stored)
+    config.seed = seeds[0] if seed is None else seed
+    config.eval.checkpoint = str(checkpoint)
+    return with_config(config, path)
+
+
+def with_config(config: Any, workdir: Path) -> Trained:
+    """As `load`, by a config of the workdir that may have other values of one's own, such as `eval.checkpoint`."""
+    path = pathlib.Path(workdir)
+    model, variables, step = load_trained(config, path)
+    record = read_config(path) or {}
+    height, width, channels = record["image_shape"]
+    return Trained(model, variables, config, tuple(record["class_names"]), (height, width, channels), step)
+
+
+def to_input(image: Image.Image, shape: Sequence[int], crop: bool = False) -> np.ndarray:
+    """What the model is given of an image: resized as image folders are for evaluation.
+
+    Args:
+      image: upright RGB, of any size.
+      shape: (height, width, channels); of one channel, the image is made grey.
+      crop: take the centre, as for a model that was trained on random crops.
+
+    Returns:
+      uint8 of this shape.
+    """
+    height, width, channels = shape
+    image = image.convert("L") if channels == 1 else image
+    box = photos.centre_box(*image.size, size=height) if crop else None
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR, box)).reshape(height, width, channels)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _classify(model: nn.Module, variables: Any, images: jax.Array, mean: Any, std: Any) -> jax.Array:
+    logits: Any = model.apply(variables, normalize(images, mean, std), train=False)
+    return jax.nn.softmax(logits)
+
+
+def probabilities(
+    model: nn.Module, variables: dict[str, Any], images: np.ndarray, mean: Any, std: Any, batch_size: int
+) -> np.ndarray:
+    """The probability of each class for each image.
+
+    Args:
+      model: from create_model.
+      variables: "params" and "batch_stats".
+      images: uint8 (N, height, width, channels), N at least 1.
+      mean: see augment.normalize.
+      std: likewise.
+      batch_size: images at a time.
+
+    Returns:
+      float32 (N, classes).
+    """
+    batch_size = min(batch_size, len(images))
+    results = []
+    for start in range(0, len(images), batch_size):
+        # The last batch is filled up, so that one shape is compiled.
+        indices = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
+        results.append(np.asarray(_classify(model, variables, images[indices], mean, std)))
+    return np.concatenate(results)[: len(images)]
