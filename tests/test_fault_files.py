@@ -5,6 +5,8 @@ import os
 import shutil
 
 import pytest
+
+from configs import digits
 from faults import (
     POWERLESS,
     STEPS,
@@ -21,8 +23,6 @@ from faults import (
     small_disk,  # noqa: F401
     uninterrupted,  # noqa: F401
 )
-
-from configs import digits
 from regnet_flax import main
 from regnet_flax.training.trainer import changed_rate
 

@@ -11,12 +11,12 @@ import zlib
 
 import numpy as np
 import pytest
-from faults import POWERLESS, ROOT, error_of, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from configs import digits
+from faults import POWERLESS, ROOT, error_of, run
 from regnet_flax import main
 from regnet_flax.config.check import check_config, flatten
 from regnet_flax.config.fields import FIELDS

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+
 from faults import (
     TINY,
     Started,
@@ -25,8 +27,6 @@ from faults import (
     run,
     uninterrupted,  # noqa: F401
 )
-from PIL import Image
-
 from regnet_flax import create_model
 from regnet_flax.training.optimizer import make_optimizer
 from regnet_flax.training.step import create_train_state, train_step
