@@ -390,11 +390,10 @@ def compare_block(kind, regulator, options, dtype, device):
 
 
 def create(name, options, **more):
-    """Our model; `stage_sizes` may be other than the name says."""
+    """Our model; `stage_sizes`, or RegNetY's `depth`, may be other than the name says."""
     options = {key: value for key, value in options.items() if key != "in_channels"}
-    sizes = options.pop("stage_sizes", None)
-    model = create_model(name, num_classes=CLASSES, **options, **more)
-    return model.clone(stage_sizes=sizes) if sizes else model
+    sizes = {key: options.pop(key) for key in ("stage_sizes", "depth") if key in options}
+    return create_model(name, num_classes=CLASSES, **options, **more).clone(**sizes)
 
 
 def reference(name, options, seed=0):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import pathlib
 import random
 import struct
 import subprocess
@@ -16,11 +15,12 @@ import numpy as np
 import pytest
 
 from configs import digits
+from helpers import ROOT, environment, error_of, metrics  # noqa: F401
+from helpers import run_process as run
 from regnet_flax.modes.setup import build_model, build_step
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.optimizer import build_optimizer
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 # 66 steps, a checkpoint every 4, and evaluations of 18 batches after every 11.
 TINY = [
     "--config.model.name=resnet8",
@@ -52,27 +52,6 @@ POWERLESS = [sys.executable, "-c", _POWERLESS]
 def limited(file_size):
     """What goes before a command whose files may not grow beyond so many bytes."""
     return [sys.executable, "-c", _LIMITED, str(file_size)]
-
-
-def environment(**more):
-    return os.environ | {"PYTHONPATH": str(ROOT)} | more
-
-
-def run(*arguments, check=None, before=(), timeout=600, **options):
-    """The program, run to its end."""
-    command = [*before, sys.executable, "-m", "regnet_flax.main", *map(str, arguments)]
-    options.setdefault("env", environment())
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
-    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
-    assert check is None or done.returncode == check, done.stdout + done.stderr
-    return done
-
-
-def error_of(done, code):
-    """The one line that a program that ended with that code said."""
-    (line,) = done.stderr.strip().splitlines()
-    assert done.returncode == code and line.startswith("error: "), done.stdout + done.stderr
-    return line
 
 
 class Started:
@@ -163,15 +142,9 @@ def arrays(workdir, step=STEPS):
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state)}
 
 
-def metrics(workdir):
-    """The lines of metrics.jsonl, times aside."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
-
-
-def assert_ends_alike(workdir, uninterrupted):
+def assert_ends_alike(workdir, uninterrupted, step=STEPS):
     """A run that faults befell ended bitwise as the one that none did."""
-    found, expected = arrays(workdir), arrays(uninterrupted)
+    found, expected = arrays(workdir, step), arrays(uninterrupted, step)
     assert found.keys() == expected.keys() and any("opt_state" in name for name in found)
     for name in expected:
         assert found[name].tobytes() == expected[name].tobytes(), name

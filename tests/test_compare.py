@@ -4,8 +4,6 @@ import base64
 import html.parser
 import io
 import json
-import os
-import pathlib
 import re
 import signal
 import statistics
@@ -19,7 +17,8 @@ import scipy.stats
 from PIL import Image
 
 from configs import compare_digits, compare_placement, compare_sharing
-from regnet_flax import create_model, main
+from helpers import environment, run_program
+from regnet_flax import create_model
 from regnet_flax.analysis import compare, report
 from regnet_flax.config.check import model_options
 from regnet_flax.errors import ConfigError, NonFiniteError
@@ -306,19 +305,18 @@ TINY = [
     "--mode=compare",
     "--config=configs/compare_digits.py",
     "--config.model.overrides.width=4",
-    "--config.train.batch_size=128",
+    "--config.train.batch_size=256",
     "--config.train.epochs=3",
     "--config.compare.models=('resnet8', 'resnet8 shortcut=A')",
     "--config.compare.seeds=(0,1)",
 ]
 
 
-def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, program):
-    root = pathlib.Path(main.__file__).parents[1]
+def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-m", "regnet_flax.main", *TINY],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(root)},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -326,7 +324,7 @@ def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, program):
     path = tmp_path / "runs" / "compare_digits"
     first, second = path / "resnet8", path / "resnet8-shortcut-A"
     deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not (second / "checkpoints" / "11").exists():
+    while time.monotonic() < deadline and not (second / "checkpoints" / "5").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=100)
@@ -336,13 +334,13 @@ def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, program):
     assert not (path / "report.md").exists()
 
     before = (first / "metrics.jsonl").stat().st_mtime_ns
-    out = program(*TINY, cwd=tmp_path, check=0).stdout
+    out = run_program(*TINY, cwd=tmp_path, check=0).stdout
     assert "holds a finished run" in out and "going on from the checkpoint" in out
     assert (first / "metrics.jsonl").stat().st_mtime_ns == before
     head, *rows = markdown_rows((path / "report.md").read_text())
     for row, workdir in zip(rows, (first, second), strict=True):
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [11, 22, 33]
+        assert [line["step"] for line in lines] == [5, 10, 15]
         errors = [100 * (1 - lines[-1]["seeds"][seed]["eval_accuracy"]) for seed in ("0", "1")]
         assert row[head.index("top-1 error, %")] == f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f}"
     assert "--mode=compare" in (path / "report.md").read_text()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import ROOT, failures
 from regnet_flax.config.check import check_config, flatten, model_options
 from regnet_flax.config.fields import FIELDS
 from regnet_flax.config.resolve import changed_fields
@@ -18,7 +19,6 @@ from regnet_flax.errors import ConfigError
 from regnet_flax.models.registry import list_models
 from regnet_flax.training.optimizer import boundary_steps
 
-ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
 
 
@@ -55,25 +55,29 @@ def problems(values, devices=1):
 # The configs
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_a_shipped_config_is_right(name):
-    config = load(name)
-    if config.dataset.name == "folder":
-        config.dataset.data_dir = "photos"
-    check_config(config, devices=8)
-    assert {field for field, _ in flatten(config)} == FIELDS.keys()
-    assert config.model.name in list_models() and model_options(config)
-    # Tuples can be overridden on the command line, lists cannot.
-    sections = [section for section in config.to_dict().values() if isinstance(section, dict)]
-    assert not [value for section in sections for value in section.values() if isinstance(value, list)]
+def test_the_shipped_configs_are_right():
+    with failures() as case:
+        for name in CONFIGS:
+            with case(name):
+                config = load(name)
+                if config.dataset.name == "folder":
+                    config.dataset.data_dir = "photos"
+                check_config(config, devices=8)
+                assert {field for field, _ in flatten(config)} == FIELDS.keys()
+                assert config.model.name in list_models() and model_options(config)
+                # Tuples can be overridden on the command line, lists cannot.
+                sections = [section for section in config.to_dict().values() if isinstance(section, dict)]
+                assert not [value for section in sections for value in section.values() if isinstance(value, list)]
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "base" and "compare" not in name])
-def test_a_config_takes_the_model_as_its_argument(name):
-    with pytest.MonkeyPatch.context() as patch:
+def test_configs_take_the_model_as_their_argument():
+    with failures() as case, pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
-        config = importlib.import_module(f"configs.{name}").get_config("regnet56_convgru")
-    assert config.model.name == "regnet56_convgru"
+        for name in CONFIGS:
+            if name != "base" and "compare" not in name:
+                with case(name):
+                    config = importlib.import_module(f"configs.{name}").get_config("regnet56_convgru")
+                    assert config.model.name == "regnet56_convgru"
 
 
 def test_the_papers_cifar_recipe():
@@ -193,13 +197,15 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
-@pytest.mark.fault("a wrong value of one field")
-def test_a_wrong_value_is_one_line_with_field_value_and_mend(field, value):
-    (line,) = problems({field: value})
-    shown = tuple(value) if isinstance(value, list) else value
-    assert line.startswith(f"{field} is {shown!r}: it must be ")
-    assert len(line) > len(f"{field} is {shown!r}: it must be ")
+def test_a_wrong_value_is_one_line_with_field_value_and_mend(fault):
+    with failures() as case:
+        for field, value in [(field, value) for field, values in WRONG.items() for value in values]:
+            with case(f"{field}={value!r}"):
+                (line,) = problems({field: value})
+                shown = tuple(value) if isinstance(value, list) else value
+                assert line.startswith(f"{field} is {shown!r}: it must be "), line
+                assert len(line) > len(f"{field} is {shown!r}: it must be "), line
+            fault("a wrong value of one field")
 
 
 RIGHT = {
@@ -224,113 +230,117 @@ RIGHT = {
 }
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in RIGHT.items() for value in values])
-def test_a_right_value_passes(field, value):
-    check_config(changed({field: value}))
+def test_a_right_value_passes():
+    with failures() as case:
+        for field, value in [(field, value) for field, values in RIGHT.items() for value in values]:
+            with case(f"{field}={value!r}"):
+                check_config(changed({field: value}))
 
 
 FOLDER = {"dataset.name": "folder", "dataset.data_dir": "photographs", "dataset.image_size": 224}
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        {**FOLDER, "dataset.augment": ("random_resized_crop", "flip")},
-        {**FOLDER, "dataset.in_memory": "never"},
-        {"dataset.name": "imagenet2012", "dataset.augment": ("random_resized_crop",)},
-        {"dataset.name": "imagenet2012", "dataset.in_memory": "never", "dataset.image_size": 0},
-    ],
-)
-def test_what_can_be_streamed_passes(values):
-    check_config(changed(values))
+STREAMED = [
+    {**FOLDER, "dataset.augment": ("random_resized_crop", "flip")},
+    {**FOLDER, "dataset.in_memory": "never"},
+    {"dataset.name": "imagenet2012", "dataset.augment": ("random_resized_crop",)},
+    {"dataset.name": "imagenet2012", "dataset.in_memory": "never", "dataset.image_size": 0},
+]
 
 
-@pytest.mark.parametrize(
-    ("values", "start", "parts"),
-    [
-        ({"model.name": "regnet20_convlsmt"}, "model", ["'regnet20_convlsmt'", "regnet20_convlstm"]),
-        ({"model.name": "resnet21"}, "model", ["'resnet21'", "6m+2", "20 or 26"]),
-        ({"model.name": "regnet4_convgru"}, "model", ["'regnet4_convgru'", "8"]),
-        ({"model.overrides.kernel": "densest"}, "model", ["kernel is 'densest'", "separable", "dense"]),
-        ({"model.overrides.shortcut": "C"}, "model", ["shortcut is 'C'", "'A', 'B'"]),
-        ({"model.overrides.init": 1}, "model", ["init is 1", "paper", "torch"]),
-        ({"model.overrides.width": 0}, "model", ["width is 0", "at least 1"]),
-        ({"model.overrides.unroll": 1.5}, "model", ["unroll is 1.5", "at least 1"]),
-        ({"model.overrides.regulated_stages": (4,)}, "model", ["regulated_stages", "4", "1 to 3"]),
-        ({"model.overrides.bottleneck_stride": "3x3"}, "model", ["bottleneck_stride '3x3'", "use '1x1'"]),
-        (
-            {"optimizer.schedule": "step", "optimizer.boundaries": (20, 10)},
-            "optimizer.boundaries is (20, 10):",
-            ["order"],
-        ),
-        (
-            {"optimizer.schedule": "step", "optimizer.boundaries": (10, 10)},
-            "optimizer.boundaries is (10, 10):",
-            ["once"],
-        ),
-        # Half of 30 epochs is epoch 15.
-        ({"optimizer.boundaries": (0.5, 15)}, "optimizer.boundaries is (0.5, 15):", ["once"]),
-        (
-            {"optimizer.schedule": "step", "optimizer.boundaries": (10, 31)},
-            "optimizer.boundaries is (10, 31):",
-            ["train.epochs=30"],
-        ),
-        ({"dataset.mean": (0.1, 0.2, 0.3)}, "dataset.mean has 3 values and dataset.std 0:", ["one value a channel"]),
-        ({"dataset.std": (0.1,)}, "dataset.mean has 0 values and dataset.std 1:", ["()"]),
-        ({"optimizer.nesterov": True, "optimizer.momentum": 0.0}, "optimizer.nesterov is True:", ["momentum above 0"]),
-        ({"optimizer.warmup_epochs": 30.5}, "optimizer.warmup_epochs is 30.5:", ["train.epochs=30"]),
-        ({"dataset.name": "folder"}, "dataset.data_dir is '':", ["--config.dataset.data_dir=DIR"]),
-        ({"compare.seeds": (0, 1, 0)}, "compare.seeds is (0, 1, 0):", ["each seed once"]),
-        *[
-            ({"compare.models": ("resnet20", wrong)}, f"compare.models, {wrong!r}:", parts)
-            for wrong, parts in {
-                "regnet20_convlsmt": ["regnet20_convlstm"],
-                "resnet20 kernal=dense": ["'kernal'", "did you mean kernel"],
-                "resnet20 scan=False": ["'scan'", "kernel or share_regulator"],
-                "regnet20_convgru kernel=densest": ["kernel is 'densest'", "'separable', 'dense'"],
-                "regnet20_convgru regulated_stages=(4,)": ["stages of regnet20_convgru are 1 to 3"],
-                "regnet20_convgru regulated_stages=(1)": ["regulated_stages is 1", "a tuple, such as '(1, 2)'"],
-                "regnet20_convgru share_regulator=no": ["share_regulator is 'no'", "True or False"],
-                "regnet20_convgru dense": ["'dense' is not understood", "NAME OPTION=VALUE"],
-                "regnet20_convgru width=(8": ["width=(8 is not understood"],
-                "resnet20 width=8 width=4": ["width is given twice"],
-                "regnet_proj_cifar kernel=separable": ["always 'dense'"],
-                " ": ["name is missing"],
-            }.items()
-        ],
-        ({"compare.models": ("resnet20  width=8", "resnet20 width = 8")}, "compare.models has", ["each model once"]),
-        ({"dataset.in_memory": "never"}, "dataset.in_memory is 'never':", ["imagenet2012 and folder", "digits"]),
-        (
-            {"dataset.augment": ("random_resized_crop",)},
-            "dataset.augment has random_resized_crop",
-            ["digits takes 'crop'"],
-        ),
-        ({**FOLDER, "dataset.augment": ("flip", "random_resized_crop")}, "dataset.augment is ('flip',", ["the first"]),
-        ({"dataset.augment": ("erase", "flip")}, "dataset.augment is ('erase',", ["the last"]),
-        (
-            {**FOLDER, "dataset.augment": ("random_resized_crop",), "dataset.in_memory": "always"},
-            "dataset.in_memory is 'always':",
-            ["random_resized_crop", "auto or never"],
-        ),
-        (
-            {"dataset.name": "imagenet2012", "dataset.in_memory": "always"},
-            "dataset.in_memory is 'always':",
-            ["imagenet2012 does not fit", "auto"],
-        ),
-        (
-            {**FOLDER, "dataset.image_size": 0, "dataset.in_memory": "never"},
-            "dataset.image_size is 0:",
-            ["such as 224"],
-        ),
+def test_what_can_be_streamed_passes():
+    with failures() as case:
+        for values in STREAMED:
+            with case(values):
+                check_config(changed(values))
+
+
+# Values that contradict each other: how the line starts, and what else is in it.
+CONTRADICTIONS = [
+    ({"model.name": "regnet20_convlsmt"}, "model", ["'regnet20_convlsmt'", "regnet20_convlstm"]),
+    ({"model.name": "resnet21"}, "model", ["'resnet21'", "6m+2", "20 or 26"]),
+    ({"model.name": "regnet4_convgru"}, "model", ["'regnet4_convgru'", "8"]),
+    ({"model.overrides.kernel": "densest"}, "model", ["kernel is 'densest'", "separable", "dense"]),
+    ({"model.overrides.shortcut": "C"}, "model", ["shortcut is 'C'", "'A', 'B'"]),
+    ({"model.overrides.init": 1}, "model", ["init is 1", "paper", "torch"]),
+    ({"model.overrides.width": 0}, "model", ["width is 0", "at least 1"]),
+    ({"model.overrides.unroll": 1.5}, "model", ["unroll is 1.5", "at least 1"]),
+    ({"model.overrides.regulated_stages": (4,)}, "model", ["regulated_stages", "4", "1 to 3"]),
+    ({"model.overrides.bottleneck_stride": "3x3"}, "model", ["bottleneck_stride '3x3'", "use '1x1'"]),
+    (
+        {"optimizer.schedule": "step", "optimizer.boundaries": (20, 10)},
+        "optimizer.boundaries is (20, 10):",
+        ["order"],
+    ),
+    (
+        {"optimizer.schedule": "step", "optimizer.boundaries": (10, 10)},
+        "optimizer.boundaries is (10, 10):",
+        ["once"],
+    ),
+    # Half of 30 epochs is epoch 15.
+    ({"optimizer.boundaries": (0.5, 15)}, "optimizer.boundaries is (0.5, 15):", ["once"]),
+    (
+        {"optimizer.schedule": "step", "optimizer.boundaries": (10, 31)},
+        "optimizer.boundaries is (10, 31):",
+        ["train.epochs=30"],
+    ),
+    ({"dataset.mean": (0.1, 0.2, 0.3)}, "dataset.mean has 3 values and dataset.std 0:", ["one value a channel"]),
+    ({"dataset.std": (0.1,)}, "dataset.mean has 0 values and dataset.std 1:", ["()"]),
+    ({"optimizer.nesterov": True, "optimizer.momentum": 0.0}, "optimizer.nesterov is True:", ["momentum above 0"]),
+    ({"optimizer.warmup_epochs": 30.5}, "optimizer.warmup_epochs is 30.5:", ["train.epochs=30"]),
+    ({"dataset.name": "folder"}, "dataset.data_dir is '':", ["--config.dataset.data_dir=DIR"]),
+    ({"compare.seeds": (0, 1, 0)}, "compare.seeds is (0, 1, 0):", ["each seed once"]),
+    *[
+        ({"compare.models": ("resnet20", wrong)}, f"compare.models, {wrong!r}:", parts)
+        for wrong, parts in {
+            "regnet20_convlsmt": ["regnet20_convlstm"],
+            "resnet20 kernal=dense": ["'kernal'", "did you mean kernel"],
+            "resnet20 scan=False": ["'scan'", "kernel or share_regulator"],
+            "regnet20_convgru kernel=densest": ["kernel is 'densest'", "'separable', 'dense'"],
+            "regnet20_convgru regulated_stages=(4,)": ["stages of regnet20_convgru are 1 to 3"],
+            "regnet20_convgru regulated_stages=(1)": ["regulated_stages is 1", "a tuple, such as '(1, 2)'"],
+            "regnet20_convgru share_regulator=no": ["share_regulator is 'no'", "True or False"],
+            "regnet20_convgru dense": ["'dense' is not understood", "NAME OPTION=VALUE"],
+            "regnet20_convgru width=(8": ["width=(8 is not understood"],
+            "resnet20 width=8 width=4": ["width is given twice"],
+            "regnet_proj_cifar kernel=separable": ["always 'dense'"],
+            " ": ["name is missing"],
+        }.items()
     ],
-    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
-)
-@pytest.mark.fault("values that contradict each other")
-def test_a_contradiction_is_one_line_with_field_value_and_mend(values, start, parts):
-    (line,) = problems(values)
-    assert line.startswith(start)
-    for part in parts:
-        assert part in line
+    ({"compare.models": ("resnet20  width=8", "resnet20 width = 8")}, "compare.models has", ["each model once"]),
+    ({"dataset.in_memory": "never"}, "dataset.in_memory is 'never':", ["imagenet2012 and folder", "digits"]),
+    (
+        {"dataset.augment": ("random_resized_crop",)},
+        "dataset.augment has random_resized_crop",
+        ["digits takes 'crop'"],
+    ),
+    ({**FOLDER, "dataset.augment": ("flip", "random_resized_crop")}, "dataset.augment is ('flip',", ["the first"]),
+    (
+        {**FOLDER, "dataset.augment": ("random_resized_crop",), "dataset.in_memory": "always"},
+        "dataset.in_memory is 'always':",
+        ["random_resized_crop", "auto or never"],
+    ),
+    (
+        {"dataset.name": "imagenet2012", "dataset.in_memory": "always"},
+        "dataset.in_memory is 'always':",
+        ["imagenet2012 does not fit", "auto"],
+    ),
+    (
+        {**FOLDER, "dataset.image_size": 0, "dataset.in_memory": "never"},
+        "dataset.image_size is 0:",
+        ["such as 224"],
+    ),
+]
+
+
+def test_a_contradiction_is_one_line_with_field_value_and_mend(fault):
+    with failures() as case:
+        for values, start, parts in CONTRADICTIONS:
+            with case(values):
+                (line,) = problems(values)
+                assert line.startswith(start), line
+                assert not [part for part in parts if part not in line], line
+            fault("values that contradict each other")
 
 
 def test_boundaries_beyond_the_run_matter_to_the_step_schedule_only():

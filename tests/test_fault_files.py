@@ -5,6 +5,8 @@ import os
 import shutil
 
 import pytest
+
+from configs import digits
 from faults import (
     POWERLESS,
     STEPS,
@@ -21,8 +23,6 @@ from faults import (
     small_disk,  # noqa: F401
     uninterrupted,  # noqa: F401
 )
-
-from configs import digits
 from regnet_flax import main
 from regnet_flax.training.trainer import changed_rate
 
@@ -302,11 +302,13 @@ def test_a_full_disk_while_it_logs(small_disk, fault):  # noqa: F811
 
 
 @pytest.mark.fault("files that may not grow beyond 8 KiB")
-def test_a_limit_on_the_size_of_files(tmp_path, uninterrupted):  # noqa: F811
-    line = error_of(run(*TINY, "--workdir", tmp_path / "run", before=limited(8192)), 1)
+def test_a_limit_on_the_size_of_files(tmp_path):
+    short = [*TINY, "--config.train.max_steps=11"]
+    line = error_of(run(*short, "--workdir", tmp_path / "run", before=limited(8192)), 1)
     assert "File too large" in line and "make room" in line
-    run(*TINY, "--workdir", tmp_path / "run", check=0)
-    assert_ends_alike(tmp_path / "run", uninterrupted)
+    for name in ("run", "uninterrupted"):
+        run(*short, "--workdir", tmp_path / name, check=0)
+    assert_ends_alike(tmp_path / "run", tmp_path / "uninterrupted", step=11)
 
 
 @pytest.mark.slow

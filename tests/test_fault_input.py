@@ -11,12 +11,12 @@ import zlib
 
 import numpy as np
 import pytest
-from faults import POWERLESS, ROOT, error_of, run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from configs import digits
+from faults import POWERLESS, ROOT, error_of, run
 from regnet_flax import main
 from regnet_flax.config.check import check_config, flatten
 from regnet_flax.config.fields import FIELDS
@@ -169,7 +169,7 @@ def test_a_wrong_value_on_the_command_line_is_one_line(tmp_path, monkeypatch, ca
     ],
 )
 def test_wrong_input_in_a_process_of_its_own(arguments, words, tmp_path, fault):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "4"}
+    environment = {"JAX_NUM_CPU_DEVICES": "4"}
     done = run(*arguments, "--workdir", tmp_path / "run", cwd=tmp_path, env=environment)
     line = error_of(done, 2)
     assert all(word in line for word in words) and not list(tmp_path.iterdir())
@@ -276,7 +276,7 @@ def test_a_run_on_a_strange_folder(folder, tmp_path, fault):
     fault("training on classes whose names have newlines or are no UTF-8")
     workdir = tmp_path / "run"
     command = [*TRAIN, f"--config.dataset.data_dir={folder}", "--workdir", workdir]
-    done = run(*command, before=POWERLESS, check=0, env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUTF8": "1"})
+    done = run(*command, before=POWERLESS, check=0, env={"PYTHONUTF8": "1"})
     left_out = [line for line in done.stdout.splitlines() if line.startswith("warning: left out ")]
     assert len(left_out) == len(SPOILT) + 1
     assert json.loads((workdir / "config.json").read_text())["class_names"] == ["ant", "b\ne", name]

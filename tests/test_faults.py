@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
+
 from faults import (
     TINY,
     Started,
@@ -25,8 +27,7 @@ from faults import (
     run,
     uninterrupted,  # noqa: F401
 )
-from PIL import Image
-
+from helpers import run_program
 from regnet_flax import create_model
 from regnet_flax.training.optimizer import make_optimizer
 from regnet_flax.training.step import create_train_state, train_step
@@ -103,9 +104,10 @@ def test_sigterm_while_it_loads_and_compiles_with_nothing_saved_yet(uninterrupte
 
 
 def test_a_second_signal_stops_it_at_once_while_xla_compiles(tmp_path, fault):
-    """Whose compilation would take ten times as long as is waited here."""
-    arguments = ["--config.model.name=regnet56_convlstm", "--workdir", tmp_path / "run"]
-    with Started(*arguments, env=environment(JAX_ENABLE_COMPILATION_CACHE="0")) as started:
+    """Whose compilation, with all optimisations, would take ten times as long as is waited here."""
+    arguments = ["--config.model.name=regnet8_convlstm", "--workdir", tmp_path / "run"]
+    whole = {"JAX_ENABLE_COMPILATION_CACHE": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
+    with Started(*arguments, env=environment(**whole)) as started:
         assert started.until("=compile")
         time.sleep(0.3)
         started.process.send_signal(signal.SIGTERM)
@@ -188,7 +190,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     settings = ["--config.optimizer.learning_rate=1e3", "--config.optimizer.weight_decay=0.1"]
     settings += ["--config.optimizer.schedule=constant", "--config.optimizer.warmup_epochs=0"]
     command = [*TINY, *settings, "--workdir", tmp_path / "run"]
-    line = error_of(run(*command), 1)
+    line = error_of(run_program(*command), 1)
     assert "is not finite at step" in line and "learning rate 1000" in line
     step = int(line.partition("not finite at step ")[2].partition(",")[0])
     last = int(line.partition("the last good checkpoint is step ")[2].partition(";")[0])
@@ -197,10 +199,10 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert all(np.isfinite(array).all() for array in before.values())
     assert before[".nonfinite_step"] == -1 and before[".step"] == last
     # It is the same again, and the checkpoint stays usable.
-    assert error_of(run(*command), 1) == line
+    assert error_of(run_program(*command), 1) == line
     assert arrays(tmp_path / "run", last).keys() == before.keys()
-    out = run("--mode=eval", "--workdir", tmp_path / "run", "--config.eval.checkpoint=last", check=0).stdout
-    assert f"step {last}:" in out
+    arguments = ["--mode=eval", "--workdir", tmp_path / "run", "--config.eval.checkpoint=last"]
+    assert f"step {last}:" in run_program(*arguments, check=0).stdout
 
 
 @pytest.mark.fault("bfloat16 in training")

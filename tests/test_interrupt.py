@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 HOLD = """
 import pathlib, sys, time
-from regnet_flax.training.signals import workdir_lock
+from regnet_flax.training.workdir import workdir_lock
 with workdir_lock(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
@@ -87,7 +87,7 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
 @pytest.mark.fault("a second SIGTERM")
 def test_a_second_signal_ends_the_process_at_once():
     code = (
-        "import os, signal\nfrom regnet_flax.training.interrupt import StopSignals\n"
+        "import os, signal\nfrom regnet_flax.training.signals import StopSignals\n"
         "with StopSignals():\n    for _ in range(2): os.kill(os.getpid(), signal.SIGTERM)\n    print('still here')"
     )
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

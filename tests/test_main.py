@@ -1,7 +1,6 @@
 """The command line, as a user meets it."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,14 +8,14 @@ import time
 
 import pytest
 
-from conftest import checksums
+from helpers import checksums, environment, metrics, run_process, run_program
 from regnet_flax import main
 from regnet_flax.config.fields import FIELDS
 
 pytestmark = pytest.mark.core
 
 TINY = [
-    "--config.model.name=regnet8_convlstm",
+    "--config.model.name=resnet8",
     "--config.model.overrides.width=4",
     "--config.train.batch_size=128",
     "--config.train.epochs=4",
@@ -112,21 +111,12 @@ def test_summary_of_a_folder_needs_no_folder(capsys):
     assert "272,474" in capsys.readouterr().out
 
 
-def metrics(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     """A run to its end in the default workdir, and what it printed."""
     cwd = tmp_path_factory.mktemp("uninterrupted")
-    root = os.path.dirname(os.path.dirname(main.__file__))
-    command = [sys.executable, "-m", "regnet_flax.main", *TINY]
-    environment = os.environ | {"PYTHONPATH": root}
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return cwd / "runs" / "digits-regnet8_convlstm-0", done.stdout
+    done = run_process(*TINY, cwd=cwd, check=0)
+    return cwd / "runs" / "digits-resnet8-0", done.stdout
 
 
 def test_output_in_a_file_is_plain_lines(uninterrupted):
@@ -138,38 +128,43 @@ def test_output_in_a_file_is_plain_lines(uninterrupted):
         assert part in epochs[1]
 
 
-def test_eval_takes_the_config_from_the_workdir(uninterrupted, program, tmp_path):
+def test_eval_takes_the_config_from_the_workdir(uninterrupted, tmp_path):
     workdir, _ = uninterrupted
     arguments = ["--mode", "eval", "--workdir", workdir, "--config.eval.checkpoint=last", "--config.eval.batch_size=77"]
-    out = program(*arguments, cwd=tmp_path, check=0).stdout
+    out = run_program(*arguments, cwd=tmp_path, check=0).stdout
     accuracy = json.loads((workdir / "results.json").read_text())["last"]["eval_accuracy"]
     assert f"accuracy {100 * accuracy:.2f} %" in out and "over 360 images" in out
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.fault("SIGTERM or SIGKILL where a checkpoint stands, fast suite")
-def test_stopped_by_a_signal_and_run_again_it_ends_the_same(number, uninterrupted, tmp_path, program):
-    expected, _ = uninterrupted
-    arguments = [*TINY, "--workdir", str(tmp_path / "run"), "--config.checkpoint.every_steps=5"]
+def stop(workdir, number, step):
+    """Starts the run, or goes on with it, and sends the signal once there is a checkpoint of that step."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "regnet_flax.main", *arguments],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": os.path.dirname(os.path.dirname(main.__file__))},
+        [sys.executable, "-m", "regnet_flax.main", *TINY, f"--workdir={workdir}", "--config.checkpoint.every_steps=5"],
+        cwd=workdir.parent,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     deadline = time.monotonic() + 200
-    while time.monotonic() < deadline and not (tmp_path / "run" / "checkpoints" / "5").exists():
+    while time.monotonic() < deadline and not (workdir / "checkpoints" / str(step)).exists():
         time.sleep(0.005)
     process.send_signal(number)
     out, _ = process.communicate(timeout=100)
-    if number == signal.SIGTERM:
-        assert process.returncode == 143, out
-        assert "saved at step" in out
-    else:
-        assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "run" / "results.json").exists(), "the run ended before the signal came"
-    assert "going on from the checkpoint" in program(*arguments, cwd=tmp_path, check=0).stdout
-    assert checksums(tmp_path / "run", 44) == checksums(expected, 44)
-    assert metrics(tmp_path / "run") == metrics(expected)
+    assert not (workdir / "results.json").exists(), "the run ended before the signal came"
+    return process.returncode, out
+
+
+def test_stopped_by_two_signals_in_turn_it_ends_as_if_by_none(uninterrupted, tmp_path, program, fault):
+    workdir, going_on = tmp_path / "run", "going on from the checkpoint"
+    code, out = stop(workdir, signal.SIGTERM, 5)
+    assert code == 143 and "saved at step" in out, out
+    code, out = stop(workdir, signal.SIGKILL, 25)
+    assert code == -signal.SIGKILL and going_on in out, out
+    arguments = [*TINY, f"--workdir={workdir}", "--config.checkpoint.every_steps=5"]
+    assert going_on in program(*arguments, cwd=tmp_path, check=0).stdout
+    for _ in range(2):
+        fault("SIGTERM or SIGKILL where a checkpoint stands, fast suite")
+    expected, _ = uninterrupted
+    assert checksums(workdir, 44) == checksums(expected, 44)
+    assert metrics(workdir) == metrics(expected)

@@ -35,6 +35,7 @@ def test_what_is_kept(path):
     assert path.stat().st_size < 1_000_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning", "ignore::RuntimeWarning")
 def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The shipped configs: their values are those of the recipes, and each runs."""
 
+import functools
 import importlib
 import json
 import pathlib
@@ -12,8 +13,9 @@ from PIL import Image
 
 from regnet_flax import create_model, main
 from regnet_flax.config.check import check_config, flatten, model_options
-from regnet_flax.models.registry import IMAGENET_STAGES
+from regnet_flax.models.registry import IMAGENET_STAGES, MODELS
 from regnet_flax.models.regnet import RegNet
+from regnet_flax.models.regnety import RegNetY
 from regnet_flax.modes.train import train_and_evaluate
 from regnet_flax.training.trainer import build_optimizer
 
@@ -52,8 +54,9 @@ def photographs(directory):
     "recipe",
     [pytest.param(r, marks=pytest.mark.slow if r in ("cifar100", "rnn_cifar10") else ()) for r in RECIPES],
 )
-def test_runs_on_synthetic_images(recipe, tmp_path):
+def test_runs_on_synthetic_images(recipe, tmp_path, monkeypatch):
     """Two steps of the recipe, its model and images made small, and an evaluation."""
+    monkeypatch.setitem(MODELS, "regnety_400mf", functools.partial(RegNetY, depth=5))
     config = get_config(recipe)
     model = smallest(config.model.name)
     small = ["--config.train.batch_size=8", "--config.train.max_steps=2", "--config.eval.batch_size=256"]

@@ -143,10 +143,12 @@ def test_summary_of_every_model(capsys):
                 assert f"{first >> stage}×{first >> stage}×{n}" in out
 
 
+@pytest.mark.slow
 def test_the_readmes_table_is_up_to_date():
     subprocess.run([sys.executable, TABLE, "--check"], check=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_table_that_is_not_is_seen(tmp_path, monkeypatch):
     readme = tmp_path / "README.md"
     readme.write_text((TABLE.parent.parent / "README.md").read_text().replace("972,250 · 36.1", "972,250 · 36.2"))

@@ -17,7 +17,7 @@ TINY = [
     "--config.model.name=regnet8_convgru",
     "--config.model.overrides.width=4",
     "--config.train.batch_size=128",
-    "--config.train.epochs=2",
+    "--config.train.max_steps=2",
 ]
 
 

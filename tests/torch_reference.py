@@ -372,17 +372,21 @@ class RegNetYBlock(nn.Module):
 class RegNetY400MF(nn.Module):
     """Radosavovic's RegNetY-400MF (arXiv 2003.13678) with torchvision's names.
 
-    Widths and depths are what w0 = 48, wa = 27.89, wm = 2.09, depth 16 and group width 8 come to.
+    Widths and depths are what w0 = 48, wa = 27.89, wm = 2.09, depth 16 and group width 8 come to; a smaller depth has
+    the first of its blocks.
     """
 
-    def __init__(self, num_classes: int, in_channels: int = 3):
+    def __init__(self, num_classes: int, in_channels: int = 3, depth: int = 16):
         super().__init__()
         self.stem = conv_norm(in_channels, 32, 3, stride=2)
         self.trunk_output = nn.Sequential()
         channels = 32
-        for s, (width, depth) in enumerate(zip((48, 104, 208, 440), (1, 3, 6, 6), strict=True), start=1):
+        for s, (width, blocks) in enumerate(zip((48, 104, 208, 440), (1, 3, 6, 6), strict=True), start=1):
+            blocks, depth = min(blocks, depth), depth - min(blocks, depth)
+            if not blocks:
+                break
             stage = nn.Sequential()
-            for j in range(depth):
+            for j in range(blocks):
                 stage.add_module(f"block{s}-{j}", RegNetYBlock(channels, width, stride=2 if j == 0 else 1))
                 channels = width
             self.trunk_output.add_module(f"block{s}", stage)

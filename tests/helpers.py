@@ -1,0 +1,175 @@
+"""What several test modules share: the program in this process, small configs, folders of images, other processes."""
+
+import contextlib
+import io
+import json
+import logging
+import os
+import pathlib
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from absl import logging as absl_logging
+from PIL import Image
+
+from regnet_flax import main
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# One line of metrics.jsonl, with every field.
+LINE = {
+    "step": 1170,
+    "epoch": 3.0,
+    "train_loss": 1.23456,
+    "train_accuracy": 0.5678,
+    "learning_rate": 0.1,
+    "images_per_second": 2345.6,
+    "eval_loss": 1.5,
+    "eval_accuracy": 0.4321,
+    "eval_top5_accuracy": 0.9,
+}
+
+
+# Workdirs
+
+
+def checksums(workdir, step):
+    """Of every array of a checkpoint; but not of its record, which has the wall time."""
+    record = json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())
+    return {name: value for name, value in record["checksums"].items() if name != "record"}
+
+
+def metrics(workdir):
+    """The lines of metrics.jsonl, times aside."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+# The program
+
+
+def run_program(*arguments, cwd=None, check=None, devices=1):
+    """Runs the command line in this process, on so many devices, and leaves the process as it was.
+
+    Args:
+      *arguments: of the command line.
+      cwd: the current directory meanwhile.
+      check: the exit code that it must end with, if given.
+      devices: how many of the test's CPU devices the program sees.
+
+    Returns:
+      What subprocess.run would: returncode, stdout and stderr. An exception that the program does not catch goes on.
+    """
+    arguments = [str(argument) for argument in arguments]
+    logger, out, err = logging.getLogger("regnet_flax"), io.StringIO(), io.StringIO()
+    level, verbosity, path = logger.level, absl_logging.get_verbosity(), list(sys.path)
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(logger, "handlers", [])
+        patch.setattr(logger, "propagate", True)
+        patch.setattr(jax, "devices", lambda *_: jax.local_devices()[:devices])
+        patch.setenv("XLA_FLAGS", os.environ.get("XLA_FLAGS", ""))  # the program adds to it
+        stack.callback(logger.setLevel, level)
+        stack.callback(absl_logging.set_verbosity, verbosity)
+        stack.callback(sys.path.__setitem__, slice(None), path)
+        stack.enter_context(contextlib.chdir(cwd or os.getcwd()))
+        stack.enter_context(contextlib.redirect_stdout(out))
+        stack.enter_context(contextlib.redirect_stderr(err))
+        code = main.main(arguments)
+    done = subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
+    assert check is None or code == check, done.stdout + done.stderr
+    return done
+
+
+def environment(**more):
+    """Of a process of its own that uses this copy of the package."""
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
+
+
+def run_process(*arguments, cwd=None, env=None, before=(), check=None, timeout=600):
+    """Runs the command line in a process of its own, after the words `before`; returns it with its output."""
+    command = [*before, sys.executable, "-m", "regnet_flax.main", *map(str, arguments)]
+    env = environment(**(env or {}))
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    assert "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert check is None or done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+def error_of(done, code):
+    """The one line that a program that ended with that code said."""
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == code and line.startswith("error: "), done.stdout + done.stderr
+    return line
+
+
+# Images
+
+
+def draw(path, colour=(250, 0, 0), size=(8, 8), mode="RGB", **options):
+    """Writes an image of one colour, and the directories above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+
+
+def random_variables(model, images):
+    """Variables of a model, drawn at random, none at its initial value."""
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
+    random = np.random.default_rng(0)
+
+    def values(path, a):
+        drawn = 0.4 * random.standard_normal(a.shape, np.float32)
+        return 0.5 + abs(drawn) if path[-1].key in ("var", "scale") else drawn
+
+    return jax.tree_util.tree_map_with_path(values, shapes)
+
+
+# Processes seen from outside
+
+
+def children(parent, worker=True):
+    """The child processes of a process; the workers among them, which multiprocessing spawned, unless worker=False."""
+    found = []
+    for path in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # one that ends just now
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[1]) == parent and (not worker or b"spawn_main" in (path / "cmdline").read_bytes()):
+                found.append(int(path.name))
+    return found
+
+
+def alive(pids):
+    """Those of the processes that still run."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+def wait_until(condition, seconds=60):
+    """Waits for a condition; an AssertionError if it does not come."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert condition()
+
+
+@contextlib.contextmanager
+def failures():
+    """Collects what fails of many cases and raises it all at once: `with failures() as case: … with case(label):`."""
+    found = []
+
+    @contextlib.contextmanager
+    def case(label):
+        try:
+            yield
+        except (Exception, pytest.fail.Exception) as error:
+            found.append(f"{label}: {type(error).__name__}: {error}")
+
+    yield case
+    assert not found, f"{len(found)} cases failed:\n" + "\n".join(found)
