@@ -1,4 +1,4 @@
-"""The paper's CIFAR recipe on CIFAR-100; the paper reports up to 2.04 points less error with a regulator.
+"""The paper's CIFAR recipe on CIFAR-100; by its table III RegNet-20 reaches 29.69 to 30.03 %, ResNet-20 31.72 %.
 
 python -m regnet_flax.main --config configs/cifar100.py:regnet20_convgru
 """

@@ -2,7 +2,7 @@
 
     python -m regnet_flax.main --mode compare --config configs/compare_cifar10.py
 
-The paper reports up to 1.51 points less error than the baseline with a regulator; He et al., 8.75 % for ResNet-20.
+The paper's table III: ResNet-20 8.38 %, RegNet-20 7.28 to 7.60 %; SE-ResNet-20 8.02 %, SE-RegNet-20 6.98 to 7.55 %.
 """
 
 from configs import cifar10

@@ -2,7 +2,8 @@
 
     python -m regnet_flax.main --mode compare --config configs/compare_cifar100.py
 
-The paper reports up to 2.04 points less error than the baseline with a regulator.
+The paper's table III: ResNet-20 31.72 %, RegNet-20 29.69 to 30.03 %; SE-ResNet-20 31.14 %, SE-RegNet-20 29.02 to
+29.63 %.
 """
 
 from configs import cifar100, compare_cifar10

@@ -13,6 +13,7 @@ import pytest
 from configs import digits
 from conftest import checksums
 from regnet_flax import create_model
+from regnet_flax.analysis import report
 from regnet_flax.analysis.summary import count_parameters
 from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError, WorkdirError
 from regnet_flax.modes import train as loop
@@ -299,6 +300,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         Trainer.train = restore
     assert checksums(tmp_path, 2) == before
     assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir() if p.name.isdigit()] == ["2"]
+
+
+def test_a_validation_split_chooses_the_best_and_the_test_split_is_read_once_at_the_end(tmp_path, monkeypatch):
+    read, evaluate = [], Trainer.evaluate
+
+    def note(self, variables, split, *args, **options):
+        read.append(split)
+        return evaluate(self, variables, split, *args, **options)
+
+    monkeypatch.setattr(Trainer, "evaluate", note)
+    fields = {"model.name": "resnet8", "train.epochs": 2, "dataset.validation": 137.0}
+    results = train(tmp_path, **fields)
+    assert read == ["validation", "validation", "test"]
+    lines = [line for line in read_lines(tmp_path) if "eval_accuracy" in line]
+    assert [round(137 * line["eval_accuracy"], 6) % 1 for line in lines] == [0, 0]  # of 137 images
+    assert results["test"]["step"] == results["best"]["step"]
+    found = evaluate_only(tiny_config(**fields), tmp_path, devices=jax.devices()[ONE])
+    assert results["test"]["test_accuracy"] == found["accuracy"] and results["test"]["test_loss"] == found["loss"]
+    assert sum(entry["images"] for entry in results["per_class"]) == 360
+    said = (tmp_path / "train.log").read_text()
+    assert "1300 training, 137 validation and 360 test images" in said and "test accuracy" in said
+    report.write(tmp_path, {"resnet8": tmp_path})
+    text = (tmp_path / "report.md").read_text()
+    assert f"{100 * (1 - found['accuracy']):.2f}" in text and "that a validation split chose" in text
 
 
 def test_wrong_input_leaves_nothing_behind(tmp_path):

@@ -19,7 +19,17 @@ from regnet_flax.models.regnet import CELLS
 
 CONFIDENCE = 0.95
 _HE = {20: 8.75, 32: 7.51, 44: 7.17, 56: 6.97, 110: 6.43}  # arXiv 1512.03385, table 6; 110 is the best of five runs
-_XU = {"cifar10": 1.51, "cifar100": 2.04}  # points that RegNet-20 is below ResNet-20; arXiv 2101.00590
+# Test error in %, on CIFAR-10 and CIFAR-100; arXiv 2101.00590, table III.
+_XU = {
+    "resnet20": (8.38, 31.72),
+    "regnet20_convrnn": (7.60, 30.03),
+    "regnet20_convgru": (7.42, 29.69),
+    "regnet20_convlstm": (7.28, 29.81),
+    "se_resnet20": (8.02, 31.14),
+    "se_regnet20_convrnn": (7.55, 29.63),
+    "se_regnet20_convgru": (7.25, 29.08),
+    "se_regnet20_convlstm": (6.98, 29.02),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +41,15 @@ class Result:
       regulator: its kind, "" where there is none.
       parameters: how many.
       multiply_adds: for one image.
-      seeds: that were trained.
-      error: of each seed at the end of training, in percent of the test images.
+      seeds: that were trained to the end.
+      failed: from each seed that was not to the reason.
+      chosen: whether a validation split chose the checkpoint that the errors are of; else they are of the last one.
+      error: of each seed, in percent of the test images.
       top5_error: likewise; empty where there are no more than five classes.
       seconds: wall time of all seeds together.
       claim: what was published of this model on this data set, "" for nothing.
-      curves: from "train_loss" and "test_error" (percent) to epochs (k,) and values (seeds, k).
+      curves: from "train_loss" and "test_error" (percent, of the split that was evaluated) to epochs (k,) and values
+        (seeds, k).
       config: config.json.
       environment: "hardware", "versions" and "command" of results.json.
     """
@@ -46,6 +59,8 @@ class Result:
     parameters: int
     multiply_adds: int
     seeds: tuple[int, ...]
+    failed: dict[str, str]
+    chosen: bool
     error: tuple[float, ...]
     top5_error: tuple[float, ...]
     seconds: float
@@ -59,9 +74,11 @@ def read(label: str, workdir: pathlib.Path) -> Result:
     """One model's result, from the config.json, results.json and metrics.jsonl of its workdir."""
     config, results = (json.loads((workdir / f"{name}.json").read_text()) for name in ("config", "results"))
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    seeds = tuple(config.get("seeds", [config["seed"]]))
+    failed = results.get("failed", {})
+    seeds = tuple(seed for seed in config.get("seeds", [config["seed"]]) if str(seed) not in failed)
     own = results.get("seeds") or {str(config["seed"]): results}
-    last = [own[str(seed)]["last"] for seed in seeds]
+    split = "test" if "test" in results else "eval"
+    last = [own[str(seed)]["test" if split == "test" else "last"] for seed in seeds]
     import_plugins(config["model"].get("plugins", ()))
     overrides = current_options(config["model"]["overrides"])
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -75,8 +92,12 @@ def read(label: str, workdir: pathlib.Path) -> Result:
         parameters=results["parameters"],
         multiply_adds=sum(part.multiply_adds for part in parts),
         seeds=seeds,
-        error=tuple(100 * (1 - line["eval_accuracy"]) for line in last),
-        top5_error=tuple(100 * (1 - line["eval_top5_accuracy"]) for line in last if "eval_top5_accuracy" in line),
+        failed=failed,
+        chosen=split == "test",
+        error=tuple(100 * (1 - line[f"{split}_accuracy"]) for line in last),
+        top5_error=tuple(
+            100 * (1 - line[f"{split}_top5_accuracy"]) for line in last if f"{split}_top5_accuracy" in line
+        ),
         seconds=results["wall_time_seconds"],
         claim=claim(config["model"]["name"], config["dataset"]["name"]) if not overrides else "",
         curves={
@@ -96,12 +117,13 @@ def _curve(lines: Sequence[Mapping[str, Any]], seeds: Sequence[int], name: str, 
 
 def claim(model: str, dataset: str) -> str:
     """The published test error of a model by its own recipe on a data set, "" where none is known."""
-    if dataset in _XU and model.startswith("regnet20_"):
-        return f"up to {_XU[dataset]} points below ResNet-20 (Xu et al.)"
+    said = []
+    if model in _XU and dataset in (names := ("cifar10", "cifar100")):
+        said.append(f"{_XU[model][names.index(dataset)]} % (Xu et al.)")
     depth = model.removeprefix("resnet")
     if dataset == "cifar10" and depth.isdecimal() and int(depth) in _HE:
-        return f"{_HE[int(depth)]} % error (He et al.)"
-    return ""
+        said.append(f"{_HE[int(depth)]} % (He et al.)")
+    return ", ".join(said)
 
 
 def deviation(values: Sequence[float]) -> float | None:

@@ -118,7 +118,10 @@ def _summary(results: Sequence[Result]) -> str:
 def _notes(results: Sequence[Result], failed: Mapping[str, str]) -> list[str]:
     """How to read the table."""
     notes = [f"{label} did not end and is left out: {reason}" for label, reason in failed.items()]
+    notes += [f"{r.label}: {reason}; this seed is left out" for r in results for reason in r.failed.values()]
     errors = "Errors are those of the whole test split at the end of training, not of the best epoch"
+    if results[0].chosen:
+        errors = "Errors are those of the whole test split, read once, by the checkpoint that a validation split chose"
     if len(results[0].seeds) > 1:
         seeds = ", ".join(map(str, results[0].seeds))
         notes.append(
@@ -135,7 +138,9 @@ def _notes(results: Sequence[Result], failed: Mapping[str, str]) -> list[str]:
         "all seeds together, with compilation and evaluation."
     )
     if any(r.claim for r in results):
-        notes.append("What was published is of 200 epochs by the recipe of He et al., whatever was done here.")
+        notes.append(
+            "What was published is test error after 200 epochs by the recipe of He et al., whatever was done here."
+        )
     if any(r.config["model"]["overrides"].get("regulated_stages") is not None for r in results):
         notes.append("Xu et al. found that a regulator helps most in the early stages.")
     return notes
@@ -151,7 +156,7 @@ def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
     if train["max_steps"]:
         epochs += f", cut at step {train['max_steps']}"
     recipe = (
-        f"{epochs}, batches of {train['batch_size']}, SGD with momentum {optimizer['momentum']}, learning rate "
+        f"{epochs}, batches of {train['batch_size']}, {describe_optimizer(optimizer)}, learning rate "
         f"{optimizer['learning_rate']} ({optimizer['schedule']}), weight decay {optimizer['weight_decay']}, "
         f"{config['dtype']}"
     )
@@ -164,6 +169,13 @@ def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
         said = [r.environment[name] for r in results]
         facts += [(name, text) for text in dict.fromkeys(map(show[name], said))]
     return facts
+
+
+def describe_optimizer(settings: Mapping[str, Any]) -> str:
+    """The `optimizer` section of a config in words, but for the learning rate and the weight decay."""
+    if settings.get("name", "sgd") == "sgd":
+        return f"SGD with momentum {settings['momentum']}"
+    return f"{settings['name']} with betas {', '.join(map(str, settings['betas']))}"
 
 
 def _hardware(found: Mapping[str, Any]) -> str:

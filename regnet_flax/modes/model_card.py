@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from regnet_flax import __version__
+from regnet_flax.analysis.report import describe_optimizer
 from regnet_flax.analysis.summary import count_parameters
 from regnet_flax.config.check import model_options
 from regnet_flax.files import read_json
@@ -75,7 +76,7 @@ An image classifier of {classes} classes, trained and exported with regnet_flax 
 
 | | |
 | --- | --- |
-| optimiser | SGD, momentum {momentum:g}, weight decay {weight_decay:g}{averaged} |
+| optimiser | {optimizer}, weight decay {weight_decay:g}{averaged} |
 | learning rate | {learning_rate:g}, {schedule} |
 | length | {epochs} epochs of batches of {batch_size}; this is step {step} |
 | label smoothing | {label_smoothing:g} |
@@ -170,7 +171,7 @@ def describe(config: Any, variables: dict[str, Any], step: int, workdir: pathlib
         schedule=_schedule(sgd),
         averaged=averaged,
         fitted=fitted,
-        momentum=sgd.momentum,
+        optimizer=describe_optimizer(sgd),
         weight_decay=sgd.weight_decay,
         label_smoothing=sgd.label_smoothing,
         augment=", ".join(augmentation) or "none",
