@@ -51,17 +51,16 @@ def run(name, count, dtype):
     theirs = theirs.to(getattr(torch, dtype))
     ours = create_model(name, num_classes=10, dtype=jnp.dtype(dtype))
     schedule = optimizer.make_schedule("step", 0.1, epochs=1, steps_per_epoch=count, boundaries=(0.5, 0.75))
-    tx = optimizer.make_optimizer(schedule, momentum=0.9, weight_decay=1e-4)
+    tx = optimizer.make_optimizer("sgd", schedule, momentum=0.9, weight_decay=1e-4)
     variables = jax.tree.map(lambda a: jnp.asarray(a, dtype), from_torch(start, ours))
     state = steps.create_train_state(variables, tx)
     step = jax.jit(functools.partial(steps.train_step, apply_fn=ours.apply, tx=tx))
     sgd = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     losses = {"PyTorch": [], "regnet_flax": []}
     for index, (images, labels) in enumerate(batches(count)):
-        sums = {key: jnp.zeros((), dtype if key == "loss" else value.dtype) for key, value in state.sums.items()}
         batch = {"images": jnp.asarray(images, dtype), "labels": jnp.asarray(labels)}
-        state = step(state.replace(sums=sums), batch)
-        losses["regnet_flax"].append(float(state.sums["loss"]))
+        state, metrics = step(state, batch)
+        losses["regnet_flax"].append(float(metrics["loss"]))
 
         sgd.param_groups[0]["lr"] = float(schedule(index))
         sgd.zero_grad()

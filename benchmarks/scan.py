@@ -21,7 +21,7 @@ from regnet_flax.models.regnet import unstack_blocks
 from regnet_flax.training import optimizer
 from regnet_flax.training import step as steps
 
-tx = optimizer.make_optimizer(lambda count: jnp.float32(0.1), weight_decay=1e-4)
+tx = optimizer.make_optimizer("sgd", lambda count: jnp.float32(0.1), weight_decay=1e-4)
 
 
 def train_step(model):
@@ -50,7 +50,7 @@ def step_times(name, batch, rounds):
     for round_number in range(rounds + 1):
         for kind in ("scan", "loop") if round_number % 2 else ("loop", "scan"):
             begin = time.perf_counter()
-            states[kind] = jax.block_until_ready(functions[kind](states[kind], data))
+            states[kind], _ = jax.block_until_ready(functions[kind](states[kind], data))
             if round_number:  # the first compiled
                 times[kind].append(time.perf_counter() - begin)
     return times

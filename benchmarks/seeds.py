@@ -17,20 +17,18 @@ from regnet_flax import xla_flags
 from regnet_flax.config.resolve import resolve
 from regnet_flax.data.sources import load_dataset
 from regnet_flax.environment import environment
-from regnet_flax.modes import train as loop
-from regnet_flax.training.seeds import SeedsProgram
-from regnet_flax.training.trainer import Program
+from regnet_flax.modes.setup import make_trainer
 
 
 def programs(config, seeds):
     dataset = load_dataset(config.dataset.name)
-    arguments = resolve(config, dataset), dataset, jax.local_devices(), loop.pmap
-    several = {"seeds": range(seeds)}
-    return {
-        "one seed": Program(*arguments),
-        "vmapped": SeedsProgram(*arguments, **several, together="always"),
-        "in turns": SeedsProgram(*arguments, **several, together="never"),
-    }
+    config = resolve(config, dataset)
+
+    def make(count, together):
+        config.compare.together = together
+        return make_trainer(config, dataset, jax.local_devices(), range(count))
+
+    return {"one seed": make(1, "never"), "vmapped": make(seeds, "always"), "in turns": make(seeds, "never")}
 
 
 def measure(config, seeds, rounds, calls):
@@ -41,14 +39,14 @@ def measure(config, seeds, rounds, calls):
     for name, program in made.items():
         states[name] = program.initial_state()
         began = time.perf_counter()
-        states[name], done = program.train(states[name], 0, count)
+        states[name], _, done = program.train(states[name], None, 0, count)
         jax.block_until_ready(done)
         compile_seconds[name] = time.perf_counter() - began
     for number in range(rounds):
         for name in list(made)[:: 1 if number % 2 else -1]:
             began = time.perf_counter()
             for call in range(calls):
-                states[name], done = made[name].train(states[name], count * call, count)
+                states[name], _, done = made[name].train(states[name], None, count * call, count)
             jax.block_until_ready((states[name], done))
             times[name].append((time.perf_counter() - began) / (calls * count))
     median = {name: float(np.median(values)) for name, values in times.items()}

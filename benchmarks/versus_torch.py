@@ -48,7 +48,7 @@ def our_calls(model, batch, size, dtype, **options):
     images = jax.random.normal(jax.random.key(1), (batch, size, size, 3))
     data = {"images": images, "labels": jnp.arange(batch, dtype=jnp.int32) % CLASSES}
     variables = jax.jit(functools.partial(network.init, train=False))(jax.random.key(0), images[:1])
-    tx = optimizer.make_optimizer(lambda count: jnp.float32(0.1), weight_decay=1e-4)
+    tx = optimizer.make_optimizer("sgd", lambda count: jnp.float32(0.1), weight_decay=1e-4)
     state = steps.create_train_state(variables, tx)
     step = jax.jit(functools.partial(steps.train_step, apply_fn=network.apply, tx=tx), donate_argnums=0)
     infer = jax.jit(functools.partial(network.apply, train=False))
@@ -64,7 +64,7 @@ def our_calls(model, batch, size, dtype, **options):
 
     def train():
         nonlocal state
-        state = compiled(state, data)
+        state, _ = compiled(state, data)
         return state.step
 
     calls = {"train": train, "infer": lambda: infer(fixed, images), "program": compiled.as_text}

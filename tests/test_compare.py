@@ -335,7 +335,7 @@ def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path):
 
     before = (first / "metrics.jsonl").stat().st_mtime_ns
     out = run_program(*TINY, cwd=tmp_path, check=0).stdout
-    assert "holds a finished run" in out and "going on from the checkpoint" in out
+    assert "holds a finished run" in out and "resuming from the checkpoint" in out
     assert (first / "metrics.jsonl").stat().st_mtime_ns == before
     head, *rows = markdown_rows((path / "report.md").read_text())
     for row, workdir in zip(rows, (first, second), strict=True):

@@ -315,6 +315,7 @@ CONTRADICTIONS = [
         ["digits takes 'crop'"],
     ),
     ({**FOLDER, "dataset.augment": ("flip", "random_resized_crop")}, "dataset.augment is ('flip',", ["the first"]),
+    ({"dataset.augment": ("erase", "flip")}, "dataset.augment is ('erase',", ["the last"]),
     (
         {**FOLDER, "dataset.augment": ("random_resized_crop",), "dataset.in_memory": "always"},
         "dataset.in_memory is 'always':",

@@ -121,12 +121,12 @@ def test_a_damaged_checkpoint(how, case, workdir, uninterrupted, fault):  # noqa
     fault(DAMAGE[how])
     named = [line for line in done.stdout.splitlines() if "is damaged and is skipped: " in line]
     if how in (truncate, flip) and not named:  # bytes that no array depends on, as the checksums tell
-        assert "going on from the checkpoint at step 22" in done.stdout
+        assert "resuming from the checkpoint at step 22" in done.stdout
     else:
         (line,) = named
         step = 60 if how is stray_step else 22
         assert line.startswith(f"warning: checkpoint {step} is damaged and is skipped: ")
-        assert f"going on from the checkpoint at step {22 if how is stray_step else 20} of" in done.stdout
+        assert f"resuming from the checkpoint at step {22 if how is stray_step else 20} of" in done.stdout
         assert (workdir / f"checkpoints/damaged/{step}").is_dir()
     assert_ends_alike(workdir, uninterrupted)
 
@@ -143,7 +143,7 @@ def test_what_is_no_checkpoint_is_left_alone(workdir, uninterrupted, fault):  # 
     done = run(*TINY, "--workdir", workdir, check=0)
     fault("a half-written save in the directory")
     fault("foreign files in the directory of checkpoints")
-    assert "going on from the checkpoint at step 22" in done.stdout
+    assert "resuming from the checkpoint at step 22" in done.stdout
     assert all(file.read_text() == "mine" for file in foreign)
     assert not (path / "24.orbax-checkpoint-tmp").exists() and (workdir / "config.json").exists()
     (path / "28.orbax-checkpoint-tmp").unlink(missing_ok=True)  # named as what a save leaves
@@ -255,7 +255,7 @@ def test_a_run_that_goes_on_with_other_epochs(workdir, tmp_path, uninterrupted, 
     longer = [*constant, "--config.train.epochs=7", "--workdir"]
     run(*constant, "--workdir", tmp_path / "short", check=0)
     done = run(*longer, tmp_path / "short", check=0)
-    assert f"going on from the checkpoint at step {STEPS} of 77" in done.stdout
+    assert f"resuming from the checkpoint at step {STEPS} of 77" in done.stdout
     run(*longer, tmp_path / "long", check=0)
     assert metrics(tmp_path / "short") == metrics(tmp_path / "long")
     resumed, expected = (arrays(tmp_path / name, 77) for name in ("short", "long"))

@@ -77,11 +77,11 @@ def test_stopped_at_random_moments_it_ends_bitwise_the_same(number, chain, unint
             assert phase == "figures" and (tmp_path / "run/results.json").exists()
         else:
             assert code == 128 + signal.SIGTERM, out
-            assert "saved at step" in out and "the same command goes on from it" in out
+            assert "saved at step" in out and "the same command resumes from there" in out
             step = int(out.partition("saved at step ")[2].partition(";")[0])
             assert (tmp_path / f"run/checkpoints/{step}").is_dir()
     out = run(*TINY, "--workdir", tmp_path / "run", check=0).stdout
-    assert "going on from the checkpoint" in out or "finished run" in out
+    assert "resuming from the checkpoint" in out or "finished run" in out
     assert_ends_alike(tmp_path / "run", uninterrupted)
 
 

@@ -156,7 +156,7 @@ def stop(workdir, number, step):
 
 
 def test_stopped_by_two_signals_in_turn_it_ends_as_if_by_none(uninterrupted, tmp_path, program, fault):
-    workdir, going_on = tmp_path / "run", "going on from the checkpoint"
+    workdir, going_on = tmp_path / "run", "resuming from the checkpoint"
     code, out = stop(workdir, signal.SIGTERM, 5)
     assert code == 143 and "saved at step" in out, out
     code, out = stop(workdir, signal.SIGKILL, 25)

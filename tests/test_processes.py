@@ -185,7 +185,7 @@ def test_a_signal_to_one_saves_at_one_step_and_stops_both(two, tmp_path, index):
     assert 8 <= step < 33, "the run ended before the signal came"
 
     out = finish(start(run, **long), 0)[0][0]
-    assert f"going on from the checkpoint at step {step} of 33" in out
+    assert f"resuming from the checkpoint at step {step} of 33" in out
     whole = tmp_path / "whole"
     finish(start(whole, **long), 0)
     assert checksums(run, 33) == checksums(whole, 33)
@@ -199,7 +199,7 @@ def test_a_damaged_checkpoint_is_set_aside_by_both(two, tmp_path):
     (run / "results.json").unlink()
     shutil.rmtree(run / CHECKPOINTS / "6" / "state" / "d")
     (out, _), (second, _) = finish(start(run), 0)
-    assert "checkpoint 6 is damaged" in out and "going on from the checkpoint at step 3" in out
+    assert "checkpoint 6 is damaged" in out and "resuming from the checkpoint at step 3" in out
     assert "checkpoint 6 is damaged" in second
     assert (run / CHECKPOINTS / "damaged" / "6").is_dir()
     assert checksums(run, 6) == checksums(workdir, 6)

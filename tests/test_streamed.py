@@ -259,7 +259,7 @@ def test_a_dead_worker_ends_the_run_and_a_signal_stops_it_and_neither_leaves_a_p
         os.killpg(process.pid, number)  # as a terminal and a batch system do, workers included
         out, errors = process.communicate(timeout=100)
         assert process.returncode == 128 + number, errors
-        assert "going on from the checkpoint" in out and errors.startswith("stopped by signal"), errors
+        assert "resuming from the checkpoint" in out and errors.startswith("stopped by signal"), errors
         assert errors.count("\n") == 1
         assert len(workers) == 2 and not alive(workers)
     shutil.rmtree(tmp_path / "run")
