@@ -15,11 +15,6 @@ import jax
 from regnet_flax import files
 from regnet_flax.training.workdir import LOG, METRICS, read_metrics
 
-# Metrics that TensorBoard groups under these headings.
-_GROUPS = {"train_loss": "train/loss", "train_accuracy": "train/accuracy", "learning_rate": "train/learning_rate"}
-_GROUPS |= {"eval_loss": "eval/loss", "eval_accuracy": "eval/accuracy", "eval_top5_accuracy": "eval/top5_accuracy"}
-_GROUPS |= {"images_per_second": "train/images_per_second", "epoch": "train/epoch"}
-
 logger = logging.getLogger("regnet_flax")
 
 BEFORE, TRACED = 2, 5  # calls: the first ones compile
@@ -51,7 +46,7 @@ class MetricsLog:
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
         if self._events is not None:
-            scalars = {_GROUPS[name]: value for name, value in finite.items() if name in _GROUPS}
+            scalars = {_tag(k): v for k, v in finite.items() if isinstance(v, (int, float)) and k != "step"}
             self._events.write(scalars, line["step"])
 
     def close(self) -> None:
@@ -60,6 +55,12 @@ class MetricsLog:
         finally:
             if self._events is not None:
                 self._events.close()
+
+
+def _tag(name: str) -> str:
+    """What TensorBoard calls a metric, under the heading of its kind: "train/loss" for "train_loss"."""
+    kind, _, rest = name.partition("_")
+    return f"{kind}/{rest}" if kind in ("train", "eval") else f"train/{name}"
 
 
 class _Events:
