@@ -120,10 +120,16 @@ def test_exported_and_evaluated_again(kind, suffix, trained, capsys, tmp_path, m
 
 
 def test_training_starts_from_a_file_and_takes_a_new_head(tmp_path, capsys):
-    model = create_model("regnet8_convgru", num_classes=7, width=4)
+    model = create_model("resnet8", num_classes=7, width=4)
     variables = model.init(jax.random.key(5), np.zeros((1, 8, 8, 1), np.float32))
     write_weights(tmp_path / "w.safetensors", to_torch(variables, model))
-    run = [*TINY, "--workdir", str(tmp_path / "run"), f"--config.model.init_from={tmp_path / 'w.safetensors'}"]
+    run = [
+        *TINY,
+        "--config.model.name=resnet8",
+        "--workdir",
+        str(tmp_path / "run"),
+        f"--config.model.init_from={tmp_path / 'w.safetensors'}",
+    ]
     # A step so small that the weights stay what they were.
     run += ["--config.train.max_steps=1", "--config.optimizer.learning_rate=1e-12"]
     assert main.main(run) == 2
