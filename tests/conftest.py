@@ -21,7 +21,7 @@ import pytest
 import helpers
 from helpers import LINE, ROOT, checksums  # noqa: F401
 
-pytest_plugins = ["faults_report"]
+pytest_plugins = ["faults_report", "streams"]
 
 sys.path.insert(0, str(ROOT))  # for `configs`
 

@@ -16,7 +16,10 @@ import pytest
 from absl import logging as absl_logging
 from PIL import Image
 
+from configs import digits
 from regnet_flax import main
+from regnet_flax.data.folder import Split
+from regnet_flax.data.sources import Dataset
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -32,6 +35,30 @@ LINE = {
     "eval_accuracy": 0.4321,
     "eval_top5_accuracy": 0.9,
 }
+
+
+# Configs and data sets
+
+
+def tiny_config(**overrides):
+    config = digits.get_config("regnet8_convgru")
+    config.model.overrides.width = 4
+    config.train.batch_size = 128
+    config.train.epochs = 3
+    config.eval.batch_size = 100
+    config.log.every_steps = 5
+    config.update_from_flattened_dict(overrides)
+    return config
+
+
+def small_dataset(train=48, test=21, classes=10):
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        labels = (np.arange(n) % classes).astype(np.int32)
+        return Split(rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), labels)
+
+    return Dataset("synthetic", split(train), split(test), tuple(map(str, range(classes))))
 
 
 # Workdirs

@@ -28,6 +28,11 @@ class Program:
     def initial_state(self):
         return self.trainer.initial_state()
 
+    def in_float64(self):
+        """The initial state in float64; the totals start anew."""
+        self.totals = None
+        return in_float64(self.initial_state())
+
     def train(self, state, step, count):
         state, self.totals, done = self.trainer.train(state, self.totals, step, count)
         return state, done

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import digits
-from conftest import checksums
+from helpers import checksums, tiny_config
+from helpers import metrics as read_lines
 from regnet_flax import create_model
 from regnet_flax.analysis import report
 from regnet_flax.analysis.summary import count_parameters
@@ -28,24 +28,8 @@ IMAGE = jnp.zeros((1, 8, 8, 1))
 STEPS_PER_EPOCH = 1437 // 128
 
 
-def tiny_config(**overrides):
-    config = digits.get_config("regnet8_convgru")
-    config.model.overrides.width = 4
-    config.train.batch_size = 128
-    config.train.epochs = 3
-    config.eval.batch_size = 100
-    config.log.every_steps = 5
-    config.update_from_flattened_dict(overrides)
-    return config
-
-
 def train(workdir, **overrides):
     return loop.train_and_evaluate(tiny_config(**overrides), workdir, devices=jax.devices()[ONE])
-
-
-def read_lines(workdir):
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -7,26 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import Program, in_float64, relative
 
 from configs import digits
+from helpers import small_dataset
+from programs import Program, relative
 from regnet_flax.data import augment, feeds
-from regnet_flax.data.folder import Split
-from regnet_flax.data.sources import Dataset
 from regnet_flax.training import step as steps
 from regnet_flax.training.optimizer import build_optimizer
 
 STEPS = 5
-
-
-def dataset(train=48, test=21, classes=10):
-    rng = np.random.default_rng(0)
-
-    def split(n):
-        labels = (np.arange(n) % classes).astype(np.int32)
-        return Split(rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), labels)
-
-    return Dataset("synthetic", split(train), split(test), tuple(map(str, range(classes))))
 
 
 def make_program(devices, **overrides):
@@ -37,7 +26,7 @@ def make_program(devices, **overrides):
     config.dataset.augment = ("crop", "flip")
     config.dtype = "float64"
     config.update_from_flattened_dict(overrides)
-    data = dataset()
+    data = small_dataset()
     return Program(config, data, jax.devices()[:devices])
 
 
@@ -47,13 +36,8 @@ def _float64():
         yield
 
 
-def initial_state(program):
-    program.totals = None
-    return in_float64(program.initial_state())
-
-
 def train(program, count=STEPS):
-    state = initial_state(program)
+    state = program.in_float64()
     for step in range(count):
         state, _ = program.train(state, step, 1)
     return jax.device_get(state)
@@ -95,7 +79,7 @@ def test_local_statistics_and_gradients_are_means_over_the_devices():
     halves = []
     for shard in (0, 1):
         half = jax.jit(lambda s, d, o, shard=shard: _one_half(alone, s, d, o, shard))
-        halves.append(jax.device_get(half(initial_state(alone), *_data_and_order())))
+        halves.append(jax.device_get(half(alone.in_float64(), *_data_and_order())))
     metrics = {name: total for name, total in program.totals.items() if name != "steps"}
     for name in ("params", "batch_stats", "opt_state", "metrics"):
         first, second = (half[1] if name == "metrics" else getattr(half[0], name) for half in halves)
@@ -107,7 +91,7 @@ def test_local_statistics_and_gradients_are_means_over_the_devices():
 
 
 def _data_and_order():
-    data = dataset().train
+    data = small_dataset().train
     return {"images": data.images, "labels": data.labels}, feeds.epoch_order(0, 0, len(data.labels))
 
 
@@ -129,7 +113,7 @@ def test_several_steps_a_call_are_the_same_steps(one_device):
     program = make_program(1, **{"train.steps_per_call": 3})
 
     def run(*counts):
-        state, step = initial_state(program), 0
+        state, step = program.in_float64(), 0
         for count in counts:
             state, done = program.train(state, step, count)
             step += count

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from test_loop import tiny_config
 
 from conftest import checksums
+from helpers import tiny_config
 from regnet_flax import main
 from regnet_flax.modes import train as loop
 from regnet_flax.modes.setup import load_trained

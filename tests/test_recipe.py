@@ -10,12 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from programs import Program, relative
-from test_loop import tiny_config
-from test_parallel import dataset, initial_state
 
 from configs import digits
 from conftest import checksums
+from helpers import small_dataset, tiny_config
+from programs import Program, relative
 from regnet_flax import create_model
 from regnet_flax.modes import evaluate, setup
 from regnet_flax.modes import train as loop
@@ -33,7 +32,7 @@ def make_program(devices=1, model="resnet8", **fields):
     config.model.overrides.width = 4
     config.train.batch_size = 16
     config.update_from_flattened_dict(fields)
-    data = dataset()
+    data = small_dataset()
     return Program(config, data, jax.devices()[:devices])
 
 
@@ -105,7 +104,7 @@ def test_a_model_of_given_weights_begins_with_them_as_averages():
     start = {"params": start.params, "batch_stats": start.batch_stats}
     config = model.config
     config.optimizer.ema_decay = 0.5
-    program = Program(config, dataset(), jax.devices()[:1], start=start)
+    program = Program(config, small_dataset(), jax.devices()[:1], start=start)
     jax.tree.map(np.testing.assert_array_equal, program.initial_state().ema, start)
     program.train(program.initial_state(), 0, 1)  # no buffer is given up twice
 
@@ -160,7 +159,7 @@ def test_parts_and_pairs_are_the_same_on_any_number_of_devices(devices):
     options |= {"optimizer.ema_decay": 0.9}
     with jax.enable_x64(True):
         programs = [make_program(n, **options) for n in (devices, 1)]
-        found = [states(program, 2, initial_state(program))[-1] for program in programs]
+        found = [states(program, 2, program.in_float64())[-1] for program in programs]
     assert_close(found[0].params, found[1].params, 1e-6)
     assert_close(found[0].ema, found[1].ema, 1e-6)
 

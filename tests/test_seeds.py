@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from programs import Program, in_float64
 
 from configs import digits
 from conftest import checksums
+from programs import Program, in_float64
 from regnet_flax import create_model
 from regnet_flax.analysis import report
 from regnet_flax.data.folder import Split

@@ -10,11 +10,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from programs import Program, in_float64, relative
-from test_loop import checksums, read_lines
-from test_streaming import alive, children, folder, imagenet, wait_until  # noqa: F401
 
 from configs import folder as folder_config
+from helpers import alive, checksums, children, wait_until
+from helpers import metrics as read_lines
+from programs import Program, in_float64, relative
 from regnet_flax import main
 from regnet_flax.data import augment
 from regnet_flax.errors import ConfigError, DataError
@@ -55,7 +55,7 @@ def arguments_of(data, workdir, **overrides):
 
 
 @pytest.fixture
-def program_on(folder):  # noqa: F811
+def program_on(folder):
     """A program on the folder: program_on(devices, **overrides)."""
 
     def make(devices=1, seeds=(), **overrides):
@@ -66,7 +66,7 @@ def program_on(folder):  # noqa: F811
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_a_run_that_goes_on_at_step_3_ends_bitwise_as_an_uninterrupted_one(folder, tmp_path, workers):  # noqa: F811
+def test_a_run_that_goes_on_at_step_3_ends_bitwise_as_an_uninterrupted_one(folder, tmp_path, workers):
     train(folder, tmp_path / "whole")
     train(folder, tmp_path / "run", **{"train.max_steps": 3, "dataset.workers": 0})
     results = train(folder, tmp_path / "run", **{"dataset.workers": workers, "dataset.prefetch": 1})
@@ -142,7 +142,7 @@ def test_several_seeds_on_streamed_data_train_as_they_would_alone(program_on, to
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(1, 1), (3, 1), (5, 2), (100, 4)])
-def test_evaluation_counts_every_photograph_that_decodes_once(folder, program_on, batch_size, devices):  # noqa: F811
+def test_evaluation_counts_every_photograph_that_decodes_once(folder, program_on, batch_size, devices):
     (folder / "val/b/17.jpg").write_bytes(b"no photograph")
     program = program_on(devices, **{"eval.batch_size": batch_size})
     state = program.initial_state()
@@ -159,7 +159,7 @@ def test_evaluation_counts_every_photograph_that_decodes_once(folder, program_on
     assert metrics["accuracy"] == np.mean(np.asarray(logits.argmax(-1)) == batch["labels"][kept])
 
 
-def test_what_does_not_decode_is_said_once(folder, program_on, caplog, logger):  # noqa: F811
+def test_what_does_not_decode_is_said_once(folder, program_on, caplog, logger):
     path = folder / "train/a/04.jpg"
     path.write_bytes(b"no photograph")
     program = program_on()
@@ -172,7 +172,7 @@ def test_what_does_not_decode_is_said_once(folder, program_on, caplog, logger): 
     ]
 
 
-def test_a_test_split_of_which_nothing_decodes(folder, program_on):  # noqa: F811
+def test_a_test_split_of_which_nothing_decodes(folder, program_on):
     for path in folder.glob("val/*/*"):
         path.write_bytes(b"no photograph")
     program = program_on()
@@ -180,7 +180,7 @@ def test_a_test_split_of_which_nothing_decodes(folder, program_on):  # noqa: F81
         program.evaluate(program.initial_state())
 
 
-def test_held_in_memory_and_streamed_are_different_runs(folder, tmp_path):  # noqa: F811
+def test_held_in_memory_and_streamed_are_different_runs(folder, tmp_path):
     options = {"dataset.augment": ("flip",), "train.max_steps": 1, "eval.every_epochs": 0}
     train(folder, tmp_path / "run", **options, **{"dataset.in_memory": "never"})
     with pytest.raises(ConfigError, match="set dataset.in_memory=never, or name another") as caught:
@@ -189,14 +189,14 @@ def test_held_in_memory_and_streamed_are_different_runs(folder, tmp_path):  # no
     train(folder, tmp_path / "run", **options | {"train.max_steps": 2, "dataset.in_memory": "never"})
 
 
-def test_other_files_are_another_data_set(folder, tmp_path):  # noqa: F811
+def test_other_files_are_another_data_set(folder, tmp_path):
     train(folder, tmp_path / "run", **{"train.max_steps": 1, "eval.every_epochs": 0})
     (folder / "train/a/04.jpg").rename(folder / "train/a/x.jpg")
     with pytest.raises(ConfigError, match="was trained on other images"):
         train(folder, tmp_path / "run", **{"train.max_steps": 2})
 
 
-def test_a_stream_takes_one_step_a_call(folder, tmp_path):  # noqa: F811
+def test_a_stream_takes_one_step_a_call(folder, tmp_path):
     with pytest.raises(ConfigError, match="train.steps_per_call is 5: folder is streamed"):
         train(folder, tmp_path / "run", **{"train.steps_per_call": 5})
 
@@ -204,7 +204,7 @@ def test_a_stream_takes_one_step_a_call(folder, tmp_path):  # noqa: F811
 # The command line
 
 
-def test_faults_are_one_line_and_exit_2(folder, tmp_path, capfd):  # noqa: F811
+def test_faults_are_one_line_and_exit_2(folder, tmp_path, capfd):
     def fails(code, **overrides):
         overrides |= {"train.batch_size": 8}  # of as many devices
         assert main.main(arguments_of(folder, tmp_path / "run", **overrides)) == code
@@ -217,7 +217,7 @@ def test_faults_are_one_line_and_exit_2(folder, tmp_path, capfd):  # noqa: F811
     assert "train/a/04.jpg does not decode" in fails(2, **{"dataset.strict": "True"})
 
 
-def test_imagenet_trains_as_tfds_wrote_it(imagenet, tmp_path, program):  # noqa: F811
+def test_imagenet_trains_as_tfds_wrote_it(imagenet, tmp_path, program):
     options = {"dataset.name": "imagenet2012", "train.batch_size": 8, "train.epochs": 1, "eval.every_epochs": 1}
     options |= {"dataset.mean": "()", "dataset.std": "()"}
     arguments = arguments_of(imagenet, tmp_path / "run", **options, **{"dataset.workers": 1})
@@ -233,7 +233,7 @@ def test_imagenet_trains_as_tfds_wrote_it(imagenet, tmp_path, program):  # noqa:
 
 
 @pytest.mark.slow
-def test_a_dead_worker_ends_the_run_and_a_signal_stops_it_and_neither_leaves_a_process(folder, tmp_path):  # noqa: F811
+def test_a_dead_worker_ends_the_run_and_a_signal_stops_it_and_neither_leaves_a_process(folder, tmp_path):
     options = {"train.epochs": 2000, "eval.every_epochs": 0, "checkpoint.every_steps": 5, "dataset.workers": 2}
     command = [sys.executable, "-m", "regnet_flax.main", *arguments_of(folder, tmp_path / "run", **options)]
     env = os.environ | {"PYTHONPATH": str(loop.pathlib.Path(__file__).parents[1])}

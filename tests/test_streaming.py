@@ -1,14 +1,12 @@
 """Streamed data sets: which batches there are, whoever makes them, and what becomes of files that do not decode."""
 
 import contextlib
-import importlib.util
 import io
 import os
 import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
 import warnings
 from pathlib import Path
@@ -22,60 +20,9 @@ from regnet_flax.data.batches import epoch_order
 from regnet_flax.data.sources import channel_statistics, load_dataset
 from regnet_flax.data.stream import CROP, Stream, open_stream
 from regnet_flax.errors import DataError, StreamError
+from streams import SIZE, TEST, TRAIN, assert_same, jpeg, number_of, opened, read
 
 ROOT = Path(__file__).parents[1]
-SIZE = 16
-
-
-def jpeg(number, size=(40, 30)):
-    """A JPEG whose red tells its number, in tens."""
-    image = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
-    image[..., 0] = 10 * number
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "JPEG", quality=95, subsampling=0)
-    return file.getvalue()
-
-
-def number_of(image):
-    return round(image[..., 0].mean() / 10)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Numbers 0 to 12 for training, 13 to 19 for testing; those of class b are odd."""
-    for number in range(20):
-        path = tmp_path / ("train" if number < 13 else "val") / "ab"[number % 2] / f"{number:02}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(jpeg(number))
-    return tmp_path
-
-
-# The numbers in the data's order: class a, then class b.
-TRAIN, TEST = [*range(0, 13, 2), *range(1, 13, 2)], [14, 16, 18, 13, 15, 17, 19]
-
-
-def opened(folder, **options):
-    options = {"image_size": SIZE, "augment": (CROP,), "in_memory": "never"} | options
-    return open_stream("folder", data_dir=str(folder), **options)
-
-
-def read(make, indices, workers=0, prefetch=2):
-    """The batches of a stream, copied."""
-    stream = Stream(make, indices, workers=workers, prefetch=prefetch)
-    try:
-        return [{name: np.array(array) for name, array in batch.items()} for batch in stream]
-    finally:
-        stream.close()
-
-
-def assert_same(batches, others):
-    for batch, other in zip(batches, others, strict=True):
-        assert batch.keys() == other.keys()
-        for name in batch:
-            assert batch[name].dtype == other[name].dtype
-            np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
-
-
 # Which batches
 
 
@@ -352,7 +299,7 @@ def test_a_worker_heeds_no_signal_meant_for_the_run_and_its_death_is_one_line(fo
 ENDLESS = """
 import sys
 sys.path.insert(0, "tests")
-from test_streaming import opened
+from streams import opened
 from regnet_flax.data.stream import Stream
 
 if __name__ == "__main__":
@@ -379,48 +326,6 @@ def test_workers_end_with_a_parent_that_was_killed(folder, tmp_path):
 
 
 # ImageNet as TFDS has it
-
-
-def add(tar, name, data):
-    info = tarfile.TarInfo(name)
-    info.size = len(data)
-    tar.addfile(info, io.BytesIO(data))
-
-
-def write_archives(directory):
-    """The two archives of ImageNet: 24 training images of two classes, 7 for validation, the rest left out."""
-    directory.mkdir(parents=True)
-    with tarfile.open(directory / "ILSVRC2012_img_train.tar", "w") as outer:
-        for wnid, numbers in (("n01440764", range(0, 24, 2)), ("n01443537", range(1, 24, 2))):
-            inner = io.BytesIO()
-            with tarfile.open(fileobj=inner, mode="w") as tar:
-                for number in numbers:
-                    add(tar, f"{wnid}_{number}.JPEG", jpeg(number))
-            add(outer, f"{wnid}.tar", inner.getvalue())
-    with tarfile.open(directory / "ILSVRC2012_img_val.tar", "w") as tar:
-        for number in range(7):
-            add(tar, f"ILSVRC2012_val_{number + 1:08}.JPEG", jpeg(number))
-
-
-PREPARE = """
-import sys
-from regnet_flax.data.stream import open_stream
-open_stream("imagenet2012", data_dir=sys.argv[1], image_size=16)
-"""
-
-
-@pytest.fixture(scope="session")
-def imagenet(tmp_path_factory):
-    """A data_dir with a tiny imagenet2012 in ArrayRecord form, that TFDS itself wrote."""
-    if not all(map(importlib.util.find_spec, ("tensorflow_datasets", "tensorflow"))):
-        pytest.skip("TFDS writes with TensorFlow")
-    data_dir = tmp_path_factory.mktemp("tfds")
-    write_archives(data_dir / "downloads/manual")
-    # In a process of its own, because TFDS loads TensorFlow to write.
-    command = [sys.executable, "-c", PREPARE, str(data_dir)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return data_dir
 
 
 def test_imagenet_is_read_as_tfds_wrote_it(imagenet):
