@@ -17,13 +17,12 @@ import tempfile
 import jax
 import pytest
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # for `configs`
+
 # Importing it imports jax, but starts no back end.
 import helpers
-from helpers import LINE, ROOT, checksums  # noqa: F401
 
 pytest_plugins = ["faults_report", "streams"]
-
-sys.path.insert(0, str(ROOT))  # for `configs`
 
 _given_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR")
 _cache = _given_cache or tempfile.mkdtemp(prefix="regnet_flax_tests_")

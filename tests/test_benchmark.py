@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from conftest import ROOT
+from helpers import ROOT
 from regnet_flax.modes import benchmark
 
 TINY = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.batch_size=8"]

@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conftest import checksums
-from helpers import tiny_config
+from helpers import checksums, tiny_config
 from regnet_flax import main
 from regnet_flax.modes import train as loop
 from regnet_flax.modes.setup import load_trained

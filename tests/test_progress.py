@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from conftest import LINE
+from helpers import LINE
 from regnet_flax.files import duration
 from regnet_flax.training import display as progress
 from regnet_flax.training.display import RunDisplay, describe

@@ -12,8 +12,7 @@ import optax
 import pytest
 
 from configs import digits
-from conftest import checksums
-from helpers import small_dataset, tiny_config
+from helpers import checksums, small_dataset, tiny_config
 from programs import Program, relative
 from regnet_flax import create_model
 from regnet_flax.modes import evaluate, setup

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from configs import digits
-from conftest import checksums
+from helpers import checksums
 from programs import Program, in_float64
 from regnet_flax import create_model
 from regnet_flax.analysis import report

@@ -9,8 +9,8 @@ import sys
 import jax
 import pytest
 
-from conftest import LINE
 from faults import events
+from helpers import LINE
 from regnet_flax import environment
 from regnet_flax.errors import WorkdirError
 from regnet_flax.files import read_json, write_json
