@@ -1,4 +1,4 @@
-"""What sharing a regulator and separable gates cost: one regulator a stage or one a block, separable or dense.
+"""What sharing a regulator and separable gates cost: one regulator per stage or per block, separable or dense.
 
     python -m regnet_flax.main --mode compare --config configs/compare_sharing.py
 
