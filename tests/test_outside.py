@@ -236,14 +236,14 @@ def stored(tmp_path_factory):
             archive.extractall(folder, filter="data")
     path = folder / "lone" / "config.json"
     config = json.loads(path.read_text())
-    config["model"]["overrides"] |= {"tuned_before": False}
+    config["model"]["overrides"] |= {"before": False}
     path.write_text(json.dumps(config))
     return folder
 
 
 def test_a_loaded_model_predicts(stored, tmp_path, caplog, logger):
     trained = regnet_flax.load(stored / "lone", "last")
-    assert "model.overrides.tuned_before=False, which this version does not know" in caplog.text
+    assert "model.overrides.before=False, which this version does not know" in caplog.text
     assert trained.step == 13 and trained.class_names == tuple("0123456789") and trained.image_shape == (8, 8, 1)
     assert trained.config.model.name == "regnet8_convlstm" and trained.config.model.plugins == ()
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1), np.uint8)

@@ -1,7 +1,7 @@
 """Every model of the package once more, in plain PyTorch, to compare with.
 
 Written from the equations and independent of `regnet_flax`: NCHW arrays, an explicit loop over the blocks, nothing
-scanned or stacked. State-dict names are those `torch_port.py` reads and writes. Notation is that of the paper
+scanned or stacked. State-dict names are those `port/torch.py` reads and writes. Notation is that of the paper
 (arXiv 2101.00590): X is a feature map, H the regulator's state, C the LSTM's cell state, n their channels.
 
 Initial values are PyTorch's defaults: a test that compares outputs copies the weights over.
