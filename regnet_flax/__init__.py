@@ -11,7 +11,7 @@ from regnet_flax.models.registry import create_model, list_models
 if TYPE_CHECKING:
     from regnet_flax.trained import Trained
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 __all__ = ["__version__", "create_model", "list_models", "load", "register_regulator"]
 
 

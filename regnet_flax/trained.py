@@ -21,7 +21,7 @@ from regnet_flax.data.augment import normalize
 from regnet_flax.data.folder import read_image
 from regnet_flax.errors import ConfigError, DataError, WorkdirError, one_line
 from regnet_flax.modes.setup import load_trained
-from regnet_flax.training.workdir import read_config
+from regnet_flax.training.workdir import failed_seeds, read_config
 
 Path = str | os.PathLike[str]
 
@@ -109,7 +109,8 @@ def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = No
         raise ConfigError(f"seed is {seed}: {path} has {', '.join(map(str, seeds))}")
     config = default_config().lock()
     fill_in(config, stored)
-    config.seed = seeds[0] if seed is None else seed
+    left = [one for one in seeds if one not in failed_seeds(path)]
+    config.seed = (left or seeds)[0] if seed is None else seed
     config.eval.checkpoint = str(checkpoint)
     return with_config(config, path)
 

@@ -255,7 +255,7 @@ def test_one_seed_has_no_spread(tmp_path):
 
 def test_the_curves_are_those_of_each_seed(written):
     result = compare.read("resnet8", written / "resnet8")
-    epochs, values = result.curves["test_error"]
+    epochs, values = result.curves["error"]
     assert epochs.tolist() == [1, 2] and values.shape == (3, 2)
     np.testing.assert_allclose(values[:, 1], [100 * (1 - a) for a in ACCURACY["resnet8"]])
     np.testing.assert_allclose(values[:, 0], [100 * (1 - a / 2) for a in ACCURACY["resnet8"]])

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from comparison import check
+from regnet_flax.models.regnet import unstack_blocks
 from regnet_flax.training.optimizer import make_optimizer, make_schedule
 from regnet_flax.training.step import cross_entropy
 
@@ -199,6 +200,26 @@ def test_decay_can_be_for_kernels_alone():
             assert (updates["conv"]["kernel"] < 0).all(), name
             assert bool((updates["blocks"]["bn"]["scale"] < 0).all()) == (decayed == "all"), name
             assert bool((updates["blocks"]["bn"]["bias"] < 0).all()) == (decayed == "all"), name
+
+
+def test_lamb_takes_the_same_step_of_stacked_blocks_and_of_single_ones():
+    rng = np.random.default_rng(0)
+    params = {
+        "stage1": {"blocks": {"conv": {"kernel": rng.normal(size=(3, 2, 4)) * np.array([1.0, 9, 0.1])[:, None, None]}}}
+    }
+    grads = jax.tree.map(lambda a: rng.normal(size=a.shape), params)
+    tx = make_optimizer("lamb", lambda count: 0.1, weight_decay=0.1)
+
+    def step(params, grads):
+        return tx.update(grads, tx.init(params), params)[0]
+
+    found = unstack_blocks(step(params, grads))
+    expected = step(unstack_blocks(params), unstack_blocks(grads))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+    whole = optax.lamb(0.1, weight_decay=0.1)
+    single = unstack_blocks(params)
+    theirs, _ = whole.update(unstack_blocks(grads), whole.init(single), single)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, theirs)
 
 
 def test_an_unknown_optimiser_is_named():

@@ -51,8 +51,8 @@ def test_compared_curves(tmp_path, figures):
     epochs = np.array([1.0, 2.0, 3.0])
     values = np.array([[30.0, 8.0, 4.0], [50.0, 10.0, 2.0]])
     runs = {
-        "two seeds": {"train_loss": (epochs, values / 10), "test_error": (epochs, values)},
-        "one seed": {"train_loss": (epochs, values[:1] / 10), "test_error": (epochs, values[:1] + 1)},
+        "two seeds": {"train_loss": (epochs, values / 10), "error": (epochs, values)},
+        "one seed": {"train_loss": (epochs, values[:1] / 10), "error": (epochs, values[:1] + 1)},
     }
     comparison.compared_curves(runs, tmp_path / "curves.png")
     loss, error = figures[0].axes
@@ -156,7 +156,7 @@ def test_names_are_drawn_as_they_are(name, shown, tmp_path, figures):
 
 
 def test_compared_curves_of_one_evaluation_are_seen(tmp_path, figures):
-    one = {"train_loss": ([1.0], np.array([[2.0], [1.5]])), "test_error": ([1.0], np.array([[50.0], [40.0]]))}
+    one = {"train_loss": ([1.0], np.array([[2.0], [1.5]])), "error": ([1.0], np.array([[50.0], [40.0]]))}
     comparison.compared_curves({"a": one}, tmp_path / "curves.png")
     for axes in figures[0].axes:
         assert axes.lines[0].get_marker() == "o" and len(axes.collections) == 1

@@ -48,7 +48,7 @@ class Result:
       top5_error: likewise; empty where there are no more than five classes.
       seconds: wall time of all seeds together.
       claim: what was published of this model on this data set, "" for nothing.
-      curves: from "train_loss" and "test_error" (percent, of the split that was evaluated) to epochs (k,) and values
+      curves: from "train_loss" and "error" (percent, of the split that was evaluated) to epochs (k,) and values
         (seeds, k).
       config: config.json.
       environment: "hardware", "versions" and "command" of results.json.
@@ -102,7 +102,7 @@ def read(label: str, workdir: pathlib.Path) -> Result:
         claim=claim(config["model"]["name"], config["dataset"]["name"]) if not overrides else "",
         curves={
             "train_loss": _curve(lines, seeds, "train_loss"),
-            "test_error": _curve(lines, seeds, "eval_accuracy", lambda accuracy: 100 * (1 - accuracy)),
+            "error": _curve(lines, seeds, "eval_accuracy", lambda accuracy: 100 * (1 - accuracy)),
         },
         config=config,
         environment={name: results[name] for name in ("hardware", "versions", "command")},

@@ -18,9 +18,10 @@ from regnet_flax.files import duration, write_text
 MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
 _NUMBERS = 2  # the columns from here on are numbers, but for the last two
 _CAPTIONS = {
-    "curves": "Training loss and test error: the mean over the seeds, in a band from the lowest to the highest. "
+    "curves": "Training loss, and error of the split evaluated while training: the mean over the seeds, in a band from "
+    "the lowest to the highest. "
     "The error of the first epochs lies above the picture.",
-    "costs": "Test error at the end of training against parameters and multiply-adds: mean ± standard deviation.",
+    "costs": "Test error against parameters and multiply-adds: mean ± standard deviation.",
 }
 
 
@@ -37,7 +38,8 @@ def write(path: pathlib.Path, workdirs: Mapping[str, pathlib.Path], failed: Mapp
     pictures = {}
     for dark in (False, True):
         names = {kind: path / FIGURES / f"{kind}{'-dark' if dark else ''}.png" for kind in _CAPTIONS}
-        comparison.compared_curves({r.label: r.curves for r in results}, names["curves"], dark=dark)
+        split = "validation" if results[0].chosen else "test"
+        comparison.compared_curves({r.label: r.curves for r in results}, names["curves"], dark=dark, split=split)
         points = {r.label: (r.parameters, r.multiply_adds, r.error) for r in results}
         comparison.compared_costs(points, names["costs"], dark=dark)
         pictures[dark] = names
@@ -174,7 +176,7 @@ def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
 def describe_optimizer(settings: Mapping[str, Any]) -> str:
     """The `optimizer` section of a config in words, but for the learning rate and the weight decay."""
     if settings.get("name", "sgd") == "sgd":
-        return f"SGD with momentum {settings['momentum']}"
+        return f"SGD with {'Nesterov ' * bool(settings['nesterov'])}momentum {settings['momentum']}"
     return f"{settings['name']} with betas {', '.join(map(str, settings['betas']))}"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from regnet_flax.config.fields import FIELDS, boundary_steps
+from regnet_flax.config.fields import FIELDS, OPTIMIZERS, boundary_steps
 from regnet_flax.data import stream
 from regnet_flax.data.augment import ERASE
 from regnet_flax.data.sources import IMAGES
@@ -90,8 +90,19 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
             yield f"optimizer.warmup_epochs is {warmup}: the run ends at train.epochs={epochs}"
     if values.get("optimizer.nesterov") and values.get("optimizer.momentum") == 0:
         yield "optimizer.nesterov is True: it needs optimizer.momentum above 0"
-    if values.get("optimizer.name", "sgd") != "sgd" and values.get("optimizer.nesterov"):
-        yield f"optimizer.nesterov is True: it is for optimizer.name=sgd, not {values['optimizer.name']}"
+    name = values.get("optimizer.name", "sgd")
+    for field in dict.fromkeys(field for own in OPTIMIZERS.values() for field in own):
+        full = f"optimizer.{field}"
+        if field not in OPTIMIZERS[name] and values.get(full, FIELDS[full].default) != FIELDS[full].default:
+            owners = " and ".join(owner for owner, own in OPTIMIZERS.items() if field in own)
+            yield f"{full} is {values[full]!r}: it is for optimizer.name {owners}, not {name}"
+    if values.get("dataset.validation") and not (
+        values.get("checkpoint.keep_best", 1) and values.get("eval.every_epochs", 1)
+    ):
+        yield (
+            f"dataset.validation is {values['dataset.validation']:g}: to choose the best checkpoint, "
+            "checkpoint.keep_best and eval.every_epochs must be at least 1"
+        )
     if len(values.get("optimizer.betas", (0, 0))) != 2 or 1 in values.get("optimizer.betas", ()):
         yield f"optimizer.betas is {values['optimizer.betas']}: it must be two numbers below 1, such as (0.9, 0.999)"
     if values.get("model.new_head") and values.get("model.init_from") == "":

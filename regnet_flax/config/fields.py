@@ -18,7 +18,8 @@ from regnet_flax.data.sources import SOURCES
 from regnet_flax.models.registry import OPTIONS, Option
 
 SCHEDULES = ("step", "cosine", "constant")
-OPTIMIZERS = ("sgd", "adamw", "lamb")
+# Each optimiser with the fields that are its own.
+OPTIMIZERS = {"sgd": ("momentum", "nesterov"), "adamw": ("betas",), "lamb": ("betas",)}
 
 Check = Callable[[Any], str]  # "" for a good value, otherwise what the value must be
 

@@ -58,7 +58,7 @@ def fill_in(config: Any, stored: Mapping[str, Any]) -> None:
     if wrong := [name for name in config if hasattr(config[name], "items") and name in values]:
         raise ConfigError(f"{wrong[0]} is {values[wrong[0]]!r}")
     _warn_of_unknown(values)
-    kept = {name: value for name, value in values.items() if name in FIELDS and name not in _NOT_TAKEN}
+    kept = {name: values.get(name, field.default) for name, field in FIELDS.items() if name not in _NOT_TAKEN}
     with config.ignore_type():
         config.update_from_flattened_dict(kept | {"model.init_from": "", "model.new_head": False})
 

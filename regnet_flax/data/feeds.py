@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -85,7 +85,7 @@ class Feed(Protocol):
         """
         ...
 
-    def eval_arguments(self, split: str, batch_size: int) -> Iterator[dict[str, Any]]:
+    def eval_arguments(self, split: str, batch_size: int) -> Generator[dict[str, Any]]:
         """The arguments of `eval_batch` for each batch of a split, in the data's order; raises as `arguments` does."""
         ...
 
@@ -161,7 +161,7 @@ class MemoryFeed:
         shards = self._placement.count
         return train_batch(**arguments, batch_size=self._batch_size, shard=shard, shards=shards, parts=parts)
 
-    def eval_arguments(self, split: str, batch_size: int) -> Iterator[dict[str, Any]]:
+    def eval_arguments(self, split: str, batch_size: int) -> Generator[dict[str, Any]]:
         """See Feed."""
         for start in range(0, self._dataset.size(split), batch_size):
             indices = np.arange(start, start + batch_size, dtype=np.int32).reshape(jax.process_count(), -1)
@@ -219,7 +219,7 @@ class StreamFeed:
         keys = example_keys(arguments["seed"], epoch, arguments["examples"])
         return {name: arguments[name] for name in ("images", "labels")}, keys
 
-    def eval_arguments(self, split: str, batch_size: int) -> Iterator[dict[str, Any]]:
+    def eval_arguments(self, split: str, batch_size: int) -> Generator[dict[str, Any]]:
         """See Feed."""
         make = self._dataset.eval_batches(split, batch_size, jax.process_index(), jax.process_count())
         stream = self._read(make, range(-(-self._dataset.size(split) // batch_size)))

@@ -54,7 +54,7 @@ def register_regulator(name: str) -> Callable[[Cell], Cell]:
       The decorator, which returns the class as it is.
 
     Raises:
-      ValueError: the name is no identifier or taken, or what is decorated is not a subclass of `Regulator`.
+      ValueError: the name is no identifier or another class's, or what is decorated is not a subclass of `Regulator`.
     """
     if not (isinstance(name, str) and name.isascii() and name.isidentifier()):
         raise ValueError(
@@ -64,8 +64,10 @@ def register_regulator(name: str) -> Callable[[Cell], Cell]:
     def register(cell: Cell) -> Cell:
         if not (isinstance(cell, type) and issubclass(cell, Regulator)):
             raise ValueError(f"{cell!r} cannot be registered: it must be a subclass of regnet_flax's Regulator")
-        if name in CELLS:
-            owner = f"{CELLS[name].__module__}.{CELLS[name].__qualname__}"
+        known = CELLS.get(name)
+        # The same class again is a module or a notebook's cell that is run once more.
+        if known and (known.__module__, known.__qualname__) != (cell.__module__, cell.__qualname__):
+            owner = f"{known.__module__}.{known.__qualname__}"
             raise ValueError(f"a regulator {name!r} exists already ({owner}): choose another name")
         REGULATORS[name] = CELLS[name] = cell
         MODELS.update(family([name]))

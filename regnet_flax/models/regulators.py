@@ -232,7 +232,7 @@ REGULATORS: dict[str, type[Regulator]] = {"convrnn": ConvRNN, "convgru": ConvGRU
 
 
 def check_cell(cell: Regulator, state: State, *, shared: bool) -> None:
-    """Raises InputError if a cell of one's own needs what its stage does not give it; nothing is computed."""
+    """Raises InputError if a custom cell needs what its stage does not give it; nothing is computed."""
 
     def init_and_apply() -> Any:
         variables = cell.init(jax.random.key(0), state[0], state)
@@ -247,8 +247,10 @@ def check_cell(cell: Regulator, state: State, *, shared: bool) -> None:
             f"the regulator {name} draws random numbers, as for dropout, and is given none, since what a run computes "
             "would depend on the number of devices: leave them out"
         ) from error
-    if shared and (others := sorted(variables.keys() - {"params"})):
+    if others := sorted(variables.keys() - {"params", "batch_stats"}):
+        raise InputError(f"the regulator {name} keeps {', '.join(others)}: it can keep params and batch_stats only")
+    if shared and "batch_stats" in variables:
         raise InputError(
-            f"the regulator {name} keeps {', '.join(others)}, and one that all blocks of a stage share can keep params "
-            "only: give each block its own, with share_regulator=False"
+            f"the regulator {name} keeps batch_stats, and one that all blocks of a stage share can keep params only: "
+            "give each block its own, with share_regulator=False"
         )

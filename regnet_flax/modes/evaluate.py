@@ -40,14 +40,18 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     path, devices = pathlib.Path(path), devices or jax.devices()
     with parallel.together():
         check_config(config)
+        seeds: list[int] = []
         if not config.model.init_from:
             workdir.check_has_checkpoints(path)
-        dataset = open_dataset(config)
+            seeds = (workdir.read_config(path) or {}).get("seeds", [])
+        dataset = open_dataset(config, seeds[0] if seeds else None)
     parallel.check_same("data set", dataset.fingerprint())
-    if not config.model.init_from:
-        _check_classes(dataset, path)
-    config = resolve(config, dataset)
-    trainer = make_trainer(config, dataset, devices, start=load_weights(config))
+    with parallel.together():
+        if not config.model.init_from:
+            _check_classes(dataset, path)
+        config = resolve(config, dataset)
+        start = load_weights(config)
+    trainer = make_trainer(config, dataset, devices, start=start)
     if config.model.init_from:
         step, variables = 0, trainer.initial_state().variables
     else:

@@ -124,7 +124,7 @@ def write(path: pathlib.Path, config: Any, variables: dict[str, Any], step: int,
 
 def describe(config: Any, variables: dict[str, Any], step: int, workdir: pathlib.Path, files: Sequence[str]) -> str:
     """The card's text, for the files of these names; see `write`."""
-    record = read_json(workdir / CONFIG)
+    record, results = read_json(workdir / CONFIG), read_json(workdir / RESULTS)
     data, train, sgd = config.dataset, config.train, config.optimizer
     height, width, channels = record["image_shape"]
     options = {name: value for name, value in model_options(config).items() if value is not None}
@@ -177,8 +177,8 @@ def describe(config: Any, variables: dict[str, Any], step: int, workdir: pathlib
         augment=", ".join(augmentation) or "none",
         seed=config.seed,
         start=f"the weights of {pathlib.Path(started).name}" if started else "random weights",
-        run=_run(read_json(workdir / RESULTS)),
-        metrics=_metrics(read_metrics(workdir), step, config.eval.checkpoint == "best"),
+        run=_run(results),
+        metrics=_metrics(read_metrics(workdir), results, config, step),
         load=load,
         **values,
     )
@@ -204,15 +204,29 @@ def _run(results: dict[str, Any] | None) -> str:
     )
 
 
-def _metrics(lines: Sequence[dict[str, Any]], step: int, chosen: bool) -> str:
-    found = next((line for line in lines if line["step"] == step and "eval_accuracy" in line), None)
+def _metrics(lines: Sequence[dict[str, Any]], results: dict[str, Any] | None, config: Any, step: int) -> str:
+    seed, results = str(config.seed), results or {}
+
+    def own(values: dict[str, Any]) -> dict[str, Any]:
+        return values | values.get("seeds", {}).get(seed, {})
+
+    found = next((own(line) for line in lines if line["step"] == step and "eval_accuracy" in line), None)
+    kind, split, note = "eval", "test", ""
+    if "test" in results:  # read once, while another split chose the checkpoint
+        split = "validation"
+        test = results.get("seeds", {}).get(seed, results)["test"]
+        if test["step"] == step:
+            found, kind, split = test, "test", "test"
     if found is None:
-        return f"The test images were not evaluated at step {step}."
-    rows = [("accuracy", f"{found['eval_accuracy']:.2%}"), ("loss (cross-entropy, nats)", f"{found['eval_loss']:.4f}")]
-    if "eval_top5_accuracy" in found:
-        rows.insert(1, ("top-5 accuracy", f"{found['eval_top5_accuracy']:.2%}"))
-    table = "\n".join(["| all test images | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+        return f"No images were evaluated at step {step}."
+    rows = [
+        ("accuracy", f"{found[f'{kind}_accuracy']:.2%}"),
+        ("loss (cross-entropy, nats)", f"{found[f'{kind}_loss']:.4f}"),
+    ]
+    if f"{kind}_top5_accuracy" in found:
+        rows.insert(1, ("top-5 accuracy", f"{found[f'{kind}_top5_accuracy']:.2%}"))
     count = sum("eval_accuracy" in line for line in lines)
-    if chosen and count > 1:
-        table += f"\n\nOf {count} evaluations of the run this had the best accuracy, which flatters it a little."
-    return table
+    if kind == "eval" and config.eval.checkpoint == "best" and count > 1:
+        note = f"\n\nOf {count} evaluations of the run this had the best accuracy, which flatters it a little."
+    body = [f"| {name} | {value} |" for name, value in rows]
+    return "\n".join([f"| all {split} images | |", "| --- | --- |", *body]) + note

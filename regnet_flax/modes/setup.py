@@ -38,12 +38,18 @@ Dataset = sources.Dataset | stream.StreamedDataset
 logger = logging.getLogger("regnet_flax")
 
 
-def open_dataset(config: Any) -> Dataset:
-    """The config's data set, in memory or to be streamed; says what it is of, and which images could not be read."""
+def open_dataset(config: Any, seed: int | None = None) -> Dataset:
+    """The config's data set, in memory or to be streamed; logs its sizes, and which images could not be read.
+
+    Args:
+      config: a nested config with the fields of configs/base.py.
+      seed: fixes what is held out and synthetic images; the config's by default. Seeds that train together share the
+        first one's.
+    """
     began = time.monotonic()
     settings = config.dataset
     options = {name: settings[name] for name in ("data_dir", "image_size", "num_classes", "strict", "validation")}
-    options["seed"] = config.seed
+    options["seed"] = config.seed if seed is None else seed
     dataset = stream.open_stream(settings.name, in_memory=settings.in_memory, augment=settings.augment, **options)
     streamed = dataset is not None
     if dataset is None:
@@ -136,6 +142,9 @@ def read_trained(config: Any, path: pathlib.Path, like: Any) -> tuple[int, dict[
     seeds = (workdir.read_config(path) or {}).get("seeds", [])
     if seeds and config.seed not in seeds:
         raise ConfigError(f"seed is {config.seed}: {path} has the seeds {', '.join(map(str, seeds))}")
+    if reason := workdir.failed_seeds(path).get(config.seed):
+        others = ", ".join(str(seed) for seed in seeds if seed not in workdir.failed_seeds(path))
+        raise WorkdirError(f"seed {config.seed} of {path} failed ({reason}): name another --config.seed ({others})")
     with contextlib.closing(Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)) as checkpoints:
         step, variables = checkpoints.read_variables(
             str(config.eval.checkpoint), jax.tree.leaves(like["params"])[0].sharding

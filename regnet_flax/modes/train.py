@@ -47,7 +47,8 @@ def train_and_evaluate(
       path: the workdir. An interrupted run that it holds is resumed; a finished one is only reported.
       devices: to train on; all by default, those of other processes too.
       seeds: several train together, each as it would alone, and what is logged are means and each seed's own values;
-        by default the config's seed, in whose place a single one given here is taken.
+        by default the config's seed, in whose place a single one given here is taken. All of them share what
+        `dataset.validation` holds out by the first.
       profile: whether a trace of a few steps goes into `<workdir>/profile`.
 
     Returns:
@@ -72,8 +73,8 @@ def train_and_evaluate(
     check_config(config, len(devices))
     with StopSignals() as stop, RunLog() as log:
         dataset, fingerprint = _open_dataset(config, stored, path)
-        config = _complete_config(config, dataset, stored, path, seeds)
         with parallel.together():
+            config = _complete_config(config, dataset, stored, path, seeds)
             start = load_weights(config)
         stop.check()
         with workdir.workdir_lock(path):
@@ -184,7 +185,7 @@ def _finish(run: Run, config: Any, dataset: Dataset, checkpoints: Checkpoints, p
     test, outcomes = None, None
     if dataset.validation is not None:
         # The test split is read once, by the checkpoint that the validation split chose.
-        step, variables = checkpoints.read_variables(str(config.eval.checkpoint), run.placement.replicated)
+        step, variables = checkpoints.read_variables("best", run.placement.replicated)
         metrics, outcomes = run.outcomes(variables, "test")
         metrics = {f"test_{name}": value for name, value in metrics.items() if name != "count"}
         test = averaged({"step": step} | metrics, run.seeds, run.failed)
@@ -199,7 +200,8 @@ def _finish(run: Run, config: Any, dataset: Dataset, checkpoints: Checkpoints, p
         figures.mkdir(exist_ok=True)
         if outcomes is not None:
             results["per_class"] = write_figures(figures, dataset, outcomes, title, config.seed)
-        plots.curves(workdir.read_metrics(path), figures / "curves.png", title=title, drops=run.plan.drops)
+        lines, picture = workdir.read_metrics(path), figures / "curves.png"
+        plots.curves(lines, picture, title=title, drops=run.plan.drops, split=dataset.evaluated)
         # Last, since it is what marks the run as finished.
         write_json(path / workdir.RESULTS, results)
         report(results, path)

@@ -19,14 +19,14 @@ from regnet_flax.training import parallel
 logger = logging.getLogger("regnet_flax")
 
 
-def describe(line: dict[str, Any], total_steps: int, epochs: int, left: float | None) -> str:
-    """One line of metrics.jsonl, as a person reads it."""
+def describe(line: dict[str, Any], total_steps: int, epochs: int, left: float | None, split: str = "test") -> str:
+    """One line of metrics.jsonl, whose evaluation is of `split`, as a person reads it."""
     parts = [f"epoch {line['epoch']:.4g}/{epochs}", f"step {line['step']}/{total_steps}"]
     if "train_loss" in line:
         parts.append(f"train loss {line['train_loss']:.4f}, accuracy {line['train_accuracy']:.2%}")
     if "eval_loss" in line:
         top5 = f", top-5 {line['eval_top5_accuracy']:.2%}" if "eval_top5_accuracy" in line else ""
-        parts.append(f"test loss {line['eval_loss']:.4f}, accuracy {line['eval_accuracy']:.2%}{top5}")
+        parts.append(f"{split} loss {line['eval_loss']:.4f}, accuracy {line['eval_accuracy']:.2%}{top5}")
     if "learning_rate" in line:
         parts.append(f"rate {line['learning_rate']:.3g}")
     if line.get("images_per_second"):
@@ -54,10 +54,14 @@ class RunDisplay:
       epochs: of the run.
       steps_per_epoch: batches an epoch.
       batch_size: images a step.
-      step: where the run goes on from.
+      step: where the run resumes from.
+      split: that is evaluated.
     """
 
-    def __init__(self, total_steps: int, epochs: int, steps_per_epoch: int, batch_size: int, step: int):
+    def __init__(
+        self, total_steps: int, epochs: int, steps_per_epoch: int, batch_size: int, step: int, split: str = "test"
+    ):
+        self._split = split
         self._total, self._epochs, self._steps_per_epoch = total_steps, epochs, steps_per_epoch
         self._batch_size, self._step, self._first = batch_size, step, step
         self._begin: float | None = None
@@ -124,7 +128,7 @@ class RunDisplay:
 
     def log(self, line: dict[str, Any]) -> None:
         """Says one line of metrics.jsonl."""
-        logger.info(describe(line, self._total, self._epochs, self.seconds_left()))
+        logger.info(describe(line, self._total, self._epochs, self.seconds_left(), self._split))
 
 
 def console_handlers() -> list[logging.Handler]:

@@ -8,6 +8,7 @@ import logging
 import math
 import pathlib
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -89,7 +90,7 @@ class _Events:
         event.wall_time = time.time()
         self._writer.write_event(event)
 
-    def write(self, scalars: dict[str, float], step: int) -> None:
+    def write(self, scalars: Mapping[str, float], step: int) -> None:
         for name, value in scalars.items():
             self._add(self._event(step=step, summary=self._scalar(name, value)))
         self._writer.flush()

@@ -79,7 +79,8 @@ def make_optimizer(
 
     Args:
       name: "sgd": `torch.optim.SGD`, whose weight decay is L2, added to the gradient before the momentum. "adamw":
-        `torch.optim.AdamW` (arXiv 1711.05101). "lamb": arXiv 1904.00962, as optax has it. The weight decay of these two
+        `torch.optim.AdamW` (arXiv 1711.05101). "lamb": arXiv 1904.00962, each block of a stage a layer of
+        its own. The weight decay of these two
         is added to the update, times the learning rate.
       schedule: learning rate by step.
       momentum: of "sgd"; 0 for none.
@@ -101,10 +102,24 @@ def make_optimizer(
     elif name == "adamw":
         parts.append(optax.adamw(schedule, *betas, eps=1e-8, weight_decay=weight_decay, mask=mask))
     elif name == "lamb":
-        parts.append(optax.lamb(schedule, *betas, weight_decay=weight_decay, mask=mask))
+        parts.append(optax.scale_by_adam(*betas, eps=1e-6))
+        parts.append(optax.add_decayed_weights(weight_decay, mask))
+        parts += [optax.stateless(_by_trust_ratio), optax.scale_by_learning_rate(schedule)]
     else:
         raise ValueError(f"unknown optimiser {name!r}: it must be one of {', '.join(OPTIMIZERS)}")
     return optax.chain(*parts)
+
+
+def _by_trust_ratio(updates: Any, params: Any) -> Any:
+    """LAMB's scaling of each layer's update by ‖parameters‖ / ‖update‖; those of "blocks" are stacked by `nn.scan`."""
+
+    def scale(path: Any, update: Any, parameter: Any) -> Any:
+        stacked = any(getattr(key, "key", "") == "blocks" for key in path)
+        axes = tuple(range(int(stacked), parameter.ndim))
+        norm, size = (jnp.sqrt(jnp.square(a).sum(axes, keepdims=True)) for a in (parameter, update))
+        return update * jnp.where((norm > 0) & (size > 0), norm / jnp.where(size > 0, size, 1), 1)
+
+    return jax.tree_util.tree_map_with_path(scale, updates, params)
 
 
 def kernels(params: Any) -> Any:

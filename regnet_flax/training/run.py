@@ -117,7 +117,12 @@ class Run:
         """Trains to the end, or until a signal."""
         plan = self.plan
         with RunDisplay(
-            plan.total_steps, self._config.train.epochs, plan.steps_per_epoch, self._images_per_step, self.step
+            plan.total_steps,
+            self._config.train.epochs,
+            plan.steps_per_epoch,
+            self._images_per_step,
+            self.step,
+            self._dataset.evaluated,
         ) as self._display:
             # A checkpoint that a signal made before its step was logged: the line is still to come.
             step = self.step if self._logged else self.step - 1

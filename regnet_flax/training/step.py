@@ -158,7 +158,7 @@ def add_metrics(totals: Batch | None, metrics: Batch) -> Batch:
     """Sums of metrics over steps, one step added after another, so that the sum depends on the steps alone.
 
     Args:
-      totals: so far, by name; None, or a name that it lacks, is 0.
+      totals: so far, by name; None for no step yet. A metric that they lack is left out until they start anew.
       metrics: (…, steps) of further steps.
 
     Returns:
@@ -166,12 +166,12 @@ def add_metrics(totals: Batch | None, metrics: Batch) -> Batch:
     """
 
     def add(name: str, values: Array) -> Array:
-        total = jnp.broadcast_to(jnp.asarray((totals or {}).get(name, 0), values.dtype), values.shape[:-1])
+        total = jnp.broadcast_to(jnp.asarray(totals[name] if totals else 0, values.dtype), values.shape[:-1])
         if values.shape[-1] == 1:
             return total + values[..., 0]
         return lax.fori_loop(0, values.shape[-1], lambda i, sum: sum + values[..., i], total)
 
-    return {name: add(name, values) for name, values in metrics.items()}
+    return {name: add(name, values) for name, values in metrics.items() if not totals or name in totals}
 
 
 def accumulate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -228,11 +229,12 @@ class Trainer:
         devices = self.placement.count
         batch_size = -(-min(batch_size, size) // devices) * devices
         sums: list[list[dict[str, jax.Array]]] = []
-        for number, arguments in enumerate(self._feed.eval_arguments(split, batch_size), start=1):
-            sums.append([self._p_eval(one, self._shards, arguments) for one in each])
-            # Two batches in flight keep a device busy; more would only delay what waits for the poll.
-            jax.block_until_ready(sums[max(0, len(sums) - 3)])
-            poll(min(size, number * batch_size))
+        with contextlib.closing(self._feed.eval_arguments(split, batch_size)) as batches:
+            for number, arguments in enumerate(batches, start=1):
+                sums.append([self._p_eval(one, self._shards, arguments) for one in each])
+                # Two batches in flight keep a device busy; more would only delay what waits for the poll.
+                jax.block_until_ready(sums[max(0, len(sums) - 3)])
+                poll(min(size, number * batch_size))
         found = []
         for index, parts in enumerate(zip(*sums, strict=True)):
             found.append(mean_metrics(parts, f"none of the {size} {split} images decodes: check that they are images"))

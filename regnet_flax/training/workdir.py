@@ -71,6 +71,12 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
     return None
 
 
+def failed_seeds(workdir: pathlib.Path) -> dict[int, str]:
+    """The seeds of a finished run whose loss or gradient was not finite, with what results.json says of each."""
+    results = read_results(workdir) or {}
+    return {int(seed): reason for seed, reason in results.get("failed", {}).items()}
+
+
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl; damaged ones, such as a last one that was cut short, are left out."""
     return read_json_lines(workdir / METRICS)

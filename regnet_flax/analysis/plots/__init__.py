@@ -39,22 +39,29 @@ def _column(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[float], li
     return [line["epoch"] for line in chosen], [line[name] for line in chosen]
 
 
-def curves(lines: Sequence[dict[str, Any]], path: pathlib.Path, title: str = "", drops: Sequence[float] = ()) -> None:
-    """Loss and accuracy over the epochs, training and test, with the learning rate's drops marked.
+def curves(
+    lines: Sequence[dict[str, Any]],
+    path: pathlib.Path,
+    title: str = "",
+    drops: Sequence[float] = (),
+    split: str = "test",
+) -> None:
+    """Loss and accuracy over the epochs, of training and of the evaluated split, with the learning rate's drops marked.
 
     Args:
       lines: of metrics.jsonl.
       path: the picture to write.
       title: above it.
       drops: the epochs at which the learning rate falls; those beyond the last line are not drawn.
+      split: that was evaluated, "test" or "validation".
     """
     plt = pyplot()
     from matplotlib.ticker import PercentFormatter
 
     figure, (loss, accuracy) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for axes, metric, name in ((loss, "loss", "loss (cross-entropy, nats)"), (accuracy, "accuracy", "accuracy")):
-        for split, color, label in (("train", TRAIN, "training"), ("eval", TEST, "test")):
-            epochs, values = _column(lines, f"{split}_{metric}")
+        for kind, color, label in (("train", TRAIN, "training"), ("eval", TEST, split)):
+            epochs, values = _column(lines, f"{kind}_{metric}")
             if epochs:
                 axes.plot(epochs, values, color=color, label=label, marker=marker(epochs), linewidth=1.5)
         if metric == "loss" and axes.lines:

@@ -37,14 +37,19 @@ def _finish(plt: Any, figure: Any, axes: Any, names: Sequence[str], path: pathli
 
 
 def compared_curves(
-    runs: Mapping[str, Mapping[str, tuple[Any, Any]]], path: pathlib.Path, *, dark: bool = False
+    runs: Mapping[str, Mapping[str, tuple[Any, Any]]],
+    path: pathlib.Path,
+    *,
+    dark: bool = False,
+    split: str = "test",
 ) -> None:
     """Learning curves of several models: the mean over the seeds, in a band from the lowest seed to the highest.
 
     Args:
-      runs: from a model's name to "train_loss" and "test_error" (percent), each epochs (k,) and values (seeds, k).
+      runs: from a model's name to "train_loss" and "error" (percent), each epochs (k,) and values (seeds, k).
       path: the picture to write.
       dark: for a dark page.
+      split: whose error it is.
     """
     with _page(dark) as plt:
         rows = -(-len(runs) // 3)
@@ -53,7 +58,7 @@ def compared_curves(
         ends, starts = [], []
         for number, (name, curves) in enumerate(runs.items()):
             color, dash = palette[number % len(palette)], _DASHES[number // len(palette) % len(_DASHES)]
-            for axes, metric in ((loss, "train_loss"), (error, "test_error")):
+            for axes, metric in ((loss, "train_loss"), (error, "error")):
                 epochs, values = curves[metric]
                 options = {"color": color, "linestyle": dash, "label": name, "linewidth": 1.6}
                 axes.plot(epochs, values.mean(0), marker=marker(epochs), **options)
@@ -61,12 +66,12 @@ def compared_curves(
                     axes.vlines(epochs, values.min(0), values.max(0), color=color, alpha=0.3, linewidth=4)
                 elif len(values) > 1:
                     axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-            mean = curves["test_error"][1].mean(0)
+            mean = curves["error"][1].mean(0)
             ends.append(mean[len(mean) // 2 :].max())
             starts.append(mean.max())
         loss.set_yscale("log")
         loss.set_ylabel("training loss (cross-entropy, nats)")
-        error.set_ylabel("test error (%)")
+        error.set_ylabel(f"{split} error (%)")
         # The first epochs are far above what tells the models apart.
         error.set_ylim(0, min(max(starts), 2.5 * max(ends)) * 1.05 or 1)
         for axes in (loss, error):
@@ -105,7 +110,7 @@ def compared_costs(
                 )
         both[0].set_xlabel("parameters (thousands)")
         both[1].set_xlabel("multiply-adds for one image (millions)")
-        both[0].set_ylabel("test error at the end (%)")
+        both[0].set_ylabel("test error (%)")
         for axes in both:
             axes.grid(alpha=0.3)
             axes.set_xmargin(0.12)
