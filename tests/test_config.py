@@ -315,6 +315,10 @@ CONTRADICTIONS = [
         ["digits takes 'crop'"],
     ),
     ({**FOLDER, "dataset.augment": ("flip", "random_resized_crop")}, "dataset.augment is ('flip',", ["the first"]),
+    ({"optimizer.name": "adamw", "optimizer.momentum": 0.5}, "optimizer.momentum is 0.5:", ["sgd", "not adamw"]),
+    ({"optimizer.betas": (0.5, 0.9)}, "optimizer.betas is (0.5, 0.9):", ["adamw and lamb", "not sgd"]),
+    ({"optimizer.name": "lamb", "optimizer.betas": (0.5,)}, "optimizer.betas is (0.5,):", ["two numbers"]),
+    ({"dataset.validation": 0.1, "checkpoint.keep_best": 0}, "dataset.validation is 0.1:", ["at least 1"]),
     ({"dataset.augment": ("erase", "flip")}, "dataset.augment is ('erase',", ["the last"]),
     (
         {**FOLDER, "dataset.augment": ("random_resized_crop",), "dataset.in_memory": "always"},
@@ -476,7 +480,7 @@ def test_a_run_of_before_a_field_has_the_value_of_then():
     del before["dataset"]["validation"]
     assert changed_fields(before, DIGITS, resolved=False) == []
     lines = changed_fields(before, changed({"dataset.validation": 0.1}), resolved=False)
-    assert lines == ["dataset.validation: 0 before, 0.1 now"]
+    assert lines == ["dataset.validation: 0.0 before, 0.1 now"]
 
 
 def test_fields_that_change_no_number_may_change():

@@ -24,7 +24,7 @@ from faults import (
     uninterrupted,  # noqa: F401
 )
 from regnet_flax import main
-from regnet_flax.training.trainer import changed_rate
+from regnet_flax.training.optimizer import changed_rate
 
 
 @pytest.fixture(scope="module")

@@ -55,6 +55,10 @@ for arguments in (
 assert importlib.util.find_spec("data") is None, "modules of the package are on the path"
 """
 
+NAMED = """config = fields.default_config()
+    config.model.name = "resnet26"
+    return config"""
+
 MINE = """
 from configs import {config}
 
@@ -75,7 +79,7 @@ def test_the_shipped_configs_are_found_beside_others_of_that_name(installed, whe
     other.mkdir(parents=True)
     (other.parent / "helper.py").touch()
     base = (ROOT / "configs" / "base.py").read_text()
-    (other / "base.py").write_text("import helper\n" + base.replace('"regnet20_convlstm"', '"resnet26"'))
+    (other / "base.py").write_text("import helper\n" + base.replace("return fields.default_config()", NAMED))
     (other / "theirs.py").write_text("from configs.base import get_config\n")
     site = ROOT
     if installed:

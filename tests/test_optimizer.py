@@ -160,7 +160,7 @@ def test_an_optimiser_takes_the_steps_of_torch(name, settings, float64):
         theirs.step()
         for name, value in weights.items():
             # PyTorch adds 1e-6 to the norm by which it clips.
-            np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=1e-7 if clip else 1e-9)
+            np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=1e-6 if clip else 1e-9)
     assert not clip or min(norms) < clip < max(norms), "the bound must be met and not met"
 
 

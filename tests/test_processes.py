@@ -24,7 +24,7 @@ from regnet_flax.modes import train as loop
 from regnet_flax.modes.setup import load_trained
 from regnet_flax.training import parallel
 from regnet_flax.training.checkpoint import CHECKPOINTS
-from regnet_flax.training.trainer import AXIS
+from regnet_flax.training.parallel import AXIS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIELDS = {  # 360 test images do not divide into batches of 56, and process 1 has none of the last one's

@@ -17,7 +17,7 @@ from regnet_flax.models.registry import IMAGENET_STAGES, MODELS
 from regnet_flax.models.regnet import RegNet
 from regnet_flax.models.regnety import RegNetY
 from regnet_flax.modes.train import train_and_evaluate
-from regnet_flax.training.trainer import build_optimizer
+from regnet_flax.training.optimizer import build_optimizer
 
 ROOT = pathlib.Path(main.__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))

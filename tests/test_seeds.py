@@ -19,7 +19,7 @@ from regnet_flax import create_model
 from regnet_flax.analysis import report
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import Dataset
-from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError
+from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError, WorkdirError
 from regnet_flax.modes import evaluate, setup
 from regnet_flax.modes import train as loop
 from regnet_flax.training.run import averaged
@@ -282,6 +282,8 @@ def test_a_seed_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypat
     assert [line["seeds"]["4"] for line in lines] == expected  # bitwise, as beside a seed that did not fail
     assert lines[-1]["eval_loss"] == expected[-1]["eval_loss"]
     assert run(tmp_path) == results  # a finished run says the same
+    with pytest.raises(WorkdirError, match=r"seed 1 of .* failed .*name another --config.seed \(4\)"):
+        evaluate.evaluate_only(tiny_config(**RUN, seed=1), tmp_path, jax.devices()[:1])
     report.write(tmp_path, {"resnet8": tmp_path})
     text = (tmp_path / "report.md").read_text()
     assert "resnet8: the loss or a gradient is not finite at step 3 of seed 1" in text and "of the one seed 4" in text

@@ -74,7 +74,8 @@ def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[tuple[st
         module = context.module
         # Before its blocks a stage runs a regulator only to make a shared one's parameters, and to check it.
         before_blocks = isinstance(module, Regulator) and not inside[1]
-        if context.method_name != "__call__" or before_blocks:
+        # A batch normalisation is called by `value` where a convolution follows.
+        if context.method_name not in ("__call__", "value") or before_blocks:
             return call(*args, **kwargs)
         of_the_model = isinstance(module.parent, type(model))
         if of_the_model:
