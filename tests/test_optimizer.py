@@ -160,7 +160,7 @@ def test_an_optimiser_takes_the_steps_of_torch(name, settings, float64):
         theirs.step()
         for name, value in weights.items():
             # PyTorch adds 1e-6 to the norm by which it clips.
-            np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=1e-6 if clip else 1e-9)
+            np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=1e-5 if clip else 1e-9)
     assert not clip or min(norms) < clip < max(norms), "the bound must be met and not met"
 
 
@@ -202,7 +202,7 @@ def test_decay_can_be_for_kernels_alone():
             assert bool((updates["blocks"]["bn"]["bias"] < 0).all()) == (decayed == "all"), name
 
 
-def test_lamb_takes_the_same_step_of_stacked_blocks_and_of_single_ones():
+def test_lamb_takes_the_same_step_of_stacked_blocks_and_of_single_ones(float64):
     rng = np.random.default_rng(0)
     params = {
         "stage1": {"blocks": {"conv": {"kernel": rng.normal(size=(3, 2, 4)) * np.array([1.0, 9, 0.1])[:, None, None]}}}
