@@ -116,7 +116,7 @@ def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = No
 
 
 def with_config(config: Any, workdir: Path) -> Trained:
-    """As `load`, by a config of the workdir that may have other values of one's own, such as `eval.checkpoint`."""
+    """As `load`, by a config of the workdir with some values changed, such as `eval.checkpoint`."""
     path = pathlib.Path(workdir)
     model, variables, step = load_trained(config, path)
     record = read_config(path) or {}

@@ -66,7 +66,7 @@ def write_figures(
       split: "test" or "validation".
 
     Returns:
-      See evaluate.per_class.
+      See per_class.
     """
     directory.mkdir(parents=True, exist_ok=True)
     names = dataset.class_names

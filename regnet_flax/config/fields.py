@@ -228,7 +228,7 @@ FIELDS: dict[str, Field] = {
     "optimizer.label_smoothing": Field(0.0, _number(0, 1), "the share of the target that goes to all classes alike"),
     "optimizer.clip_norm": Field(0.0, _number(0), "the gradient's largest norm; 0: no bound"),
     "optimizer.accumulate_steps": Field(
-        1, _whole(1), "parts that a batch goes through in, to save memory, each normalised by itself"
+        1, _whole(1), "a batch is taken in so many parts, to save memory; each is normalised by itself"
     ),
     "optimizer.ema_decay": Field(
         0.0,
@@ -252,7 +252,7 @@ FIELDS: dict[str, Field] = {
     "predict.json": Field(
         False,
         _flag,
-        "JSON on standard output instead of a table; all else is then said on standard error",
+        "JSON on standard output instead of a table; everything else goes to standard error",
         may_change=True,
     ),
     "compare.models": Field(

@@ -71,7 +71,7 @@ def _warn_of_unknown(stored: Mapping[str, Any]) -> None:
 
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, resolved: bool) -> list[str]:
-    """What forbids going on with a run under another config.
+    """What forbids resuming a run under another config.
 
     Args:
       before: the run's resolved config, of this version or an earlier one: a field that it lacks had its default.

@@ -91,7 +91,7 @@ class _Batches:
         except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file.
             if self.strict:
                 raise DataError(
-                    f"{name} does not decode ({one_line(error)}); mend or remove it, or set "
+                    f"{name} does not decode ({one_line(error)}); fix or remove it, or set "
                     "--config.dataset.strict=False to leave such images out"
                 ) from error
             return f"{name}: {one_line(error)}"

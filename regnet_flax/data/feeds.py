@@ -76,7 +76,7 @@ class Feed(Protocol):
         Args:
           arguments: see `arguments`; `step` may be raised, within an epoch, where `most_steps` allows it.
           shard: which device's part.
-          parts: that the batch is taken in, one after another: of each of them every device has its share, so that
+          parts: that the batch is taken in, one after another. Each device gets an equal share of every part, so that
             which images share a part does not depend on the number of devices.
 
         Returns:

@@ -258,7 +258,7 @@ def _decode_split(
         except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file.
             if strict:
                 raise DataError(
-                    f"{paths[index]} does not decode ({one_line(error)}); mend or remove it, or set "
+                    f"{paths[index]} does not decode ({one_line(error)}); fix or remove it, or set "
                     "--config.dataset.strict=False to leave such images out"
                 ) from error
             return printable(f"{paths[index]}: {one_line(error)}")
@@ -281,7 +281,9 @@ def _decode_split(
         for name, names in files.items():
             if class_names.index(name) not in labels:
                 folder = os.path.dirname(names[0])
-                raise DataError(f"{folder}: none of its {len(names)} image files decodes; mend or remove the folder")
+                raise DataError(
+                    f"{folder}: none of its {len(names)} image files decodes; fix them or remove the folder"
+                )
     return Split(images, labels), skipped
 
 

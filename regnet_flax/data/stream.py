@@ -208,7 +208,7 @@ def _cores() -> int:
 
 
 def _start_tracker() -> None:
-    """Starts the process that clears away what a killed worker left in shared memory, without a word of it."""
+    """Starts the process that clears away what a killed worker left in shared memory, silently."""
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = "ignore"
     try:

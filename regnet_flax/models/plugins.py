@@ -1,4 +1,4 @@
-"""Regulators of one's own: registered by name, in modules that a config may name."""
+"""Custom regulators: registered by name, in modules that a config may name."""
 
 from __future__ import annotations
 

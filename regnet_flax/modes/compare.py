@@ -50,7 +50,7 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
     Args:
       config: a nested config with the fields of configs/base.py.
       path: the comparison's workdir; each model has its own in it. Finished ones are not repeated.
-      train: loop.train_and_evaluate.
+      train: `train.train_and_evaluate`, or what takes its place in a test.
 
     Raises:
       ConfigError: wrong values, or others than those that a model's run began with.
@@ -71,7 +71,7 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
     with workdir_lock(path), StopSignals() as stop:
         for number, variant in enumerate(variants, 1):
             if stop.received is not None:
-                message = f"stopped by signal {stop.received} between two runs; the same command goes on from there"
+                message = f"stopped by signal {stop.received} between two runs; the same command resumes from there"
                 raise Interrupted(stop.received, message)
             logger.info("model %d of %d: %s", number, len(variants), label(variant))
             try:

@@ -1,4 +1,4 @@
-"""What results.json holds of a finished run, and what is said of it."""
+"""What results.json holds of a finished run, and its message."""
 
 from __future__ import annotations
 

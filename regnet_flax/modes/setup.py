@@ -56,8 +56,8 @@ def open_dataset(config: Any, seed: int | None = None) -> Dataset:
         dataset = sources.load_dataset(settings.name, **options)
     if streamed and config.train.steps_per_call > 1:
         raise ConfigError(
-            f"train.steps_per_call is {config.train.steps_per_call}: {dataset.name} is streamed, a batch a call, so it "
-            "must be 1, or 0"
+            f"train.steps_per_call is {config.train.steps_per_call}: {dataset.name} is streamed, one batch per "
+            "call, so it must be 1, or 0"
         )
     if dataset.name == "folder":
         directories = folder.split_directories(settings.data_dir)

@@ -88,7 +88,7 @@ def _entries(variables: Mapping[str, Any], model: nn.Module) -> Iterator[_Entry]
     count = collections.Counter(names.values())
     for path, array in flat.items():
         name = names[path]
-        if count[name] > 1:  # as of a cell of one's own with weights "kernel" and "scale"
+        if count[name] > 1:  # as of a custom cell with weights "kernel" and "scale"
             name = f"{name.rpartition('.')[0]}.{path[-1]}"
         yield _Entry(name, path, array)
 

@@ -26,7 +26,7 @@ class MetricsLog:
 
     Args:
       workdir: where they are.
-      step: that the run goes on from; what was logged beyond it is cut, since the run will log it again.
+      step: that the run resumes from; what was logged beyond it is cut, since the run will log it again.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int):

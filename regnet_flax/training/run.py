@@ -64,7 +64,7 @@ class Run:
       plan, placement: as given, and the trainer's.
       seeds: that train together, or one.
       environment: hardware and versions.
-      failed: of several seeds, those whose loss or gradient was not finite: from each to what is said of it.
+      failed: of several seeds, those whose loss or gradient was not finite: from each to its message.
     """
 
     def __init__(

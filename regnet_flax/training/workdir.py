@@ -163,7 +163,7 @@ def saved_steps(path: pathlib.Path) -> list[int]:
 
 
 def stored_config(path: pathlib.Path) -> dict[str, Any] | None:
-    """What config.json says of the run that is to be gone on with; None where nothing was saved yet.
+    """What config.json says of the run to resume; None where nothing was saved yet.
 
     Raises:
       WorkdirError: there are checkpoints, and no config.json.

@@ -149,7 +149,7 @@ def gates(blocks: Sequence[BlockFeatures], path: pathlib.Path, title: str = "") 
         arrays = [block.gates[name] for block in blocks]
         _bands(axes, blocks, arrays, f"C{index}")
         low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
-        # From −1 for tanh, from 0 for σ; a cell of one's own may go beyond.
+        # From −1 for tanh, from 0 for σ; a custom cell may go beyond.
         axes.set_ylim(min(low, -1.0 if low < 0 else 0.0) - 0.03, max(high, 1.0) + 0.03)
         axes.set_title(f"gate {name}")
     figure.suptitle(title)
