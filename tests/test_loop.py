@@ -286,6 +286,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert [p.name for p in (tmp_path / CHECKPOINTS).iterdir() if p.name.isdigit()] == ["2"]
 
 
+def test_evaluation_reads_the_variables_whatever_the_optimiser_was(finished):
+    workdir, results = finished
+    other = {
+        "optimizer.clip_norm": 1.0,
+        "optimizer.momentum": 0.0,
+        "optimizer.ema_decay": 0.9,
+        "eval.checkpoint": "last",
+    }
+    for fields in (other, {"optimizer.name": "adamw", "eval.checkpoint": "last"}):
+        metrics = evaluate_only(tiny_config(**fields), workdir, devices=jax.devices()[ONE])
+        assert metrics["accuracy"] == results["last"]["eval_accuracy"]
+
+
 def test_a_validation_split_chooses_the_best_and_the_test_split_is_read_once_at_the_end(tmp_path, monkeypatch):
     read, evaluate = [], Trainer.evaluate
 
