@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 from orbax.checkpoint import checkpoint_manager
 
 from regnet_flax.errors import CheckpointError, WorkdirError
@@ -266,7 +267,12 @@ class Checkpoints:
     def _read_variables(self, step: int, sharding: Any) -> dict[str, Any]:
         state = self.directory / str(step) / "state"
         with ocp.PyTreeCheckpointer() as reader:
-            tree: Any = reader.metadata(state).item_metadata.tree  # pyright: ignore[reportOptionalMemberAccess]
+            verbosity = absl_logging.get_verbosity()
+            absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns that an item has no metadata of its own
+            try:
+                tree: Any = reader.metadata(state).item_metadata.tree  # pyright: ignore[reportOptionalMemberAccess]
+            finally:
+                absl_logging.set_verbosity(verbosity)
             top = "ema" if tree.get("ema") else ""
             like = tree["ema"] if top else {name: tree[name] for name in ("params", "batch_stats") if tree.get(name)}
             like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), like)
