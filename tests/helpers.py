@@ -1,4 +1,4 @@
-"""What several test modules share: the program in this process, small configs, folders of images, other processes."""
+"""What several test modules share: the program in this process, small configs, random variables, other processes."""
 
 import contextlib
 import io
@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import pytest
 from absl import logging as absl_logging
-from PIL import Image
 
 from configs import digits
 from regnet_flax import main
@@ -133,13 +132,7 @@ def error_of(done, code):
     return line
 
 
-# Images
-
-
-def draw(path, colour=(250, 0, 0), size=(8, 8), mode="RGB", **options):
-    """Writes an image of one colour, and the directories above it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, colour).convert(mode).save(path, **options)
+# Models
 
 
 def random_variables(model, images):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from helpers import random_variables
 from regnet_flax import create_model, main
 from regnet_flax.data.augment import normalize
 from regnet_flax.modes import export
@@ -23,17 +24,6 @@ TINY = [
     "--config.train.max_steps=4",
     "--config.checkpoint.every_steps=2",
 ]
-
-
-def random_variables(model, images):
-    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
-    random = np.random.default_rng(0)
-
-    def values(path, a):
-        drawn = 0.4 * random.standard_normal(a.shape, np.float32)
-        return 0.5 + abs(drawn) if path[-1].key in ("var", "scale") else drawn
-
-    return jax.tree_util.tree_map_with_path(values, shapes)
 
 
 @pytest.mark.parametrize(

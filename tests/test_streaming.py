@@ -1,13 +1,11 @@
 """Streamed data sets: which batches there are, whoever makes them, and what becomes of files that do not decode."""
 
-import contextlib
 import io
 import os
 import re
 import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from helpers import alive, children, wait_until
 from regnet_flax.data import batches, photos, stream
 from regnet_flax.data.batches import epoch_order
 from regnet_flax.data.sources import channel_statistics, load_dataset
@@ -250,29 +249,6 @@ def test_grain_not_installed(folder, monkeypatch):
 
 
 # Worker processes
-
-
-def children(parent):
-    """The worker processes of a process."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # one that ends just now
-            fields = (path / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[1]) == parent and b"spawn_main" in (path / "cmdline").read_bytes():
-                found.append(int(path.name))
-    return found
-
-
-def alive(pids):
-    stats = {pid: Path(f"/proc/{pid}/stat") for pid in pids}
-    return [pid for pid, stat in stats.items() if stat.exists() and " Z " not in stat.read_text()]
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert condition()
 
 
 def test_a_worker_heeds_no_signal_meant_for_the_run_and_its_death_is_one_line(folder):
