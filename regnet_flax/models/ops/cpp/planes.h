@@ -1,0 +1,212 @@
+// Vectors of 16 channels: sigmoid and tanh, reading and writing images, 3×3 depthwise convolutions of planes.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+namespace {
+
+// Helpers are inlined into a function of each instruction set. They take vectors by reference, and return none: without
+// inlining the calling convention would depend on the instruction set, and Clang refuses even to consider it.
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+
+constexpr int LANES = 16;
+typedef float V __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t I __attribute__((vector_size(4 * LANES), may_alias));
+typedef uint32_t U __attribute__((vector_size(4 * LANES), may_alias));
+typedef uint16_t Half __attribute__((vector_size(2 * LANES), may_alias));
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Sigmoid and tanh, within 2 units in the last place; see tests/test_ops_native.py. Neither overflows, NaN stays NaN.
+
+// For x ≤ 0: e^x = scale · (1 + q), q exact to its last bits near 0 too. Where e^x is no normal number, scale is 0.
+INLINE void exponential(const V& x, V& q, V& scale) {
+  const V bounded = x < -88.0f ? V{} - 88.0f : x;
+  const float magic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to a whole number, in the lowest bits
+  const V rounded = bounded * 1.44269504088896341f + magic;
+  const V n = rounded - magic;
+  const V r = (bounded - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, the first of few bits
+  // The polynomial of Cephes' expf.
+  V p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  q = p * (r * r) + r;
+  const I exponent = (I)rounded - 0x4b400000 + 127;  // less the bits of `magic`
+  scale = (V)((U)exponent << 23);
+}
+
+INLINE void sigmoid(V& x) {
+  V q, scale;
+  exponential((V)((U)x | 0x80000000u), q, scale);  // of −|x|
+  const V e = scale * q + scale;
+  x = (x >= 0.0f ? V{} + 1.0f : e) / (e + 1.0f);
+}
+
+INLINE void tanh(V& x) {
+  V q, scale;
+  const U sign = (U)x & 0x80000000u;
+  exponential((V)((U)x | 0x80000000u) * 2.0f, q, scale);
+  const V e = scale * q + (scale - 1.0f);  // e^(−2|x|) − 1, without loss near 0
+  const V t = e / (e + 2.0f);
+  x = (V)(((U)t & 0x7fffffffu) | sign);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory
+
+// An array (…, images, height, width, n) of float32 or bfloat16.
+struct Images {
+  char* data;
+  bool narrow;
+};
+
+// `count` channels, the rest 0.
+INLINE void read(const Images& from, int64_t index, int count, V& v) {
+  if (!from.narrow) {
+    const float* p = reinterpret_cast<const float*>(from.data) + index;
+    if (count == LANES) {
+      memcpy(&v, p, sizeof v);
+    } else {
+      v = V{};
+      memcpy(&v, p, 4 * count);
+    }
+  } else {
+    const uint16_t* p = reinterpret_cast<const uint16_t*>(from.data) + index;
+    Half half{};
+    if (count == LANES) {
+      memcpy(&half, p, sizeof half);
+    } else {
+      memcpy(&half, p, 2 * count);
+    }
+    v = (V)(__builtin_convertvector(half, U) << 16);
+  }
+}
+
+INLINE void write(const Images& to, int64_t index, int count, const V& v) {
+  if (!to.narrow) {
+    float* p = reinterpret_cast<float*>(to.data) + index;
+    memcpy(p, &v, count == LANES ? sizeof v : 4 * count);
+  } else {
+    const U bits = (U)v;
+    const U even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const U rounded = v == v ? even : (bits >> 16) | 0x40u;
+    const Half half = __builtin_convertvector(rounded, Half);
+    uint16_t* p = reinterpret_cast<uint16_t*>(to.data) + index;
+    memcpy(p, &half, count == LANES ? sizeof half : 2 * count);
+  }
+}
+
+// The size of a call, and of a plane: a buffer of 16 channels of one image, zeros around it and to the right.
+struct Size {
+  int64_t seeds, images, height, width, n;
+  int64_t blocks() const { return (n + LANES - 1) / LANES; }
+  int64_t stride() const { return (width + 7) / 8 * 8 + 2; }
+  int64_t plane() const { return stride() * (height + 2); }
+  int64_t start() const { return stride() + 1; }  // the first pixel of a plane
+};
+
+// Memory that grows; null where there is too little.
+class Space {
+ public:
+  ~Space() { free(data_); }
+
+  V* get(int64_t count) {
+    if (count > count_) {
+      free(data_);
+      data_ = static_cast<V*>(aligned_alloc(sizeof(V), sizeof(V) * count));
+      count_ = data_ ? count : 0;
+    }
+    return data_;
+  }
+
+ private:
+  V* data_ = nullptr;
+  int64_t count_ = 0;
+};
+
+// Sets to 0 what is around the image.
+inline void clear_borders(V* planes, int count, const Size& size) {
+  const int64_t stride = size.stride(), right = stride - 1 - size.width;
+  for (V* plane = planes; plane < planes + count * size.plane(); plane += size.plane()) {
+    V* end = plane + size.plane();
+    std::fill(plane, plane + size.start(), V{});
+    for (V* row = plane + stride + 1; row < end - stride; row += stride) {
+      std::fill(row + size.width, row + size.width + right + 1, V{});
+    }
+    std::fill(end - stride, end, V{});
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Convolutions. Weights of G gates are [tap][X or H][gate], V each; `stride` is a plane's.
+
+// The sums of G gates at P pixels next to each other, from planes at the first pixel.
+template <int G, int P>
+INLINE void convolve(const V* x, const V* h, int64_t stride, const V* weights, const V* bias, V* out) {
+  V sums[P][G];
+  UNROLL for (int p = 0; p < P; p++) UNROLL for (int g = 0; g < G; g++) sums[p][g] = bias[g];
+  for (int row = -1; row <= 1; row++) {
+    for (int column = -1; column <= 1; column++, weights += 2 * G) {
+      const V* here[2] = {x + row * stride + column, h + row * stride + column};
+      UNROLL for (int input = 0; input < 2; input++) {
+        UNROLL for (int p = 0; p < P; p++) {
+          UNROLL for (int g = 0; g < G; g++) sums[p][g] += here[input][p] * weights[input * G + g];
+        }
+      }
+    }
+  }
+  UNROLL for (int p = 0; p < P; p++) UNROLL for (int g = 0; g < G; g++) out[p * G + g] = sums[p][g];
+}
+
+// The transposed convolution, added to `out` [input][pixel], of INPUTS inputs at P pixels, from the planes of G gates.
+template <int G, int INPUTS, int P>
+INLINE void spread(const V* gates, int64_t plane, int64_t stride, const V* weights, V* out) {
+  V sums[INPUTS][P];
+  UNROLL for (int i = 0; i < INPUTS; i++) UNROLL for (int p = 0; p < P; p++) sums[i][p] = out[i * P + p];
+  for (int row = 1; row >= -1; row--) {
+    for (int column = 1; column >= -1; column--, weights += 2 * G) {
+      const V* here = gates + row * stride + column;
+      for (int g = 0; g < G; g++, here += plane) {  // unrolled, it would need more registers than there are
+        UNROLL for (int p = 0; p < P; p++) {
+          UNROLL for (int i = 0; i < INPUTS; i++) sums[i][p] += here[p] * weights[i * G + g];
+        }
+      }
+    }
+  }
+  UNROLL for (int i = 0; i < INPUTS; i++) UNROLL for (int p = 0; p < P; p++) out[i * P + p] = sums[i][p];
+}
+
+// Adds the gradient of one input's weights. Partial sums of some hundred pixels keep float32's digits.
+template <int G>
+INLINE void correlate(const V* x, const V* gates, const Size& size, V* weights) {
+  const int64_t stride = size.stride(), plane = size.plane(), rows = std::max<int64_t>(1, 256 / size.width);
+  for (int row = -1; row <= 1; row++, weights += 3 * 2 * G) {
+    for (int64_t first = 0; first < size.height; first += rows) {
+      V sums[3][G] = {};
+      for (int64_t i = first; i < std::min(first + rows, size.height); i++) {
+        const V* here = x + (i + row) * stride;
+        const V* d = gates + i * stride;
+        for (int64_t j = 0; j < size.width; j++) {
+          const V left = here[j - 1], middle = here[j], right = here[j + 1];
+          UNROLL for (int g = 0; g < G; g++) {
+            const V v = d[g * plane + j];
+            sums[0][g] += left * v;
+            sums[1][g] += middle * v;
+            sums[2][g] += right * v;
+          }
+        }
+      }
+      UNROLL for (int column = 0; column < 3; column++) {
+        UNROLL for (int g = 0; g < G; g++) weights[column * 2 * G + g] += sums[column][g];
+      }
+    }
+  }
+}
+
+}  // namespace
