@@ -73,12 +73,16 @@ INLINE void lstm(const Job& job, V* space) {
           V d_h, d_c;
           read(job.d_new_h, index, count, d_h);
           read(job.d_new_c, index, count, d_c);
-          d_c += d_h * o * ((1.0f - t) * (1.0f + t));
+          V d_t = d_h * o, d_g;
+          through_tanh(d_t, t);
+          d_c += d_t;
+          d_g = d_c * a;
+          through_tanh(d_g, g);
           V* to = d + here + p;
           to[0] = d_c * g * (a * (1.0f - a));
           to[plane] = d_c * c * (f * (1.0f - f));
           to[2 * plane] = d_h * t * (o * (1.0f - o));
-          to[3 * plane] = d_c * a * ((1.0f - g) * (1.0f + g));
+          to[3 * plane] = d_g;
           UNROLL for (int k = 0; k < G; k++) by_bias[k] += to[k * plane];
           write(job.d_c, index, count, d_c * f);
         }
@@ -127,8 +131,9 @@ INLINE void rnn(const Job& job, V* space) {
           }
           V d_h;
           read(job.d_new_h, index, count, d_h);
-          d[here + p] = d_h * ((1.0f - t) * (1.0f + t));
-          by_bias += d[here + p];
+          through_tanh(d_h, t);
+          d[here + p] = d_h;
+          by_bias += d_h;
         }
       }
     }
@@ -182,15 +187,17 @@ INLINE void gru(const Job& job, V* space) {
         convolve<1, P>(x + here, reset + here, stride, second, bias + 2, sums);
         for (int64_t p = 0; p < std::min<int64_t>(P, size.width - j); p++) {
           const int64_t index = job.at(image, i, j + p), pixel = here + p;
-          V candidate = sums[p], d;
+          V candidate = sums[p], d, d_sum;
           tanh(candidate);
           if (!BACKWARD) {
             write(job.new_h, index, count, (1.0f - z[pixel]) * h[pixel] + z[pixel] * candidate);
             continue;
           }
           read(job.d_new_h, index, count, d);
-          d_z[pixel] = d * (candidate - h[pixel]) * (z[pixel] * (1.0f - z[pixel]));
-          d_candidate[pixel] = d * z[pixel] * ((1.0f - candidate) * (1.0f + candidate));
+          d_z[pixel] = (d * candidate - d * h[pixel]) * (z[pixel] * (1.0f - z[pixel]));
+          d_sum = d * z[pixel];
+          through_tanh(d_sum, candidate);
+          d_candidate[pixel] = d_sum;
           d_h[pixel] = d * (1.0f - z[pixel]);
           by_bias[0] += d_z[pixel];
           by_bias[2] += d_candidate[pixel];

@@ -57,6 +57,9 @@ INLINE void tanh(V& x) {
   x = (V)(((U)t & 0x7fffffffu) | sign);
 }
 
+// From the gradient of t = tanh(x) to that of x, of infinite gradients what JAX makes of them.
+INLINE void through_tanh(V& d, const V& t) { d = (d + d * t) * (1.0f - t); }
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory
 
