@@ -33,7 +33,8 @@ def arguments(cell, size, seed=0):
     rng, gates, n = np.random.default_rng(seed), CELLS[cell], size[-1]
     states = 2 if cell == "lstm" else 1
     shapes = [size] * (1 + states) + [(2, gates, n), (3, 3, gates, n), (gates, n)]
-    arrays = tuple(rng.normal(size=shape).astype(np.float32) for shape in shapes)
+    scales = [1.0] * (1 + states) + [0.5] * 3
+    arrays = tuple((rng.normal(size=s) * scale).astype(np.float32) for s, scale in zip(shapes, scales, strict=True))
     return arrays, tuple(rng.normal(size=size).astype(np.float32) for _ in range(states))
 
 

@@ -51,6 +51,8 @@ def available() -> bool:
     try:
         path = _library()
         library = ctypes.CDLL(str(path))
+        if not library.regnet_flax_supported():
+            raise _OffError("this processor has no AVX2")
         for target in TARGETS:
             jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
     except (_OffError, OSError, AttributeError) as error:

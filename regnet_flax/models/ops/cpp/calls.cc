@@ -4,58 +4,107 @@
 // bfloat16, weights float32. Which images make a partial sum of a weight's gradient depends on the batch alone, and
 // partial sums are added in order: a result depends neither on the number of threads nor on their timing.
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <vector>
 
-#include "cells.h"
+#include "job.h"
 #include "xla/ffi/api/ffi.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Instruction sets. The processor's best is found when the library is loaded, so one built elsewhere serves.
+
+#define INLINE inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 32")
+#define ROLLED _Pragma("GCC unroll 1")
 
 namespace {
 
-namespace ffi = xla::ffi;
+#ifdef __x86_64__
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The processor's best instructions, found when the program runs: a library built on one machine serves another.
+#define LANES 16
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+namespace avx512 {
+#include "cells.h"
+}  // namespace avx512
+#undef LANES
+#undef TARGET
 
-typedef void (*Run)(const Job&, V*);
+#define LANES 8
+#define TARGET __attribute__((target("avx2,fma")))
+namespace avx2 {
+#include "cells.h"
+}  // namespace avx2
+#undef LANES
+#undef TARGET
 
-template <Cell CELL, bool BACKWARD>
-void run_anywhere(const Job& job, V* space) {
-  run<CELL, BACKWARD>(job, space);
-}
-
-#if defined(__x86_64__) && !defined(ONE_INSTRUCTION_SET)
-template <Cell CELL, bool BACKWARD>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(const Job& job, V* space) {
-  run<CELL, BACKWARD>(job, space);
-}
-
-template <Cell CELL, bool BACKWARD>
-__attribute__((target("avx2,fma"))) void run_avx2(const Job& job, V* space) {
-  run<CELL, BACKWARD>(job, space);
-}
-
-template <Cell CELL, bool BACKWARD>
-Run best() {
+int lanes() {
   __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+#ifndef WITHOUT_AVX512
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
-    return run_avx512<CELL, BACKWARD>;
+    return 16;
   }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return run_avx2<CELL, BACKWARD>;
-  return run_anywhere<CELL, BACKWARD>;
-}
-#else
-template <Cell CELL, bool BACKWARD>
-Run best() {
-  return run_anywhere<CELL, BACKWARD>;
-}
 #endif
+  return 8;
+}
+
+template <Cell CELL, bool BACKWARD>
+Run run_of(int lanes) {
+  return lanes == 16 ? avx512::run<CELL, BACKWARD> : avx2::run<CELL, BACKWARD>;
+}
+
+#else
+
+#define LANES 4
+#define TARGET
+namespace any {
+#include "cells.h"
+}  // namespace any
+#undef LANES
+#undef TARGET
+
+int lanes() { return 4; }
+
+template <Cell CELL, bool BACKWARD>
+Run run_of(int) {
+  return any::run<CELL, BACKWARD>;
+}
+
+#endif
+
+namespace ffi = xla::ffi;
+
+constexpr int MAX_LANES = 16;
+
+// Memory that grows, aligned for vectors; null where there is too little.
+class Space {
+ public:
+  ~Space() { free(data_); }
+
+  float* get(int64_t count) {
+    if (count > count_) {
+      free(data_);
+      const size_t bytes = (sizeof(float) * count + 63) / 64 * 64;
+      data_ = static_cast<float*>(aligned_alloc(64, bytes));
+      count_ = data_ ? count : 0;
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  int64_t count_ = 0;
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Threads
@@ -88,21 +137,21 @@ void parallel(ffi::ThreadPool& pool, int64_t count, const Body& body) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Custom calls
 
-// Weights of one seed and 16 channels as the cells take them, from (2, 9, gates, n) and (gates, n), or back.
+// The places of weights as the cells take them, and in (2, 9, gates, n) and (gates, n) from channel `channel` on.
 template <Cell CELL, typename Copy>
-void each_weight(const Size& size, int64_t block, const Copy& copy) {
+void each_weight(const Size& size, int64_t channel, const Copy& copy) {
   constexpr int G = GATES[CELL];
   int64_t to = 0;
   const auto group = [&](int first, int last) {
     for (int tap = 0; tap < 9; tap++) {
       for (int input = 0; input < 2; input++) {
-        for (int g = first; g < last; g++) copy(to++, ((input * 9 + tap) * G + g) * size.n + block * LANES, false);
+        for (int g = first; g < last; g++) copy(to++, ((input * 9 + tap) * G + g) * size.n + channel, false);
       }
     }
   };
   group(0, CELL == GRU ? 2 : G);
   if (CELL == GRU) group(2, 3);
-  for (int g = 0; g < G; g++) copy(to++, g * size.n + block * LANES, true);
+  for (int g = 0; g < G; g++) copy(to++, g * size.n + channel, true);
 }
 
 ffi::Error invalid(const std::string& what) { return ffi::Error::InvalidArgument("regnet_flax: " + what); }
@@ -143,7 +192,8 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
     if (!check(a, of_weights, of_weights ? wanted : elements)) return invalid("arrays do not fit each other");
   }
 
-  const int64_t blocks = size.blocks();
+  static const int LANES = lanes();
+  const int64_t blocks = (size.n + LANES - 1) / LANES;
   // Enough parts of a batch to occupy many threads, few enough to add quickly; by the batch alone.
   const int64_t parts = elements ? std::min<int64_t>(size.images, BACKWARD ? 64 : 1024) : 0;
   const auto images = [&](const ffi::AnyBuffer& a) { return Images{static_cast<char*>(a.untyped_data()), narrow}; };
@@ -163,42 +213,41 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
   }
 
   Space weights_space, d_weights_space;
-  V* const weights = weights_space.get(std::max<int64_t>(1, size.seeds * blocks * WEIGHTS));
-  V* const d_weights = d_weights_space.get(std::max<int64_t>(1, BACKWARD ? size.seeds * blocks * parts * WEIGHTS : 0));
+  const int64_t stride = WEIGHTS * LANES;
+  float* const weights = weights_space.get(std::max<int64_t>(1, size.seeds * blocks * stride));
+  const int64_t partial = BACKWARD ? size.seeds * blocks * parts : 0;
+  float* const d_weights = d_weights_space.get(std::max<int64_t>(1, partial * stride));
   if (!weights || !d_weights) return out_of_memory();
-  for (int64_t seed = 0; seed < size.seeds; seed++) {
+  std::fill(weights, weights + size.seeds * blocks * stride, 0.0f);
+  for (int64_t group = 0; group < size.seeds * blocks; group++) {
+    const int64_t seed = group / blocks, channel = group % blocks * LANES;
     const float* from_taps = reinterpret_cast<const float*>(taps.untyped_data()) + seed * 18 * G * size.n;
     const float* from_bias = reinterpret_cast<const float*>(bias.untyped_data()) + seed * G * size.n;
-    for (int64_t block = 0; block < blocks; block++) {
-      V* to = weights + (seed * blocks + block) * WEIGHTS;
-      const int64_t count = std::min<int64_t>(LANES, size.n - block * LANES);
-      each_weight<CELL>(size, block, [&](int64_t k, int64_t from, bool is_bias) {
-        to[k] = V{};
-        memcpy(to + k, (is_bias ? from_bias : from_taps) + from, 4 * count);
-      });
-    }
+    each_weight<CELL>(size, channel, [&](int64_t k, int64_t from, bool is_bias) {
+      const int64_t count = std::min<int64_t>(LANES, size.n - channel);
+      memcpy(weights + group * stride + k * LANES, (is_bias ? from_bias : from_taps) + from, 4 * count);
+    });
   }
 
-  static const Run run = best<CELL, BACKWARD>();
+  const Run run = run_of<CELL, BACKWARD>(LANES);
   std::atomic<bool> exhausted{false};
   parallel(pool, size.seeds * blocks * parts, [&](int64_t item) {
     // Each thread keeps its planes: memory asked for anew comes as pages that the kernel has to clear.
     thread_local Space space;
-    constexpr int count = planes_of(CELL, BACKWARD);
-    V* planes = space.get(count * size.plane());
+    float* planes = space.get(planes_of(CELL, BACKWARD) * size.plane() * LANES);
     if (!planes) {
       exhausted = true;
       return;
     }
-    clear_borders(planes, count, size);
     Job job = common;
     const int64_t part = item % parts, group = item / parts, seed = group / blocks;
-    job.weights = weights + group * WEIGHTS;
+    job.weights = weights + group * stride;
     if (BACKWARD) {
-      job.d_weights = d_weights + item * WEIGHTS;
-      std::fill(job.d_weights, job.d_weights + WEIGHTS, V{});
+      job.d_weights = d_weights + item * stride;
+      std::fill(job.d_weights, job.d_weights + stride, 0.0f);
     }
     job.channel = group % blocks * LANES;
+    job.count = static_cast<int>(std::min<int64_t>(LANES, size.n - job.channel));
     job.first = seed * size.images + part * size.images / parts;
     job.last = seed * size.images + (part + 1) * size.images / parts;
     run(job, planes);
@@ -209,16 +258,17 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
     float* taps_out = reinterpret_cast<float*>(out[inputs - 2].untyped_data());
     float* bias_out = reinterpret_cast<float*>(out[inputs - 1].untyped_data());
     parallel(pool, size.seeds * blocks, [&](int64_t group) {
-      const int64_t seed = group / blocks, block = group % blocks;
-      const float* from = reinterpret_cast<const float*>(d_weights + group * parts * WEIGHTS);
-      const int64_t count = std::min<int64_t>(LANES, size.n - block * LANES);
-      each_weight<CELL>(size, block, [&](int64_t k, int64_t to, bool is_bias) {
-        double sums[LANES] = {};
+      const int64_t seed = group / blocks, channel = group % blocks * LANES;
+      each_weight<CELL>(size, channel, [&](int64_t k, int64_t to, bool is_bias) {
+        double sums[MAX_LANES] = {};
         for (int64_t part = 0; part < parts; part++) {
-          for (int lane = 0; lane < LANES; lane++) sums[lane] += from[(part * WEIGHTS + k) * LANES + lane];
+          const float* from = d_weights + (group * parts + part) * stride + k * LANES;
+          for (int lane = 0; lane < LANES; lane++) sums[lane] += from[lane];
         }
         float* at = (is_bias ? bias_out + seed * G * size.n : taps_out + seed * 18 * G * size.n) + to;
-        for (int64_t lane = 0; lane < count; lane++) at[lane] = static_cast<float>(sums[lane]);
+        for (int64_t lane = 0; lane < std::min<int64_t>(LANES, size.n - channel); lane++) {
+          at[lane] = static_cast<float>(sums[lane]);
+        }
       });
     });
   }
@@ -227,13 +277,17 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
 
 }  // namespace
 
-#define TARGET(name, cell, backward)                                          \
-  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, (call<cell, backward>),                 \
+#define CUSTOM_CALL(name, cell, backward)                                                                    \
+  extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* name(XLA_FFI_CallFrame*);                 \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(name, (call<cell, backward>),                                                \
                                 ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets())
 
-TARGET(regnet_flax_rnn_forward, RNN, false);
-TARGET(regnet_flax_rnn_backward, RNN, true);
-TARGET(regnet_flax_gru_forward, GRU, false);
-TARGET(regnet_flax_gru_backward, GRU, true);
-TARGET(regnet_flax_lstm_forward, LSTM, false);
-TARGET(regnet_flax_lstm_backward, LSTM, true);
+// Whether this processor is one that the library has code for.
+extern "C" __attribute__((visibility("default"))) int regnet_flax_supported() { return lanes() > 0; }
+
+CUSTOM_CALL(regnet_flax_rnn_forward, RNN, false);
+CUSTOM_CALL(regnet_flax_rnn_backward, RNN, true);
+CUSTOM_CALL(regnet_flax_gru_forward, GRU, false);
+CUSTOM_CALL(regnet_flax_gru_backward, GRU, true);
+CUSTOM_CALL(regnet_flax_lstm_forward, LSTM, false);
+CUSTOM_CALL(regnet_flax_lstm_backward, LSTM, true);

@@ -1,24 +1,14 @@
-// Vectors of 16 channels: sigmoid and tanh, reading and writing images, 3×3 depthwise convolutions of planes.
+// Vectors of channels: sigmoid and tanh, reading and writing images, 3×3 depthwise convolutions of planes.
+//
+// Helpers are inlined into a function of an instruction set. They take vectors by reference and return none, since the
+// calling convention of vectors depends on the instruction set, which Clang takes for an error even where it inlines.
 
-#pragma once
-
-#include <algorithm>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-
-namespace {
-
-// Helpers are inlined into a function of each instruction set. They take vectors by reference, and return none: without
-// inlining the calling convention would depend on the instruction set, and Clang refuses even to consider it.
-#define INLINE inline __attribute__((always_inline))
-#define UNROLL _Pragma("GCC unroll 32")
-
-constexpr int LANES = 16;
 typedef float V __attribute__((vector_size(4 * LANES), may_alias));
 typedef int32_t I __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t U __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES), may_alias));
+
+constexpr int SUMS = LANES == 8 ? 8 : 16;  // that are held in registers at once, of 16 or 32
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Sigmoid and tanh, within 2 units in the last place; see tests/test_ops_native.py. Neither overflows, NaN stays NaN.
@@ -63,12 +53,6 @@ INLINE void through_tanh(V& d, const V& t) { d = (d + d * t) * (1.0f - t); }
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory
 
-// An array (…, images, height, width, n) of float32 or bfloat16.
-struct Images {
-  char* data;
-  bool narrow;
-};
-
 // `count` channels, the rest 0.
 INLINE void read(const Images& from, int64_t index, int count, V& v) {
   if (!from.narrow) {
@@ -105,44 +89,20 @@ INLINE void write(const Images& to, int64_t index, int count, const V& v) {
   }
 }
 
-// The size of a call, and of a plane: a buffer of 16 channels of one image, zeros around it and to the right.
-struct Size {
-  int64_t seeds, images, height, width, n;
-  int64_t blocks() const { return (n + LANES - 1) / LANES; }
-  int64_t stride() const { return (width + 7) / 8 * 8 + 2; }
-  int64_t plane() const { return stride() * (height + 2); }
-  int64_t start() const { return stride() + 1; }  // the first pixel of a plane
-};
-
-// Memory that grows; null where there is too little.
-class Space {
- public:
-  ~Space() { free(data_); }
-
-  V* get(int64_t count) {
-    if (count > count_) {
-      free(data_);
-      data_ = static_cast<V*>(aligned_alloc(sizeof(V), sizeof(V) * count));
-      count_ = data_ ? count : 0;
-    }
-    return data_;
-  }
-
- private:
-  V* data_ = nullptr;
-  int64_t count_ = 0;
-};
+INLINE void clear(V* first, V* last) {
+  for (; first < last; first++) *first = V{};
+}
 
 // Sets to 0 what is around the image.
-inline void clear_borders(V* planes, int count, const Size& size) {
+INLINE void clear_borders(V* planes, int count, const Size& size) {
   const int64_t stride = size.stride(), right = stride - 1 - size.width;
   for (V* plane = planes; plane < planes + count * size.plane(); plane += size.plane()) {
     V* end = plane + size.plane();
-    std::fill(plane, plane + size.start(), V{});
+    clear(plane, plane + size.start());
     for (V* row = plane + stride + 1; row < end - stride; row += stride) {
-      std::fill(row + size.width, row + size.width + right + 1, V{});
+      clear(row + size.width, row + size.width + right + 1);
     }
-    std::fill(end - stride, end, V{});
+    clear(end - stride, end);
   }
 }
 
@@ -211,5 +171,3 @@ INLINE void correlate(const V* x, const V* gates, const Size& size, V* weights) 
     }
   }
 }
-
-}  // namespace
