@@ -45,10 +45,11 @@ def _native(cell: str, x: Array, state: cells.State, weights: Arrays) -> Any:
     """The new state and the gates; None where they are not computed here."""
     if any(a.dtype != x.dtype for a in state) or x.dtype not in DTYPES or not native_library.available():
         return None
+    x, *rest = vary_together(x, *state, *weights)
+    state, weights = tuple(rest[:-3]), tuple(rest[-3:])
     pointwise, depthwise, bias = (w.astype(jnp.float32) for w in weights)
     taps = pointwise[:, None, None] * depthwise  # a and b of cpp/cells.h
-    arrays = vary_together(x, *state, taps, bias)
-    return _step(cell, *arrays), _gates(cell, x, state, weights)
+    return _step(cell, x, *state, taps, bias), _gates(cell, x, state, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
