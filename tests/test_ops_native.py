@@ -55,7 +55,7 @@ def of_all(ops, cell, cases):
 
 
 def halves(a):
-    return a.reshape(2, -1, *a.shape[1:])
+    return jnp.reshape(a, (2, -1, *a.shape[1:]))
 
 
 def close(found, expected, rtol):

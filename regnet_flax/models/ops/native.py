@@ -60,9 +60,7 @@ def _step(cell: str, *arrays: Array) -> Arrays:
 
 
 def _call(target: str, like: Any, arrays: Any) -> Arrays:
-    varying = {"manual_axis_type": jax.typeof(arrays[0]).manual_axis_type}
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype, **varying) for a in like]
-    return tuple(jax.ffi.ffi_call(target, shapes, vmap_method="broadcast_all")(*arrays))
+    return tuple(jax.ffi.ffi_call(target, [jax.typeof(a) for a in like], vmap_method="broadcast_all")(*arrays))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

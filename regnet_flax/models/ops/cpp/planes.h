@@ -145,10 +145,10 @@ INLINE void spread(const V* gates, int64_t plane, int64_t stride, const V* weigh
   UNROLL for (int i = 0; i < INPUTS; i++) UNROLL for (int p = 0; p < P; p++) out[i * P + p] = sums[i][p];
 }
 
-// Adds the gradient of one input's weights. Partial sums of some hundred pixels keep float32's digits.
+// Adds the gradient of one input's weights. Partial sums of some pixels keep float32's digits.
 template <int G>
 INLINE void correlate(const V* x, const V* gates, const Size& size, V* weights) {
-  const int64_t stride = size.stride(), plane = size.plane(), rows = std::max<int64_t>(1, 256 / size.width);
+  const int64_t stride = size.stride(), plane = size.plane(), rows = std::max<int64_t>(1, 64 / size.width);
   for (int row = -1; row <= 1; row++, weights += 3 * 2 * G) {
     for (int64_t first = 0; first < size.height; first += rows) {
       V sums[3][G] = {};
