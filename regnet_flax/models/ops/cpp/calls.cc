@@ -58,9 +58,9 @@ int lanes() {
   return 8;
 }
 
-template <Cell CELL, bool BACKWARD>
+template <Cell CELL>
 Run run_of(int lanes) {
-  return lanes == 16 ? avx512::run<CELL, BACKWARD> : avx2::run<CELL, BACKWARD>;
+  return lanes == 16 ? avx512::run<CELL> : avx2::run<CELL>;
 }
 
 #else
@@ -75,9 +75,9 @@ namespace any {
 
 int lanes() { return 4; }
 
-template <Cell CELL, bool BACKWARD>
+template <Cell CELL>
 Run run_of(int) {
-  return any::run<CELL, BACKWARD>;
+  return any::run<CELL>;
 }
 
 #endif
@@ -199,6 +199,7 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
   const auto images = [&](const ffi::AnyBuffer& a) { return Images{static_cast<char*>(a.untyped_data()), narrow}; };
   Job common{};
   common.size = size;
+  common.backward = BACKWARD;
   common.x = images(x);
   common.h = images(in[1]);
   if (CELL == LSTM) common.c = images(in[2]);
@@ -229,7 +230,7 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
     });
   }
 
-  const Run run = run_of<CELL, BACKWARD>(LANES);
+  const Run run = run_of<CELL>(LANES);
   std::atomic<bool> exhausted{false};
   parallel(pool, size.seeds * blocks * parts, [&](int64_t item) {
     // Each thread keeps its planes: memory asked for anew comes as pages that the kernel has to clear.

@@ -16,7 +16,6 @@ INLINE void fill(const Job& job, const Images& from, int64_t image, V* plane) {
   }
 }
 
-template <bool BACKWARD>
 INLINE void lstm(const Job& job, V* space) {
   constexpr int G = 4, P = SUMS / G, Q = SUMS / 2;
   const Size& size = job.size;
@@ -26,7 +25,7 @@ INLINE void lstm(const Job& job, V* space) {
   V* d_weights = reinterpret_cast<V*>(job.d_weights);
   V *x = space, *h = x + plane, *d = h + plane;
   const V* bias = weights + 9 * 2 * G;
-  V sums[P * G], inputs[2 * Q];
+  V sums[P * G], inputs[2 * Q], new_c[P], t[P];
   for (int64_t image = job.first; image < job.last; image++) {
     fill(job, job.x, image, x);
     fill(job, job.h, image, h);
@@ -35,41 +34,45 @@ INLINE void lstm(const Job& job, V* space) {
       for (int64_t j = 0; j < size.width; j += P) {
         const int64_t here = start + i * stride + j;
         convolve<G, P>(x + here, h + here, stride, weights, bias, sums);
-        ROLLED for (int64_t p = 0; p < std::min<int64_t>(P, size.width - j); p++) {
+        const int64_t pixels = std::min<int64_t>(P, size.width - j);
+        // Loops of their own: the processor computes neighbours at once where none waits for the one before it.
+        ROLLED for (int64_t p = 0; p < pixels; p++) {
+          V *f = sums + p * G, c;
+          sigmoid(f[0]), sigmoid(f[1]), sigmoid(f[2]), tanh(f[3]);
+          read(job.c, job.at(image, i, j + p), count, c);
+          new_c[p] = t[p] = f[1] * c + f[0] * f[3];
+        }
+        ROLLED for (int64_t p = 0; p < pixels; p++) tanh(t[p]);
+        ROLLED for (int64_t p = 0; p < pixels; p++) {
           const int64_t index = job.at(image, i, j + p);
-          V a = sums[p * G], f = sums[p * G + 1], o = sums[p * G + 2], g = sums[p * G + 3], c;
-          sigmoid(a), sigmoid(f), sigmoid(o), tanh(g);
-          read(job.c, index, count, c);
-          const V new_c = f * c + a * g;
-          V t = new_c;
-          tanh(t);
-          if (!BACKWARD) {
-            write(job.new_c, index, count, new_c);
-            write(job.new_h, index, count, o * t);
+          const V a = sums[p * G], f = sums[p * G + 1], o = sums[p * G + 2], g = sums[p * G + 3];
+          if (!job.backward) {
+            write(job.new_c, index, count, new_c[p]);
+            write(job.new_h, index, count, o * t[p]);
             continue;
           }
-          V d_h, d_c;
+          V c, d_h, d_c;
+          read(job.c, index, count, c);
           read(job.d_new_h, index, count, d_h);
           read(job.d_new_c, index, count, d_c);
           V d_t = d_h * o, d_g;
-          through_tanh(d_t, t);
+          through_tanh(d_t, t[p]);
           d_c += d_t;
           d_g = d_c * a;
           through_tanh(d_g, g);
           V* to = d + here + p;
           to[0] = d_c * g * (a * (1.0f - a));
           to[plane] = d_c * c * (f * (1.0f - f));
-          to[2 * plane] = d_h * t * (o * (1.0f - o));
+          to[2 * plane] = d_h * t[p] * (o * (1.0f - o));
           to[3 * plane] = d_g;
           UNROLL for (int k = 0; k < G; k++) by_bias[k] += to[k * plane];
           write(job.d_c, index, count, d_c * f);
         }
       }
     }
-    if (!BACKWARD) continue;
+    if (!job.backward) continue;
     UNROLL for (int k = 0; k < G; k++) d_weights[9 * 2 * G + k] += by_bias[k];
-    correlate<G>(x + start, d + start, size, d_weights);
-    correlate<G>(h + start, d + start, size, d_weights + G);
+    correlate<G>(x + start, h + start, d + start, size, d_weights);
     for (int64_t i = 0; i < size.height; i++) {
       for (int64_t j = 0; j < size.width; j += Q) {
         clear(inputs, inputs + 2 * Q);
@@ -83,7 +86,6 @@ INLINE void lstm(const Job& job, V* space) {
   }
 }
 
-template <bool BACKWARD>
 INLINE void rnn(const Job& job, V* space) {
   constexpr int P = SUMS / 2;
   const Size& size = job.size;
@@ -105,7 +107,7 @@ INLINE void rnn(const Job& job, V* space) {
           const int64_t index = job.at(image, i, j + p);
           V t = sums[p];
           tanh(t);
-          if (!BACKWARD) {
+          if (!job.backward) {
             write(job.new_h, index, count, t);
             continue;
           }
@@ -117,10 +119,9 @@ INLINE void rnn(const Job& job, V* space) {
         }
       }
     }
-    if (!BACKWARD) continue;
+    if (!job.backward) continue;
     d_weights[9 * 2] += by_bias;
-    correlate<1>(x + start, d + start, size, d_weights);
-    correlate<1>(h + start, d + start, size, d_weights + 1);
+    correlate<1>(x + start, h + start, d + start, size, d_weights);
     for (int64_t i = 0; i < size.height; i++) {
       for (int64_t j = 0; j < size.width; j += P) {
         clear(inputs, inputs + 2 * P);
@@ -135,7 +136,6 @@ INLINE void rnn(const Job& job, V* space) {
 }
 
 // z and r are one group of gates, the candidate, of X and r⊙H, another.
-template <bool BACKWARD>
 INLINE void gru(const Job& job, V* space) {
   constexpr int P = SUMS / 2;
   const Size& size = job.size;
@@ -171,7 +171,7 @@ INLINE void gru(const Job& job, V* space) {
           const int64_t index = job.at(image, i, j + p), pixel = here + p;
           V candidate = sums[p], d, d_sum;
           tanh(candidate);
-          if (!BACKWARD) {
+          if (!job.backward) {
             write(job.new_h, index, count, (1.0f - z[pixel]) * h[pixel] + z[pixel] * candidate);
             continue;
           }
@@ -186,7 +186,7 @@ INLINE void gru(const Job& job, V* space) {
         }
       }
     }
-    if (!BACKWARD) continue;
+    if (!job.backward) continue;
     for (int64_t i = 0; i < size.height; i++) {
       for (int64_t j = 0; j < size.width; j += P) {
         const int64_t here = start + i * stride + j;
@@ -203,10 +203,8 @@ INLINE void gru(const Job& job, V* space) {
     }
     V* d_second = d_weights + 9 * 2 * 2;
     UNROLL for (int k = 0; k < 3; k++) d_second[9 * 2 + k] += by_bias[k];
-    correlate<2>(x + start, d_z + start, size, d_weights);
-    correlate<2>(h + start, d_z + start, size, d_weights + 2);
-    correlate<1>(x + start, d_candidate + start, size, d_second);
-    correlate<1>(reset + start, d_candidate + start, size, d_second + 1);
+    correlate<2>(x + start, h + start, d_z + start, size, d_weights);
+    correlate<1>(x + start, reset + start, d_candidate + start, size, d_second);
     for (int64_t i = 0; i < size.height; i++) {
       for (int64_t j = 0; j < size.width; j += P) {
         const int64_t here = start + i * stride + j;
@@ -222,11 +220,11 @@ INLINE void gru(const Job& job, V* space) {
   }
 }
 
-template <Cell CELL, bool BACKWARD>
+template <Cell CELL>
 TARGET void run(const Job& job, float* planes) {
   V* space = reinterpret_cast<V*>(planes);
-  clear_borders(space, planes_of(CELL, BACKWARD), job.size);
-  if constexpr (CELL == RNN) rnn<BACKWARD>(job, space);
-  if constexpr (CELL == GRU) gru<BACKWARD>(job, space);
-  if constexpr (CELL == LSTM) lstm<BACKWARD>(job, space);
+  clear_borders(space, planes_of(CELL, job.backward), job.size);
+  if constexpr (CELL == RNN) rnn(job, space);
+  if constexpr (CELL == GRU) gru(job, space);
+  if constexpr (CELL == LSTM) lstm(job, space);
 }

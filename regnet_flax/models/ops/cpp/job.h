@@ -32,6 +32,7 @@ struct Images {
 // As many channels as a vector holds, of some images.
 struct Job {
   Size size;
+  bool backward;
   Images x, h, c, new_h, new_c;            // C for the LSTM alone
   Images d_new_h, d_new_c, d_x, d_h, d_c;  // of the backward pass
   const float* weights;                    // a vector each: the groups of gates, one after another, then the bias
