@@ -67,11 +67,11 @@ def pytest_sessionfinish(session):
 
 
 def pytest_collection_modifyitems(config, items):
-    for mark in ("slow", "thorough"):
-        if not config.getoption(f"--{mark}"):
+    for name in ("slow", "thorough"):
+        if not config.getoption(f"--{name}"):
             for item in items:
-                if mark in item.keywords:
-                    item.add_marker(pytest.mark.skip(reason=f"{mark}: give --{mark}"))
+                if name in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=f"{name}: give --{name}"))
 
 
 def pytest_unconfigure():
