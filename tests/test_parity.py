@@ -50,9 +50,8 @@ FAST = [  # trained without --slow
 # In float64: at this depth few images leave float32 no digits in the last stage's means.
 REGNETY = ("regnety_400mf", {})
 SHALLOW = ("regnety_400mf", {"depth": 3})  # two of its four stages
-STAGES = {"width": 4, "share_regulator": False, "regulated_stages": (1, 3), "stage_sizes": (2, 1, 1)}
 OPTIONS = [
-    ("regnet14_convlstm", STAGES),
+    ("regnet14_convlstm", {"width": 4, "share_regulator": False, "regulated_stages": (1, 3)}),
     ("regnet14_convlstm", {"width": 4, "kernel": "dense", "shortcut": "A"}),
     ("regnet14_convrnn", {"width": 4, "kernel": "dense"}),
     ("se_resnet14", {"width": 4, "shortcut": "A"}),
