@@ -149,13 +149,23 @@ def test_cpu(cases):
         assert_same(found, expected, 1e-10)
 
 
+def two_devices():
+    return Mesh(np.array(jax.devices()[:2]), ("batch",))
+
+
 def test_gpu():
-    """Its LSTM is all that it has of its own; test_shard_map has it without vmap."""
+    """Its LSTM is all that it has of its own: by vmap, within shard_map; test_ops_gpu has it without either."""
     own = [field.name for field in dataclasses.fields(GPU) if getattr(GPU, field.name) != getattr(PLAIN, field.name)]
     assert own == ["name", "lstm_step"]
     arrays = arguments("lstm_step")
-    found, expected = (jax.jit(functools.partial(by_vmap, ops, "lstm_step"))(arrays) for ops in (GPU, PLAIN))
-    assert_same(found, expected, 1e-4)
+    divided = tuple(PartitionSpec("batch") if a.shape == IMAGE else PartitionSpec() for a in arrays)
+    sets = tuple(PartitionSpec(None, *spec) for spec in divided)
+    specs = {"in_specs": (divided,), "out_specs": (sets, PartitionSpec(None, "batch")), "check_vma": False}
+
+    def run(ops):
+        return jax.jit(jax.shard_map(functools.partial(by_vmap, ops, "lstm_step"), mesh=two_devices(), **specs))(arrays)
+
+    assert_same(run(GPU), run(PLAIN), 1e-4)
     arrays = arguments("lstm_step", jnp.bfloat16)
     types, expected = (jax.eval_shape(gradient(ops, "lstm_step"), *arrays) for ops in (GPU, PLAIN))
     assert types == expected
@@ -171,7 +181,11 @@ BATCH_NORM = tuple(case for case in CASES if "batch_norm" in case)
 
 @pytest.mark.parametrize(
     "ops, axis_name, cases",
-    [(CPU, "batch", ALL[CPU]), (CPU, None, BATCH_NORM), (GPU, "batch", ALL[GPU])],
+    [
+        (CPU, "batch", ALL[CPU]),
+        (CPU, None, BATCH_NORM),
+        pytest.param(GPU, "batch", ALL[GPU], marks=pytest.mark.thorough),
+    ],
     ids=["cpu", "cpu-unsynchronised", "gpu"],
 )
 def test_shard_map(ops, axis_name, cases):
@@ -181,13 +195,12 @@ def test_shard_map(ops, axis_name, cases):
     """
     check = {"check_vma": False} if ops is GPU else {}
     by_case = {case: arguments(case) for case in cases}
-    mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
     specs = jax.tree.map(lambda a: PartitionSpec("batch") if a.shape == IMAGE else PartitionSpec(), by_case)
     outputs = {case: (specs[case], PartitionSpec("batch")) for case in by_case}
 
     def run(ops):
         call = functools.partial(over_devices, ops, axis_name)
-        return jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=outputs, **check))(by_case)
+        return jax.jit(jax.shard_map(call, mesh=two_devices(), in_specs=(specs,), out_specs=outputs, **check))(by_case)
 
     assert_same(run(ops), run(PLAIN), 1e-4)
 
@@ -227,7 +240,7 @@ def test_forward_mode_is_refused(ops):
     for case in ALL[ops]:
         arrays = arguments(case)
         with pytest.raises(TypeError, match="forward-mode"):
-            jax.eval_shape(lambda *a, case=case: jax.jvp(function(ops, case), a, a), *arrays)
+            jax.jit(lambda *a, case=case: jax.jvp(function(ops, case), a, a)).lower(*arrays)
         jax.eval_shape(lambda *a, case=case: jax.jvp(function(PLAIN, case), a, a), *arrays)
     assert 'give "plain"' in create_model.__doc__
 
