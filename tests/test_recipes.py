@@ -20,6 +20,7 @@ from regnet_flax.training.optimizer import build_optimizer
 ROOT = pathlib.Path(main.__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
 RECIPES = [name for name in CONFIGS if not name.startswith("compare_")]
+LEFT_OUT = ("cifar100", "rnn_cifar10", "digits")
 KEPT = ("dataset.augment", "dataset.mean", "dataset.std", "optimizer.", "train.epochs", "seed", "dtype")
 
 
@@ -38,10 +39,10 @@ def photographs(directory):
     return directory
 
 
-# Those left to --slow differ from another one in little.
+# Those left to --thorough differ from another one in little, or are run by many other tests.
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(r, marks=pytest.mark.slow if r in ("cifar100", "rnn_cifar10") else ()) for r in RECIPES],
+    [pytest.param(r, marks=pytest.mark.thorough if r in LEFT_OUT else ()) for r in RECIPES],
 )
 def test_runs_on_synthetic_images(recipe, tmp_path, monkeypatch):
     """Two steps of the recipe, its model and images made small, and an evaluation."""
