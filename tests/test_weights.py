@@ -18,7 +18,7 @@ from regnet_flax.port.weights import read_weights, write_weights
 
 ARRAYS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float32([1.5])}
 TINY = [
-    "--config.model.name=regnet8_convgru",
+    "--config.model.name=regnet8_convrnn",
     "--config.model.overrides.width=4",
     "--config.train.batch_size=128",
     "--config.train.max_steps=2",
@@ -119,7 +119,7 @@ def test_exported_and_evaluated_again(kind, suffix, trained, capsys, tmp_path, m
     assert main.main(evaluate) == 0
     assert last_line(capsys, "test loss").partition(":")[2] == expected.partition(":")[2]
     _, metadata = read_weights(file)
-    assert metadata["model"] == "regnet8_convgru" and metadata["num_classes"] == "10"
+    assert metadata["model"] == "regnet8_convrnn" and metadata["num_classes"] == "10"
     assert [path.name for path in tmp_path.iterdir()] == ["evaluated"]
 
 
