@@ -1,7 +1,6 @@
 """TrivialAugment, RandAugment and random erasing: each operation against Pillow, and the draws."""
 
 import functools
-import itertools
 import math
 from collections import Counter
 
@@ -78,15 +77,15 @@ def picture(height, width, channels, seed=0):
 )
 def test_each_operation_at_each_level_is_pillows(wide, height, width, channels):
     strength = policies.WIDE if wide else policies.RANDAUGMENT
-    apply = jax.jit(jax.vmap(functools.partial(policies.apply, strength=strength), (None, None, 0)))
-    levels = np.arange(-30, 31)
+    apply = jax.jit(jax.vmap(functools.partial(policies.apply, strength=strength), (None, 0, 0)))
+    operations, levels = np.repeat(np.arange(14), 61), np.tile(np.arange(-30, 31), 14)
     pictures = picture(height, width, channels), np.full((height, width, channels), 7, np.uint8)
     space = magnitudes(wide, width, height)
     for image in pictures:
-        results = np.stack([apply(image, operation, levels) for operation in range(14)])
+        results = np.asarray(apply(image, operations, levels))
         pillow = Image.fromarray(image if channels == 3 else image[..., 0])
-        for (operation, name), (index, level) in itertools.product(enumerate(NAMES), enumerate(levels)):
-            result = results[operation, index]
+        for operation, level, result in zip(operations, levels, results, strict=True):
+            name = NAMES[operation]
             magnitude = float(space[name][abs(level)]) if name in space else 0.0
             magnitude *= -1 if level < 0 and name not in UNSIGNED else 1
             expected = np.asarray(PILLOW[name](pillow, magnitude)).reshape(image.shape)
