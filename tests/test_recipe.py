@@ -1,6 +1,7 @@
 """Averaged weights, gradient accumulation, mixing, bfloat16 and traces, in a run and in a step."""
 
 import contextlib
+import copy
 import functools
 import gzip
 import json
@@ -45,6 +46,20 @@ def states(program, count, state=None):
     return found
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _release_compiled():
+    """After all of them, since they share a program; conftest.py does it after each."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A program without any of the options, and its state after each of three steps."""
+    program = make_program()
+    return program, states(program, 3)
+
+
 def assert_close(a, b, error):
     assert max(jax.tree.leaves(jax.tree.map(relative, a, b))) < error
 
@@ -52,7 +67,7 @@ def assert_close(a, b, error):
 # Averaged weights
 
 
-def test_averages_are_of_the_weights_and_statistics_and_are_what_is_evaluated():
+def test_averages_are_of_the_weights_and_statistics_and_are_what_is_evaluated(plain):
     program = make_program(**{"optimizer.ema_decay": 0.15})  # from the second step on below the warm-up's
     start = jax.device_get(program.initial_state())
     expected = {"params": start.params, "batch_stats": start.batch_stats}
@@ -61,14 +76,13 @@ def test_averages_are_of_the_weights_and_statistics_and_are_what_is_evaluated():
         decay = min(0.15, (1 + step) / (10 + step))
         expected = jax.tree.map(lambda a, b, d=decay: d * a.astype(np.float64) + (1 - d) * b, expected, latest)
     assert_close(state.variables, expected, 1e-6)
-    other = make_program()
-    plain = states(other, 3)[-1]
-    assert plain.ema == {}
-    assert_close(state.params, plain.params, 1e-6)  # averaging changes nothing in training
+    other, (*_, last) = plain
+    assert last.ema == {}
+    assert_close(state.params, last.params, 1e-6)  # averaging changes nothing in training
     averaged = program.evaluate(state)
     assert averaged == program.evaluate(state.replace(params=jax.tree.map(np.zeros_like, state.params)))
     put = state.replace(ema={}, params=state.ema["params"], batch_stats=state.ema["batch_stats"])
-    assert averaged == other.evaluate(put) != other.evaluate(plain)
+    assert averaged == other.evaluate(put) != other.evaluate(last)
 
 
 @pytest.fixture
@@ -106,11 +120,11 @@ def restored(config, workdir):
     return found[0]
 
 
-def test_a_model_of_given_weights_begins_with_them_as_averages():
-    model = make_program()
+def test_a_model_of_given_weights_begins_with_them_as_averages(plain):
+    model, _ = plain
     start = jax.tree.map(lambda a: a + 1, jax.device_get(model.initial_state()))
     start = {"params": start.params, "batch_stats": start.batch_stats}
-    config = model.config
+    config = copy.deepcopy(model.config)
     config.optimizer.ema_decay = 0.5
     program = Program(config, small_dataset(), jax.devices()[:1], start=start)
     jax.tree.map(np.testing.assert_array_equal, program.initial_state().ema, start)
@@ -199,11 +213,11 @@ def test_one_hot_probabilities_take_the_step_of_labels():
     np.testing.assert_allclose(metrics["accuracy"], others["accuracy"])
 
 
-def test_mixing_changes_the_steps():
-    fields = {}, {"train.mixup": 1.0}, {"train.cutmix": 1.0}
-    plain, *others = (states(make_program(**options), 1)[-1] for options in fields)
-    for mixed in others:
-        assert max(jax.tree.leaves(jax.tree.map(relative, mixed.params, plain.params))) > 1e-4
+def test_mixing_changes_the_steps(plain):
+    _, (first, *_) = plain
+    for field in ("train.mixup", "train.cutmix"):
+        (mixed,) = states(make_program(**{field: 1.0}), 1)
+        assert max(jax.tree.leaves(jax.tree.map(relative, mixed.params, first.params))) > 1e-4, field
 
 
 # bfloat16
