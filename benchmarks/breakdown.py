@@ -64,7 +64,7 @@ def breakdown(model, batch, size, dtype):
         wait(calls["train"]())
         times.append(1000 * (time.perf_counter() - began))
     step = float(np.median(times[3:]))
-    lines = re.findall(r"^ *(?:ROOT )?%(\S+) = .*?([\w-]+)\((.*)$", calls["program"](), re.MULTILINE)
+    lines = re.findall(r"^ *(?:ROOT )?%(\S+) = .*?([\w-]+)\((.*)$", facts.pop("program"), re.MULTILINE)
     programs = {name: (opcode, re.search(r'op_name="([^"]*)"', rest)) for name, opcode, rest in lines}
     parts = collections.Counter()
     for name, milliseconds in traced(calls["train"], wait).items():
