@@ -2,11 +2,12 @@
 
     python benchmarks/versus_torch.py --models resnet20 --out versus_torch.json
 
-First pass: each way to run the network in PyTorch (torch_peer.py: forms of the regulator, eager or compiled, channels
-first or last) has one turn, and the two fastest stay. Rounds: these two and ours, each in a process of its own with
-as many threads, take turns in alternating order. The figures are medians over the rounds, and a ratio is taken within
-each round, to the variant of PyTorch with the best median. A training step is forward pass, loss, backward pass, batch
-statistics and SGD with momentum and weight decay, on a batch that lies on the device, without compilation and warm-up.
+First pass: the ways to run the network in PyTorch have one turn each, and the two fastest stay. torch_peer.py has forms
+of the regulator; each runs eagerly, channels first and channels last, and the two fastest of these are compiled too.
+Rounds: the two that stay and ours, each in a process of its own with as many threads, take turns in alternating order.
+The figures are medians over the rounds. A ratio is taken within each round, to the variant of PyTorch with the best
+median. A training step is forward pass, loss, backward pass, batch statistics and SGD with momentum and weight decay, on
+a batch that lies on the device, without compilation and warm-up.
 
 A file given with --out keeps the results of other models and settings. The first pass is stored there as it goes: the
 same command resumes it, and does not repeat it.
@@ -118,34 +119,47 @@ class Measurement:
             return None
 
     def first_pass(self, task, end):
-        """One turn of each of PyTorch's variants, until the clock says `end`; None stands for one that failed."""
+        """One turn of PyTorch's variants, until the clock says `end`; None stands for one that failed.
+
+        Compiling takes a minute or so: only the two fastest eager variants are compiled, where eager ones are tried.
+        """
         found = self.record["first_pass"].setdefault(task, {})
-        for name in self.variants:
-            if name in OURS or name in found:
-                continue
-            if found and time.monotonic() > end:
-                print(f"{self.settings[0]}, {TASKS[task]}: {name} not tried, the time is over", flush=True)
-                continue
-            worker, found[name] = self.start(name, [task]), None
-            if worker:
-                count = self.steps(worker, task)
-                found[name] = round(self.settings[1] / worker.seconds(task, count), 1)
-                worker.close()
-            print(f"{self.settings[0]}, {TASKS[task]}: {name} {found[name]} images/s", flush=True)
-            self.store()
+        theirs = {name: options for name, options in self.variants.items() if name not in OURS}
+        eager = [name for name, options in theirs.items() if options["mode"] == "eager"]
+        for name in eager:
+            self.first_turn(name, task, found, end)
+        fastest = [theirs[name] for name in self.best(task, eager)]
+        for name, options in theirs.items():
+            if name not in eager and (not eager or options | {"mode": "eager"} in fastest):
+                self.first_turn(name, task, found, end)
+
+    def first_turn(self, name, task, found, end):
+        """Puts a variant's images per second into `found`, unless it has them."""
+        if name in found:
+            return
+        if found and time.monotonic() > end:
+            print(f"{self.settings[0]}, {TASKS[task]}: {name} not tried, the time is over", flush=True)
+            return
+        worker, found[name] = self.start(name, [task]), None
+        if worker:
+            count = self.steps(worker, task)
+            found[name] = round(self.settings[1] / worker.seconds(task, count), 1)
+            worker.close()
+        print(f"{self.settings[0]}, {TASKS[task]}: {name} {found[name]} images/s", flush=True)
+        self.store()
 
     def steps(self, worker, task):
         """How many of them take a variant's time of one turn."""
         return max(1, round(self.arguments.seconds / worker.seconds(task, 1)))
 
-    def best(self, task):
-        """The two fastest of the first pass."""
-        rates = {name: rate for name, rate in self.record["first_pass"][task].items() if rate and name in self.variants}
+    def best(self, task, names):
+        """The two fastest of these in the first pass."""
+        rates = {name: rate for name, rate in self.record["first_pass"][task].items() if rate and name in names}
         return sorted(rates, key=rates.get, reverse=True)[:2]
 
     def rounds(self, task):
         """Images per second and ratios to PyTorch's best, by variant."""
-        started = [self.start(name, [task]) for name in [*self.arguments.ours, *self.best(task)]]
+        started = [self.start(name, [task]) for name in [*self.arguments.ours, *self.best(task, self.variants)]]
         workers = {worker.name: worker for worker in started if worker}
         counts = {name: self.steps(worker, task) for name, worker in workers.items()}
         times = {name: [] for name in workers}

@@ -65,8 +65,8 @@ def versus_torch(monkeypatch):
 def test_versus_torch_keeps_the_two_fastest_for_the_rounds(versus_torch, tmp_path, monkeypatch):
     """A stored first pass is resumed, and a variant that cannot be had is left out."""
     out, started = tmp_path / "out.json", []
-    rates = {"ours": 300, "torch eager, channels first": 100, "torch compiled, channels last": 400}
-    rates["torch compiled, channels first"] = 200
+    rates = {"ours": 300, "torch folded, eager, channels last": 100, "torch all gates, eager, channels last": 200}
+    rates["torch all gates, compiled, channels last"] = 400
 
     class Worker:
         def __init__(self, name, command, environment):
@@ -83,19 +83,20 @@ def test_versus_torch_keeps_the_two_fastest_for_the_rounds(versus_torch, tmp_pat
 
     def run(*arguments):
         started.clear()
-        given = ["--models", "resnet20", "--tasks", "infer", "--batch", "8", "--out", str(out), *arguments]
+        given = ["--models", "regnet20_convgru", "--tasks", "infer", "--batch", "8", "--out", str(out), *arguments]
         monkeypatch.setattr(sys, "argv", ["versus_torch.py", *given])
         versus_torch.main()
         return json.loads(out.read_text())["results"]
 
     monkeypatch.setattr(versus_torch.turns, "Worker", Worker)
     run("--first-pass", "--minutes", "0")
-    assert started == [("torch compiled, channels last", "")], "one, whatever the time"
+    assert started == [("torch per gate, eager, channels last", "")], "one, whatever the time"
     (result,) = run()
-    all_of_them = ["compiled, channels first", "eager, channels last", "eager, channels first"]
-    best = ["torch compiled, channels last", "torch compiled, channels first"]
-    assert [name for name, _ in started] == [*(f"torch {name}" for name in all_of_them), "ours", *best]
-    assert result["first_pass"]["infer"]["torch eager, channels last"] is None
+    best = ["torch all gates, compiled, channels last", "torch all gates, eager, channels last"]
+    eager = [f"torch {form}, eager, channels {side}" for form in versus_torch.FORMS for side in ("last", "first")]
+    compiled = ["torch folded, compiled, channels last", best[0]]
+    assert [name for name, _ in started] == [*eager[1:], *compiled, "ours", *best]
+    assert result["first_pass"]["infer"]["torch folded, compiled, channels last"] is None
     assert result["infer"]["ours"]["ratio"] == 0.75 and result["infer"][best[0]]["ratio_range"] == [1.0, 1.0]
     assert len(run("--huge-pages")) == 2 and started[-1] == (best[1], "glibc.malloc.hugetlb=1")
 
