@@ -6,8 +6,8 @@ First pass: the ways to run the network in PyTorch have one turn each, and the t
 of the regulator; each runs eagerly, channels first and channels last, and the two fastest of these are compiled too.
 Rounds: the two that stay and ours, each in a process of its own with as many threads, take turns in alternating order.
 The figures are medians over the rounds. A ratio is taken within each round, to the variant of PyTorch with the best
-median. A training step is forward pass, loss, backward pass, batch statistics and SGD with momentum and weight decay, on
-a batch that lies on the device, without compilation and warm-up.
+median. A training step is forward pass, loss, backward pass, batch statistics and SGD with momentum and weight decay,
+on a batch that lies on the device, without compilation and warm-up.
 
 A file given with --out keeps the results of other models and settings. The first pass is stored there as it goes: the
 same command resumes it, and does not repeat it.
