@@ -3,10 +3,10 @@
     python benchmarks/accelerator.py --out DIR --minutes 9 --data-dir CIFAR10_FOLDER
 
 In this order: RegNet-20's and ResNet-20's training against the fastest PyTorch (3 minutes); a training step of several
-seeds together against a loop over them (2 minutes); the CIFAR-10 comparison of table III, 200 epochs, for as long as
-there is, less what the last part needs; a core of the parity tests (2 minutes). What is done stands in DIR, summed up
-in DIR/accelerator.json, and is not repeated. CIFAR-10 is read from class folders: TensorFlow, TFDS and Grain are not
-needed. Arguments of the form --config.FIELD=VALUE go to the comparison.
+seeds together against a loop over them (2 minutes); the Pallas kernels against `ops="auto"` (1.5 minutes); the CIFAR-10
+comparison of table III, 200 epochs, for as long as there is, less what the last part needs; a core of the parity tests
+(2 minutes). What is done stands in DIR, summed up in DIR/accelerator.json, and is not repeated. CIFAR-10 is read from
+class folders: TensorFlow, TFDS and Grain are not needed. Arguments --config.FIELD=VALUE go to the comparison.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def main():
     parser.add_argument("--torch-device", default="cuda", help="of the parity tests")
     parser.add_argument("--models", nargs="+", default=["regnet20_convlstm", "resnet20"])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument("--modes", nargs="+", default=["compiled", "graphs"], help="of versus_torch.py")
+    parser.add_argument("--modes", nargs="+", default=["graphs", "compiled"], help="of versus_torch.py")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--seeds", default="(0, 1, 2, 3, 4)", help="of the comparison")
@@ -89,16 +89,18 @@ def main():
             done[name]["result"] = str(result.relative_to(out))
         record.write_text(json.dumps(done, indent=1) + "\n")
 
-    against = out / "versus_torch.json"
+    sizes = ["--batch", arguments.batch, "--size", arguments.size, "--threads", 0, "--seconds", 0.5]
+    against, pallas, together = (out / f"{name}.json" for name in ("versus_torch", "pallas", "seeds"))
     for dtype in arguments.dtypes:
         for model in arguments.models:
+            minutes = 2 if "regnet" in model else 1
             command = [python, "benchmarks/versus_torch.py", "--models", model, "--dtypes", dtype, "--tasks", "train"]
-            command += ["--modes", *arguments.modes, "--batch", arguments.batch, "--size", arguments.size]
-            command += ["--threads", 0, "--seconds", 0.5, "--minutes", 0.75, "--out", against]
-            command += ["--ours", "ours", "ours, gpu"] if "lstm" in model else []
-            step(f"versus_torch_{model}_{dtype}", 1.5, command, against)
-    together = out / "seeds.json"
+            command += ["--modes", *arguments.modes, *sizes, "--minutes", 0.4 * minutes, "--out", against]
+            step(f"versus_torch_{model}_{dtype}", minutes, command, against)
     step("seeds", 2, [python, "benchmarks/seeds.py", "--only", arguments.seeds_of, "--out", together], together)
+    if lstm := [model for model in arguments.models if "convlstm" in model]:
+        command = [python, "benchmarks/versus_torch.py", "--models", *lstm, "--tasks", "train", "--modes", *sizes]
+        step("pallas", 1.5, [*command, "--ours", "ours", "ours, gpu", "--out", pallas], pallas)
     parity = done.get("parity", {}).get("exit_code") == 0
     if arguments.data_dir:
         compare = [python, "-m", "regnet_flax.main", "--mode", "compare", "--config", "configs/compare_cifar10.py"]

@@ -211,7 +211,7 @@ def parse():
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--ours", nargs="+", default=["ours"], choices=list(OURS))
-    parser.add_argument("--modes", nargs="+", default=MODES, choices=[*MODES, "graphs"], help="graphs: on a GPU")
+    parser.add_argument("--modes", nargs="*", default=MODES, choices=[*MODES, "graphs"], help="graphs: on a GPU")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
