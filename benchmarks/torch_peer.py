@@ -5,7 +5,7 @@ tests/test_torch_peer.py compares the two. What is done for speed:
 
 - A separable gate's preactivation has several forms (FORMS); none repeats or interleaves X and H.
 - The first block of a stage has no state: products with it, and the forget and reset gates, are left out.
-- Fresh arrays are overwritten by their ReLU or sigmoid, and products and sums are taken together (addcmul, lerp).
+- Fresh arrays are overwritten by their ReLU, and products and sums are taken together (addcmul, lerp).
 - SGD updates all parameters in one call (`fused`), gradients are dropped rather than zeroed, and inference runs in
   inference mode, compiled with frozen weights where asked: batch normalisations are then folded into convolutions.
 """
@@ -74,7 +74,7 @@ class ConvRNN(Cell):
 
     def forward(self, x, state):
         (y,) = self.preactivations(x, None if state is None else state[0], 0)
-        return (y.tanh_(),)
+        return (torch.tanh(y),)
 
 
 class ConvGRU(Cell):
