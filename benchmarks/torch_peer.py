@@ -178,9 +178,9 @@ def calls(model, batch, size, dtype, tasks, threads, form="per gate", channels_l
     waits for the last of them, and facts. `mode` is "eager", "compiled", or "graphs" (compiled, with CUDA graphs).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    if threads:
         torch.set_num_threads(threads)
-    else:
+    if device == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32, as XLA takes by default on a GPU that has it
         torch.backends.cudnn.allow_tf32 = True
