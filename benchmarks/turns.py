@@ -45,16 +45,17 @@ class Worker:
     """A variant's process, seen from outside; `command` is a program that calls `serve`."""
 
     def __init__(self, name, command, environment):
-        self.name, self._process = name, None
+        self.name, self.facts = name, {}
         # All of them are there at once, and JAX would take most of a GPU's memory for the first.
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | environment
-        try:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-            )
-        except OSError as error:
-            raise WorkerError(f"{name}: {error}") from error
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ready(self):
+        """Waits until the variant has warmed up; then it has its facts."""
         self.facts = json.loads(self._answer())
+        return self
 
     def _answer(self):
         line = self._process.stdout.readline()

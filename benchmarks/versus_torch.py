@@ -107,16 +107,26 @@ class Measurement:
         self.arguments, self.record, self.store = arguments, record, store
         self.variants = peers(model, arguments.modes) | {name: OURS[name] for name in arguments.ours}
 
-    def start(self, name, tasks):
-        """The process of a variant; None, with a line about it, where it cannot be had."""
-        python = self.arguments.python if name in OURS else sys.executable
-        todo = name, self.settings, tasks, self.arguments.threads, self.variants[name]
+    def workers(self, names, task):
+        """The processes of these variants, ready, by name; one that cannot be had is left out with a line about it.
+
+        On a CPU they compile side by side. A GPU's libraries choose kernels by timing them: there, one after another.
+        """
         environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if self.arguments.huge_pages else {}
-        try:
+        ready, threads = {}, self.arguments.threads
+
+        def begin(name):
+            python = self.arguments.python if name in OURS else sys.executable
+            todo = name, self.settings, [task], threads, self.variants[name]
             return turns.Worker(name, [python, __file__, "--worker", json.dumps(todo)], environment)
-        except turns.WorkerError as error:
-            print(f"left out: {error}", flush=True)
-            return None
+
+        begun = {name: begin(name) for name in names} if threads else {}
+        for name in names:
+            try:
+                ready[name] = (begun.get(name) or begin(name)).ready()
+            except turns.WorkerError as error:
+                print(f"left out: {error}", flush=True)
+        return ready
 
     def first_pass(self, task, end):
         """One turn of PyTorch's variants, until the clock says `end`; None stands for one that failed.
@@ -140,8 +150,8 @@ class Measurement:
         if found and time.monotonic() > end:
             print(f"{self.settings[0]}, {TASKS[task]}: {name} not tried, the time is over", flush=True)
             return
-        worker, found[name] = self.start(name, [task]), None
-        if worker:
+        found[name] = None
+        for worker in self.workers([name], task).values():
             count = self.steps(worker, task)
             found[name] = round(self.settings[1] / worker.seconds(task, count), 1)
             worker.close()
@@ -159,8 +169,8 @@ class Measurement:
 
     def rounds(self, task):
         """Images per second and ratios to PyTorch's best, by variant."""
-        started = [self.start(name, [task]) for name in [*self.arguments.ours, *self.best(task, self.variants)]]
-        workers = {worker.name: worker for worker in started if worker}
+        peers = self.arguments.peers or self.best(task, self.variants)
+        workers = self.workers([*self.arguments.ours, *peers], task)
         counts = {name: self.steps(worker, task) for name, worker in workers.items()}
         times = {name: [] for name in workers}
         for number in range(self.arguments.rounds):
@@ -212,6 +222,7 @@ def parse():
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--ours", nargs="+", default=["ours"], choices=list(OURS))
     parser.add_argument("--modes", nargs="*", default=MODES, choices=[*MODES, "graphs"], help="graphs: on a GPU")
+    parser.add_argument("--peers", nargs="+", default=[], help="PyTorch's variants by name, without a first pass")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
@@ -257,7 +268,8 @@ def main():
                 results.append(record)
             measurement = Measurement(model, dtype, arguments, record, store)
             for task in arguments.tasks:
-                measurement.first_pass(task, end)
+                if not arguments.peers:
+                    measurement.first_pass(task, end)
                 if not arguments.first_pass:
                     record["command"] = command
                     measurement.rounds(task)

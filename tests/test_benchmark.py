@@ -71,9 +71,12 @@ def test_versus_torch_keeps_the_two_fastest_for_the_rounds(versus_torch, tmp_pat
     class Worker:
         def __init__(self, name, command, environment):
             started.append((name, environment.get("GLIBC_TUNABLES", "")))
-            if name not in rates:
-                raise versus_torch.turns.WorkerError(name)
             self.name, self.facts = name, {}
+
+        def ready(self):
+            if self.name not in rates:
+                raise versus_torch.turns.WorkerError(self.name)
+            return self
 
         def seconds(self, task, count):
             return 8 / rates[self.name]
@@ -98,6 +101,8 @@ def test_versus_torch_keeps_the_two_fastest_for_the_rounds(versus_torch, tmp_pat
     assert [name for name, _ in started] == [*eager[1:], *compiled, "ours", *best]
     assert result["first_pass"]["infer"]["torch folded, compiled, channels last"] is None
     assert result["infer"]["ours"]["ratio"] == 0.75 and result["infer"][best[0]]["ratio_range"] == [1.0, 1.0]
+    run("--peers", "torch folded, eager, channels last")
+    assert [name for name, _ in started] == ["ours", "torch folded, eager, channels last"]
     assert len(run("--huge-pages")) == 2 and started[-1] == (best[1], "glibc.malloc.hugetlb=1")
 
 
