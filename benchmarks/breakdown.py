@@ -71,6 +71,7 @@ def breakdown(model, batch, size, dtype):
         opcode, where = programs.get(name, ("", None))
         if opcode not in ("call", "while", "conditional"):  # what they call is counted itself
             parts[part(where[1]) if where else "the rest"] += milliseconds
+    facts.pop("environment")  # the file has it once
     parts["not traced"] = step - sum(parts.values())
     return {"step_ms": round(step, 1), "parts_ms": {k: round(v, 1) for k, v in parts.most_common()}, "facts": facts}
 
