@@ -89,6 +89,8 @@ def train_and_evaluate(
                 trainer = make_trainer(config, dataset, devices, seeds, start)
                 ends.callback(trainer.close)
                 plan = make_plan(config, dataset.size("train"))
+                split = dataset.evaluated
+                trainer.compile_ahead(split, dataset.size(split), config.eval.batch_size)
                 run = Run(config, path, trainer, plan, dataset, checkpoints, stop, profile)
                 run.run()
                 checkpoints.wait()
