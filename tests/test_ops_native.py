@@ -272,7 +272,7 @@ OFF = {
 
 @pytest.fixture
 def said(caplog, monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(native_library, "cache_directory", lambda: tmp_path / "cache" / "native")
     monkeypatch.delenv("REGNET_FLAX_NATIVE", raising=False)
     caplog.set_level(logging.INFO, "regnet_flax")
     return caplog
@@ -283,7 +283,7 @@ def test_off(name, said, monkeypatch):
     """Each reason is said, and the steps are those of the JAX form."""
     value, message = OFF[name]
     monkeypatch.setenv(name, value)
-    monkeypatch.setattr(native_library, "available", functools.cache(native_library.available.__wrapped__))
+    monkeypatch.setattr(native_library, "_registered", functools.cache(native_library._registered.__wrapped__))
     arrays, directions = arguments("gru", (2, 3, 3, 2))
     for _ in range(2):
         program = jax.make_jaxpr(functools.partial(value_and_gradients, CPU, "gru"))(arrays, directions)
@@ -295,8 +295,16 @@ def test_off(name, said, monkeypatch):
 def test_the_cache_that_cannot_be_written(said, monkeypatch, tmp_path):
     (tmp_path / "cache").write_text("a file")
     monkeypatch.setattr(native_library.shutil, "which", lambda name: name)
-    assert not native_library.available.__wrapped__()
-    assert f"they cannot be built in {tmp_path / 'cache' / 'regnet_flax'}: " in said.messages[0]
+    assert not native_library._registered.__wrapped__()
+    assert f"they cannot be built in {tmp_path / 'cache' / 'native'}: " in said.messages[0]
+
+
+def test_a_damaged_library_goes(said, tmp_path, monkeypatch):
+    damaged = tmp_path / "damaged.so"
+    damaged.write_bytes(b"\x7fELF")
+    monkeypatch.setattr(native_library, "_library", lambda: damaged)
+    assert not native_library._registered.__wrapped__()
+    assert said.messages[0].startswith("native operations are off: ") and not damaged.exists()
 
 
 def test_processes_that_build_at_once_do_not_meet(said, monkeypatch, tmp_path):
@@ -305,7 +313,7 @@ def test_processes_that_build_at_once_do_not_meet(said, monkeypatch, tmp_path):
     compiler.write_text('#!/bin/sh\nfor last; do :; done\nprintf half > "$last"; sleep 0.2; printf whole > "$last"\n')
     compiler.chmod(compiler.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("CXX", str(compiler))
-    path, seen = tmp_path / "cache" / "regnet_flax" / "library.so", []
+    path, seen = tmp_path / "cache" / "native" / "library.so", []
     builds = [threading.Thread(target=native_library._build, args=([str(compiler)], path)) for _ in range(3)]
     for build in builds:
         build.start()

@@ -5,8 +5,7 @@ Python, installing needs neither a compiler nor jaxlib, and an editable installa
 instructions of the processor when it runs, so machines may share a cache. Without a compiler the operations are off,
 which is logged once, and the arithmetic is JAX's.
 
-The environment: REGNET_FLAX_NATIVE=0 turns it off; CXX names the compiler, CXXFLAGS more of its flags; XDG_CACHE_HOME
-is where caches are.
+The environment: REGNET_FLAX_NATIVE=0 turns it off; CXX names the compiler, CXXFLAGS more of its flags.
 """
 
 from __future__ import annotations
@@ -23,10 +22,12 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import time
 
 import jax.ffi
 import jaxlib.version
+import platformdirs
 
 logger = logging.getLogger("regnet_flax")
 
@@ -36,30 +37,44 @@ TARGETS = [f"regnet_flax_{cell}_{way}" for cell in ("rnn", "gru", "lstm") for wa
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-pthread", "-DNDEBUG", "-w"]
 TIME_LIMIT = 120  # seconds
+_LOCK = threading.Lock()  # a run traces its programs in threads
 
 
 class _OffError(Exception):
     """Why there is no library."""
 
 
-@functools.cache
 def available() -> bool:
     """Whether the native operations are registered with XLA; the first call builds the library if need be.
 
-    Why they are not, where they are not, is logged once. Nothing is raised.
+    Why they are not, where they are not, is logged once. Nothing is raised. Threads may call it at once.
     """
+    with _LOCK:
+        return _registered()
+
+
+@functools.cache
+def _registered() -> bool:
     try:
         path = _library()
-        library = ctypes.CDLL(str(path))
-        if not library.regnet_flax_supported():
-            raise _OffError("this processor has no AVX2")
-        for target in TARGETS:
-            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
-    except (_OffError, OSError, AttributeError) as error:
+        _register(path)
+    except (_OffError, OSError, AttributeError, RuntimeError) as error:
         logger.info("native operations are off: %s", error)
         return False
     logger.info("native operations: %s", path)
     return True
+
+
+def _register(path: pathlib.Path) -> None:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)  # it is damaged; the next run builds it again
+        raise
+    if not library.regnet_flax_supported():
+        raise _OffError("this processor has no AVX2")
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
 
 
 def _library() -> pathlib.Path:
@@ -71,7 +86,7 @@ def _library() -> pathlib.Path:
     parts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
     parts += [*compiler, *flags, jaxlib.version.__version__, platform.system(), platform.machine()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    path = cache_directory() / f"native-{key}.so"
+    path = cache_directory() / f"{key}.so"
     if not path.exists():
         if not shutil.which(compiler[0]):
             raise _OffError(f"there is no C++ compiler {compiler[0]!r}: install one, or name it in CXX")
@@ -80,10 +95,12 @@ def _library() -> pathlib.Path:
 
 
 def cache_directory() -> pathlib.Path:
-    """Where this package keeps what it can make again: in $XDG_CACHE_HOME, or the system's place for caches."""
-    home = pathlib.Path.home()
-    system = home / "Library" / "Caches" if platform.system() == "Darwin" else home / ".cache"
-    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or system) / "regnet_flax"
+    """Where libraries are kept.
+
+    Raises:
+      RuntimeError: there is no home directory.
+    """
+    return platformdirs.user_cache_path("regnet_flax") / "native"
 
 
 def _build(command: list[str], path: pathlib.Path) -> None:
