@@ -339,6 +339,6 @@ def test_with_sanitizers(tmp_path):
         "XDG_CACHE_HOME": str(tmp_path),
     }
     names = "values or second or devices or nan or sigmoid"
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider", "-k", names, __file__]
+    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-s", "-p", "no:cacheprovider", "-k", names, __file__]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout + done.stderr
