@@ -95,6 +95,7 @@ def main():
             "addopts=",
             "--torch-device",
             arguments.torch_device,
+            "--thorough",
             "--parity-report",
             report,
             *PARITY,

@@ -7,14 +7,16 @@ import sys
 import jax
 import pytest
 
-from helpers import ROOT
+from helpers import ROOT, error_of, run_program
 from regnet_flax.modes import benchmark
 
 TINY = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.batch_size=8"]
 
 
-def test_the_last_line_is_one_object_with_figures_that_fit_together(program):
-    done = program("--mode", "benchmark", *TINY, check=0)
+def test_the_last_line_is_one_object_with_figures_that_fit_together(monkeypatch):
+    monkeypatch.setattr(benchmark, "SECONDS", 0.2)
+    monkeypatch.setitem(benchmark.MATRIX, "cpu", 256)
+    done = run_program("--mode", "benchmark", *TINY, check=0)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["images_per_second"] == pytest.approx(8 / (found["step_ms"] / 1000), rel=0.01)
     assert found["compile_s"] > 0 and found["peak_bytes"] > 1000
@@ -28,9 +30,9 @@ def test_the_last_line_is_one_object_with_figures_that_fit_together(program):
     assert found["share_of_matmul"] == pytest.approx(share, abs=1e-4)
 
 
-def test_a_wrong_config_is_told_in_one_line(program):
-    done = program("--mode", "benchmark", "--config.train.batch_size=0", check=2)
-    assert "train.batch_size is 0" in done.stderr and "Traceback" not in done.stderr
+def test_a_wrong_config_is_told_in_one_line():
+    done = run_program("--mode", "benchmark", "--config.train.batch_size=0", check=2)
+    assert "train.batch_size is 0" in error_of(done, 2)
 
 
 def test_the_matrix_product_is_what_is_timed(monkeypatch):

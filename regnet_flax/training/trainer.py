@@ -83,9 +83,10 @@ class Trainer:
         self.steps_per_call = min(steps_per_call, feed.most_steps or steps_per_call)
         self._shards = placement.divide(self._local_shards())
         several = (len(self.seeds),) if len(self.seeds) > 1 else ()
+        self._init = jax.jit(step.init)  # one for both uses, so that it is traced once
         self.like = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(several + a.shape, a.dtype, sharding=placement.replicated),
-            jax.eval_shape(step.init, np.int32(0)),
+            jax.eval_shape(self._init, np.int32(0)),
         )
         take_steps: Any = self._take_steps
         if self.together:
@@ -136,8 +137,7 @@ class Trainer:
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
-        init = jax.jit(self._step.init)
-        states = [self._started(init(np.int32(seed))) for seed in self.seeds]
+        states = [self._started(self._init(np.int32(seed))) for seed in self.seeds]
         if len(states) == 1:
             return self.placement.place(states[0])
         return self.placement.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
