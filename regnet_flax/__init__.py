@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+# First, for a Ctrl-C while the others are imported.
+from regnet_flax import interrupt  # noqa: F401
 from regnet_flax.models.plugins import register_regulator
 from regnet_flax.models.registry import create_model, list_models
 

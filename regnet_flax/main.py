@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -20,6 +23,7 @@ MODES = {
     "eval": "regnet_flax.modes.evaluate",
     "predict": "regnet_flax.modes.predict",
     "summary": "regnet_flax.modes.summary",
+    "models": "regnet_flax.modes.summary",
     "benchmark": "regnet_flax.modes.benchmark",
     "compare": "regnet_flax.modes.compare",
     "export": "regnet_flax.modes.export",
@@ -34,6 +38,9 @@ def parse(argv: Sequence[str]) -> tuple[Any, command_line.Options]:
 
 def run(argv: Sequence[str]) -> None:
     """Does what the command line says, and raises what goes wrong."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal may not show each character, as of a file's name
+            stream.reconfigure(errors="backslashreplace")
     if any(arg in ("-h", "--help", "-help", "--helpfull") for arg in argv):
         print(command_line.usage(list(MODES)), end="")
         return
@@ -56,6 +63,7 @@ def run(argv: Sequence[str]) -> None:
         parallel.initialize(options.distributed)
     log_to_console(logging.INFO if not options.distributed or parallel.is_primary() else logging.WARNING)
     importlib.import_module(MODES[options.mode]).run(config, options)
+    sys.stdout.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,19 +86,29 @@ def _exit_code(argv: Sequence[str] | None) -> int:
     try:
         run(sys.argv[1:] if argv is None else argv)
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        _say(str(stopped))
         return stopped.exit_code
     except Error as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            _say(f"error: {line}")
         return error.exit_code
+    except BrokenPipeError as error:  # as of `| head`, which has read what it wants
+        from regnet_flax.training.display import outlive_output
+
+        outlive_output(error)
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno is None:
             raise
         place = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{place}: make room or fix it, and run the same command again", file=sys.stderr)
+        _say(f"error: {error.strerror}{place}: make room or fix it, and run the same command again")
         return 1
     return 0
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        print(text, file=sys.stderr, flush=True)
 
 
 def console() -> NoReturn:

@@ -212,7 +212,7 @@ def test_what_fails_in_one_process_fails_in_both_in_one_line(failing, tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "image.png")
     each = [[f"--config.dataset.data_dir={tmp_path / 'data'}"]] * 2
     each[failing] = ["--config.dataset.data_dir=missing"]
-    outputs = finish(start(tmp_path / "run", "--config=configs/folder.py", each=each, **{"train.epochs": 150}), 2)
+    outputs = finish(start(tmp_path / "run", "--config=configs/rnn_photos.py", each=each, **{"train.epochs": 150}), 2)
     own, other = outputs[failing][1], outputs[1 - failing][1]
     assert own.startswith("error: ") and "missing" in own and own.count("\n") == 1
     assert f"process {failing} failed" in other and other.count("\n") == 1

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from regnet_flax.analysis import plots
+from regnet_flax.analysis.plots.fonts import readable
 
 EXAMPLES = 16
 
@@ -77,6 +78,7 @@ def write_figures(
     chosen = np.random.default_rng(seed).choice(there, min(EXAMPLES, len(there)), replace=False)
     labels, predicted = outcomes[chosen].T
     images = list(dataset.images(split, chosen))
-    plots.predictions(images, labels, predicted, names, directory / "predictions.png", title)
-    plots.confusion(confusion, names, directory / "confusion.png", title)
+    with readable(names):
+        plots.predictions(images, labels, predicted, names, directory / "predictions.png", title)
+        plots.confusion(confusion, names, directory / "confusion.png", title)
     return per_class(confusion, names)

@@ -19,14 +19,46 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
 def pyplot() -> Any:
-    import matplotlib
+    """pyplot, which writes files wherever it runs.
 
-    # A notebook, or whoever has drawn before, has chosen how to show figures.
-    if "MPLBACKEND" not in os.environ and "matplotlib.pyplot" not in sys.modules:
+    A notebook, or whoever has drawn before, has chosen how to show figures. But a program that a notebook starts
+    inherits MPLBACKEND, the name of what may not be installed for it.
+    """
+    if "matplotlib.pyplot" in sys.modules:
+        return sys.modules["matplotlib.pyplot"]
+    backend = os.environ.pop("MPLBACKEND", "")  # an unknown name would end the import
+    try:
+        import matplotlib
+        from matplotlib import pyplot
+    finally:
+        if backend:
+            os.environ["MPLBACKEND"] = backend
+    try:
+        pyplot.switch_backend(backend or "Agg")
+    except (ImportError, ValueError):
         matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     return pyplot
+
+
+def whole_epochs(axes: Any) -> None:
+    """Ticks at whole epochs only."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def log_scale(axes: Any) -> None:
+    """A logarithmic y axis with plain numbers, enough of them on a short one too."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    if high / low < 5:
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+    else:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def marker(points: Sequence[float]) -> str | None:
@@ -65,26 +97,29 @@ def curves(
             if epochs:
                 axes.plot(epochs, values, color=color, label=label, marker=marker(epochs), linewidth=1.5)
         if metric == "loss" and axes.lines:
-            axes.set_yscale("log")
+            log_scale(axes)
         last = max((line["epoch"] for line in lines), default=0)
         for index, epoch in enumerate(epoch for epoch in drops if epoch <= last):
             label = "learning rate drops" if index == 0 else None
             axes.axvline(epoch, color=DROP, linestyle=":", linewidth=1, label=label)
         axes.set_xlabel("epoch")
+        whole_epochs(axes)
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-    epochs, values = _column(lines, "eval_accuracy")
-    if values:
+    _, values = _column(lines, "eval_accuracy")
+    if values:  # beside the axes, where no line is
         accuracy.annotate(
             f"{values[-1]:.2%}",
-            (epochs[-1], values[-1]),
-            xytext=(-4, -14),
+            (1, values[-1]),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
             textcoords="offset points",
-            ha="right",
+            va="center",
             color=TEST,
+            annotation_clip=False,
         )
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
@@ -109,7 +144,7 @@ def losses(curves: dict[str, Sequence[float]], path: pathlib.Path, title: str = 
             [abs(a - b) for a, b in zip(values, reference, strict=True)], label=f"|{name} − {first}|", linewidth=1
         )
     for axes in (overlaid, apart):
-        axes.set_yscale("log")
+        log_scale(axes)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend()
