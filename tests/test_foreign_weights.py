@@ -14,7 +14,7 @@ from PIL import Image
 from helpers import error_of, run_program
 from regnet_flax import create_model
 from regnet_flax.errors import WeightsError
-from regnet_flax.port.torch import StemError, adapt_stem, check_stem, from_torch, to_torch
+from regnet_flax.port.torch import StemError, adapt_stem, check_stem, to_torch
 from regnet_flax.port.weights import read_weights, write_weights
 
 ARRAYS = {"conv1.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "bn1.bias": np.float32([1.5])}
@@ -96,19 +96,18 @@ def test_a_file_is_written_with_the_mode_that_the_umask_gives(tmp_path):
 
 
 def test_other_channels_are_adapted_or_refused():
-    models = {channels: create_model("resnet8", width=4) for channels in (1, 3)}
-    images = np.random.default_rng(0).standard_normal((2, 8, 8, 1), np.float32)
-    inputs = {1: images, 3: np.repeat(images, 3, -1)}
-    variables = {c: model.init(jax.random.key(0), inputs[c], train=False) for c, model in models.items()}
+    model, random = create_model("resnet8", width=4), np.random.default_rng(0)
     for have, want in ((3, 1), (1, 3)):
-        model, arrays = models[have], to_torch(variables[have], models[have])
+        arrays = {"conv1.weight": random.standard_normal((4, have, 3, 3), np.float32)}
         with pytest.raises(StemError, match=rf"conv1.weight has shape \(4, {have}, 3, 3\), for images of {have}"):
             check_stem(arrays, model, want)
-        adapted = from_torch(adapt_stem(arrays, model, want), model)
-        expected, found = (
-            model.apply(v, inputs[c], train=False) for v, c in ((variables[have], have), (adapted, want))
-        )
+        adapted = adapt_stem(arrays, model, want)
+        check_stem(adapted, model, want)
+        patch = random.standard_normal((1, 3, 3), np.float32)  # grey, in one channel or three alike
+        expected, found = ((a["conv1.weight"] * patch).sum((1, 2, 3)) for a in (arrays, adapted))
         np.testing.assert_allclose(found, expected, atol=1e-5)
+    three = {"conv1.weight": np.zeros((4, 4, 3, 3), np.float32)}
+    assert adapt_stem(three, model, 3) == three  # of four channels nothing is known
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +122,7 @@ def start(tmp_path_factory):
 
 def test_fine_tuning_from_colour_weights_is_resumed_without_them(start, tmp_path):
     command = [*TINY, "--workdir", tmp_path / "run", f"--config.model.init_from={tmp_path / 'w.safetensors'}"]
+    command.append("--config.eval.every_epochs=0")
     line = error_of(run_program(*command), 2)
     assert "is not a file" in line
     write_weights(tmp_path / "w.safetensors", {"conv1.weight": np.ones((4, 1, 3, 3), np.int8)})
@@ -138,7 +138,7 @@ def test_fine_tuning_from_colour_weights_is_resumed_without_them(start, tmp_path
 
     # And what it trained predicts and is exported by its own weights, or by a file's.
     mode = ["--workdir", tmp_path / "run", f"--config.export.path={tmp_path / 'mine.safetensors'}"]
-    run_program("--mode=export", *mode, check=0)
+    run_program("--mode=export", *mode, check=0)  # the last, since none was evaluated
     own, metadata = read_weights(tmp_path / "mine.safetensors")
     assert json.loads(metadata["class_names"]) == [*"0123456789"] and metadata["step"] == "2"
     mode[-1] = f"--config.export.path={tmp_path / 'other.safetensors'}"

@@ -26,12 +26,12 @@ def pyplot() -> Any:
     """
     if "matplotlib.pyplot" in sys.modules:
         return sys.modules["matplotlib.pyplot"]
-    backend = os.environ.pop("MPLBACKEND", "")  # an unknown name would end the import
+    backend = os.environ.pop("MPLBACKEND", None)  # an unknown name would end the import
     try:
         import matplotlib
         from matplotlib import pyplot
     finally:
-        if backend:
+        if backend is not None:
             os.environ["MPLBACKEND"] = backend
     try:
         pyplot.switch_backend(backend or "Agg")

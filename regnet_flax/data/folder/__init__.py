@@ -83,7 +83,7 @@ def container_memory(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgrou
             with contextlib.suppress(OSError, ValueError, KeyError):  # no such directory, or no limit: "max"
                 limit, used = (int((directory / f"memory.{name}").read_text(encoding="utf-8")) for name in names)
                 stat = (directory / "memory.stat").read_text(encoding="utf-8")
-                cache = int(dict(line.split(" ", 1) for line in stat.splitlines())["inactive_file"])
+                cache = int(dict(line.split() for line in stat.splitlines() if line)["inactive_file"])
                 free = min(free, max(0, limit - used + cache))
     return free
 
