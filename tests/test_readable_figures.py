@@ -10,6 +10,7 @@ import pytest
 from matplotlib import pyplot as plt
 
 from regnet_flax.analysis import plots
+from regnet_flax.analysis.by_class import write_figures
 from regnet_flax.analysis.plots import fonts
 from regnet_flax.files import dataset_title
 
@@ -96,3 +97,29 @@ def test_figures_are_written_whatever_backend_is_named(backend, monkeypatch):
 def test_a_folder_is_called_by_its_name():
     assert dataset_title({"name": "folder", "data_dir": "/photos/ants-bees/"}) == "ants-bees"
     assert dataset_title({"name": "digits", "data_dir": ""}) == "digits"
+
+
+def test_mistakes_are_shown_first_and_with_their_probabilities(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "predictions", lambda *args: drawn.update(zip("ilpntsc", args, strict=False)))
+    monkeypatch.setattr(plots, "confusion", lambda *_: None)
+    outcomes = np.array([[0, 0, 900_000]] * 30 + [[0, 1, 600_000], [1, 0, 990_000], [-1, -1, -1]], np.int32)
+
+    class Data:
+        class_names = ("ant", "bee")
+
+        def images(self, split, indices):
+            return indices
+
+    write_figures(tmp_path, Data(), outcomes, "title", seed=0)
+    assert drawn["i"][:2] == [31, 30] and len(set(drawn["i"])) == 16 and max(drawn["i"][2:]) < 30
+    assert drawn["c"].tolist() == [0.99, 0.6] + [0.9] * 14
+    write_figures(tmp_path, Data(), np.tile(outcomes[30:32], (20, 1)), "title", seed=0)
+    assert drawn["l"].tolist() == [1] * 16  # the most certain ones
+
+
+def test_predictions_show_probabilities(tmp_path, figures):
+    images = np.zeros((2, 4, 4, 3), np.uint8)
+    plots.predictions(images, [0, 1], [0, 0], ["ant", "bee"], tmp_path / "p.png", "title", [0.991, 0.5])
+    texts = {text.get_text() for text in figures[0].findobj(match=lambda a: hasattr(a, "get_text"))}
+    assert {"ant 99%", "ant 50%\ntrue: bee"} <= texts

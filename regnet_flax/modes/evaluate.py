@@ -61,7 +61,7 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     else:
         step, variables = read_trained(config, path, trainer.like.variables)
     size = dataset.size("test")
-    outcomes = np.empty((size, 2), np.int32)
+    outcomes = np.empty((size, 3), np.int32)
     try:
         found = trainer.evaluate(variables, "test", size, eval_batch_size(config), outcomes=outcomes)
     finally:

@@ -236,13 +236,13 @@ class Run:
             self._interrupt()
 
     def outcomes(self, variables: Any, split: str) -> tuple[dict[str, Any], np.ndarray]:
-        """The metrics of a split; and label and predicted class of each image, by the first seed that did not fail.
+        """The metrics of a split; and what eval_step's "outcomes" has of each image, by the first seed not failed.
 
         Returns:
-          See Trainer.evaluate; int32 (size, 2).
+          See Trainer.evaluate; int32 (size, 3).
         """
         several = (len(self.seeds),) if len(self.seeds) > 1 else ()
-        outcomes = np.empty((*several, self._dataset.size(split), 2), np.int32)
+        outcomes = np.empty((*several, self._dataset.size(split), 3), np.int32)
         metrics = self._evaluate(variables, split, outcomes)
         if not several:
             return metrics, outcomes

@@ -240,7 +240,7 @@ class Trainer:
             found.append(mean_metrics(parts, f"none of the {size} {split} images decodes: check that they are images"))
             if outcomes is not None:
                 whole = np.concatenate([np.asarray(part["outcomes"]) for part in parts])[:size]
-                (outcomes[index] if several else outcomes)[:] = whole
+                (outcomes[index] if several else outcomes)[:] = whole[:, : outcomes.shape[-1]]
         return {name: np.array([m[name] for m in found]) for name in found[0]} if several else found[0]
 
     def close(self) -> None:

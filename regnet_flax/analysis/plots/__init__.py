@@ -186,6 +186,7 @@ def predictions(
     class_names: Sequence[str],
     path: pathlib.Path,
     title: str = "",
+    shares: Sequence[float] = (),
 ) -> None:
     """Some test images under the class that a model gives them, green where it is right, and the true one where not.
 
@@ -196,6 +197,7 @@ def predictions(
       class_names: of the labels.
       path: the picture to write.
       title: above it.
+      shares: the probabilities of the classes given, which are shown too.
     """
     plt = pyplot()
     columns = min(4, len(images))
@@ -205,9 +207,10 @@ def predictions(
     )
     for axes in grid.flat:
         axes.set_axis_off()
-    for axes, image, label, guess in zip(grid.flat, images, labels, predicted, strict=False):
+    texts = [_wrapped(class_names[guess], 20) for guess in predicted]
+    texts = [f"{text} {share:.0%}" for text, share in zip(texts, shares, strict=True)] if len(shares) else texts
+    for axes, image, label, guess, text in zip(grid.flat, images, labels, predicted, texts, strict=False):
         _show(axes, image)
-        text = _wrapped(class_names[guess], 20)
         if guess != label:
             text += "\n" + _wrapped("true: " + class_names[label], 20)
         axes.set_title(text, color=RIGHT if guess == label else WRONG, fontsize=10)
@@ -287,7 +290,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path
     # The square root shows the few that are taken for another class.
     shown = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="auto")
     bar = figure.colorbar(shown, shrink=0.8, format=PercentFormatter(1.0), ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
-    bar.set_label("share of the true class")
+    bar.set_label("share of the true class (square-root scale)")
     if counted:
         size = float(np.clip(side * 26 / classes, 5, 10))
         for (row, column), count in np.ndenumerate(matrix):
@@ -299,9 +302,11 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path
         names = [_wrapped(name, 18, lines=2 if counted else 1) for name in class_names]
         room = side / classes * 72 / size * 1.6  # letters that fit into a column
         axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > room else 0, fontsize=size)
-        axes.set_yticks(range(classes), names, fontsize=size)
+        recalls = [f"{name}  {matrix[i, i] / max(1, matrix[i].sum()):.0%}" for i, name in enumerate(names)]
+        found = [recall if matrix[i].any() else f"{names[i]}  –" for i, recall in enumerate(recalls)]
+        axes.set_yticks(range(classes), found, fontsize=size)
     axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    axes.set_ylabel("true class, and how many of it are found (recall)" if named else "true class")
     if not counted:
         figure.text(1.01, 0.5, _most_confused(matrix, class_names), va="center", linespacing=1.7)
     figure.suptitle(title)
