@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import socket
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 
 from faults import POWERLESS
-from helpers import error_of, run_process, run_program
+from helpers import ROOT, error_of, run_process, run_program
 from regnet_flax import main
 from regnet_flax.config.check import check_config, eval_batch_size
 from regnet_flax.data.folder import container_memory
@@ -214,3 +215,13 @@ def test_what_predict_finds(tmp_path):
     assert find_images(f"{folder}/*.png") == [folder / "a.png"]
     assert find_images(f"{folder}/**/*.jpg") == [folder / "below/c.jpg"]
     assert find_images(f"{tmp_path}/*/a.png") == [folder / "a.png"]
+
+
+def test_the_table_of_situations_names_tests_that_there_are():
+    table = (ROOT / "docs/situations.md").read_text(encoding="utf-8")
+    named = re.findall(r"(?:(test_\w+\.py)(?:::(test_\w+))?)|`(test_\w+)`", table)
+    assert len(named) > 40
+    file = ""
+    for found, test, alone in named:
+        file = found or file
+        assert f"def {test or alone}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), (file, test or alone)

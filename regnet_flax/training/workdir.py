@@ -219,7 +219,9 @@ def stored_config(path: pathlib.Path) -> dict[str, Any] | None:
 def check_has_checkpoints(path: pathlib.Path) -> None:
     """Raises WorkdirError if there is nothing to evaluate."""
     if not saved_steps(path) or not (path / CONFIG).is_file():
-        raise WorkdirError(f"there is no checkpoint in {path}: train first, or name the run with --workdir")
+        raise WorkdirError(
+            f"there is no checkpoint in {path}: train first, or name the run with --workdir or a file of weights with --config.model.init_from"
+        )
 
 
 def refuse_other_data(

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from regnet_flax.analysis.plots.axes import log_scale, whole_epochs
 from regnet_flax.errors import printable
+from regnet_flax.interrupt import is_program
 
 TRAIN, TEST, DROP = "#1f77b4", "#d62728", "#999999"
 RIGHT, WRONG = "#1a7f37", "#cf222e"
@@ -34,31 +36,10 @@ def pyplot() -> Any:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
     try:
-        pyplot.switch_backend(backend or "Agg")
+        pyplot.switch_backend("Agg" if is_program() or not backend else backend)
     except (ImportError, ValueError):
         matplotlib.use("Agg")
     return pyplot
-
-
-def whole_epochs(axes: Any) -> None:
-    """Ticks at whole epochs only."""
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def log_scale(axes: Any) -> None:
-    """A logarithmic y axis with plain numbers, enough of them on a short one too."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    if high / low < 5:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
-    else:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def marker(points: Sequence[float]) -> str | None:

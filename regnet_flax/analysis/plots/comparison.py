@@ -8,7 +8,8 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from regnet_flax.analysis.plots import log_scale, marker, pyplot, whole_epochs
+from regnet_flax.analysis.plots import marker, pyplot
+from regnet_flax.analysis.plots.axes import log_scale, whole_epochs
 
 # Okabe and Ito's colours, told apart by people who see fewer; the dark page's are lighter.
 _LIGHT = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
