@@ -220,7 +220,8 @@ def check_has_checkpoints(path: pathlib.Path) -> None:
     """Raises WorkdirError if there is nothing to evaluate."""
     if not saved_steps(path) or not (path / CONFIG).is_file():
         raise WorkdirError(
-            f"there is no checkpoint in {path}: train first, or name the run with --workdir or a file of weights with --config.model.init_from"
+            f"there is no checkpoint in {path}: train first, or name the run with --workdir, or a file of weights with "
+            "--config.model.init_from"
         )
 
 
