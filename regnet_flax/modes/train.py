@@ -14,7 +14,7 @@ import jax
 from regnet_flax.analysis import plots
 from regnet_flax.analysis.by_class import write_figures
 from regnet_flax.command_line import Options
-from regnet_flax.config.check import check_config, flatten
+from regnet_flax.config.check import check_config, eval_batch_size, flatten
 from regnet_flax.config.resolve import resolve
 from regnet_flax.errors import ConfigError, WorkdirError
 from regnet_flax.files import dataset_title, write_json
@@ -22,6 +22,7 @@ from regnet_flax.modes.results import collect_results, report
 from regnet_flax.modes.setup import Dataset, load_weights, make_plan, make_trainer, open_dataset
 from regnet_flax.training import parallel, workdir
 from regnet_flax.training.checkpoint import Checkpoints
+from regnet_flax.training.display import working
 from regnet_flax.training.logs import RunLog
 from regnet_flax.training.optimizer import changed_rate
 from regnet_flax.training.run import Run, averaged
@@ -73,6 +74,7 @@ def train_and_evaluate(
         return results
     check_config(config, len(devices))
     with StopSignals() as stop, RunLog() as log:
+        working(f"reading {config.dataset.name}")
         dataset, fingerprint = _open_dataset(config, stored, path)
         with parallel.together():
             config = _complete_config(config, dataset, stored, path, seeds)
@@ -85,12 +87,15 @@ def train_and_evaluate(
                 _begin_workdir(config, dataset, fingerprint, path, seeds)
                 log.write_to(path)
             _announce(config, devices, seeds)
+            working("compiling")
             with contextlib.ExitStack() as ends:
                 checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
                 ends.callback(checkpoints.close)
                 trainer = make_trainer(config, dataset, devices, seeds, start)
                 ends.callback(trainer.close)
                 plan = make_plan(config, dataset.size("train"))
+                split = dataset.evaluated
+                trainer.compile_ahead(split, dataset.size(split), eval_batch_size(config))
                 run = Run(config, path, trainer, plan, dataset, checkpoints, stop, profile)
                 run.run()
                 checkpoints.wait()

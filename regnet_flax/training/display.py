@@ -13,10 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from regnet_flax.files import duration
-from regnet_flax.training import parallel
 
 COLUMNS = 100
 
@@ -63,6 +62,24 @@ def outlive_output(error: OSError) -> None:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
+_started: list[Progress] = []
+
+
+def working(what: str) -> None:
+    """Says on a terminal, until the next call, what the program does before its first step; "" ends it."""
+    if _started:
+        try:
+            _started.pop().stop()
+        except OSError as error:  # the terminal was closed
+            outlive_output(error)
+    if what and sys.stdout.isatty():
+        console = Console(file=sys.stdout)
+        progress = Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
+        progress.add_task(what, total=None)
+        progress.start()
+        _started.append(progress)
+
+
 class _AboveTheBar(logging.Handler):
     def __init__(self, console: Console):
         super().__init__()
@@ -95,6 +112,8 @@ class RunDisplay:
         self._total, self._epochs, self._steps_per_epoch = total_steps, epochs, steps_per_epoch
         self._batch_size, self._step, self._first = batch_size, step, step
         self._begin: float | None = None
+        from regnet_flax.training import parallel  # which imports JAX: `working` comes before it
+
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -112,6 +131,7 @@ class RunDisplay:
         )
 
     def __enter__(self) -> RunDisplay:
+        working("")
         if self._live:
             self._replaced = console_handlers()
             for handler in self._replaced:
