@@ -84,7 +84,8 @@ class Trainer:
         self.steps_per_call = min(steps_per_call, feed.most_steps or steps_per_call)
         self._shards = placement.divide(self._local_shards())
         several = (len(self.seeds),) if len(self.seeds) > 1 else ()
-        # One for both uses, so that it is traced once. At any other level XLA:CPU spends longer on compiling the draws than on drawing them.
+        # One for both uses, so that it is traced once. At any other level XLA:CPU spends longer on compiling the draws
+        # than on drawing them.
         quick = {"xla_backend_optimization_level": 0} if placement.devices[0].platform == "cpu" else None
         self._init = jax.jit(step.init, compiler_options=quick)
         self._like_one = self._placed(jax.eval_shape(self._init, np.int32(0)))
@@ -259,8 +260,8 @@ class Trainer:
           size: examples in the split.
           batch_size: examples a batch, rounded up to a multiple of the devices; the last may be short.
           poll: called after each batch with the examples done so far.
-          outcomes: int (size, 2) or, with several seeds, (seeds, size, 2), is filled with each example's label and
-            predicted class, −1 where there is none.
+          outcomes: int (size, n) or, with several seeds, (seeds, size, n), is filled with the first n numbers that
+            eval_step has of each example, −1 where there is none.
 
         Returns:
           "loss" and "accuracy", means over the examples, "top5_accuracy" where there are more than five classes, and
