@@ -103,7 +103,7 @@ def test_the_papers_cifar_recipe():
 
 
 def test_the_recipe_for_photographs_of_ones_own():
-    found = dict(flatten(load("folder")))
+    found = dict(flatten(load("rnn_photos")))
     expected = {
         "dataset.image_size": 32,
         "dataset.augment": ("flip", "rotate", "color", "translate"),

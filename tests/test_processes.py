@@ -179,7 +179,7 @@ def test_a_signal_to_one_saves_at_one_step_and_stops_both(two, tmp_path, index):
         time.sleep(0.005)
     processes[index].send_signal(signal.SIGTERM)
     errors = [errors.splitlines()[-1] for _, errors in finish(processes, 143)]
-    assert errors[0] == errors[1] and "saved at step" in errors[0]
+    assert errors[0] == errors[1] and "Saved at step" in errors[0]
     step = int(re.search(r"step (\d+)", errors[0])[1])
     assert step == max(int(path.name) for path in (run / CHECKPOINTS).iterdir() if path.name.isdigit())
     assert 8 <= step < 33, "the run ended before the signal came"
