@@ -9,6 +9,7 @@ import shlex
 import shutil
 import socket
 import sys
+import tempfile
 import unicodedata
 
 import pytest
@@ -124,16 +125,18 @@ def test_home_directories(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_home_no_user_name(tmp_path):
+def test_no_home_no_user_name():
     env = {"HOME": None, "USER": None, "LOGNAME": None}
     before = ["env", *(f"-u{name}" for name in env), "setpriv", "--reuid=54321", "--clear-groups"]
     if os.geteuid() or not shutil.which("setpriv"):
         pytest.skip("needs root and setpriv, to become a user without a name")
-    tmp_path.chmod(0o777)
     command = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.max_steps=2"]
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
-    run_process(*command, "--workdir", tmp_path / "run", before=before, env=cache, check=0)
-    assert (tmp_path / "run/figures/curves.png").exists()
+    with tempfile.TemporaryDirectory() as name:  # pytest's are for this user only
+        path = pathlib.Path(name)
+        path.chmod(0o777)
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
+        run_process(*command, "--workdir", path / "run", before=before, env=cache, check=0)
+        assert (path / "run/figures/curves.png").exists()
 
 
 def test_boundaries_beyond_the_run_name_what_works(tmp_path):

@@ -72,7 +72,8 @@ POOR = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOE
 def test_the_head_of_the_output_and_an_ascii_terminal():
     command = f"{sys.executable} -m regnet_flax.main --mode=models | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=60)
-    assert done.stdout.splitlines() == ["resnet20", "0"] and not done.stderr
+    first, code = done.stdout.splitlines()  # 141 if head was gone before the end
+    assert first == "resnet20" and code in ("0", "141") and not done.stderr
     help_text = run_process("--help", env=POOR, check=0).stdout
     assert "\\u2026" in help_text
 
