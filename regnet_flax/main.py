@@ -40,8 +40,11 @@ def parse(argv: Sequence[str]) -> tuple[Any, command_line.Options]:
 
 def run(argv: Sequence[str]) -> None:
     """Does what the command line says, and raises what goes wrong."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal may not show each character, as of a file's name
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as a daemon's
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):  # a terminal may not show each character, as of a file's name
             stream.reconfigure(errors="backslashreplace")
     if any(arg in ("-h", "--help", "-help", "--helpfull") for arg in argv):
         print(command_line.usage(list(MODES)), end="")
@@ -68,7 +71,6 @@ def run(argv: Sequence[str]) -> None:
         level = logging.INFO if parallel.is_primary() else logging.WARNING
     log_to_console(level)
     importlib.import_module(MODES[options.mode]).run(config, options)
-    sys.stdout.flush()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,6 +96,7 @@ def _exit_code(argv: Sequence[str] | None) -> int:
     try:
         try:
             run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
         finally:
             working("")  # a message is written below it
     except Interrupted as stopped:

@@ -74,6 +74,8 @@ def test_the_head_of_the_output_and_an_ascii_terminal():
     done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=60)
     first, code = done.stdout.splitlines()  # 141 if head was gone before the end
     assert first == "resnet20" and code in ("0", "141") and not done.stderr
+    command = f"{sys.executable} -m regnet_flax.main --help >&-"
+    subprocess.run(["bash", "-c", command], env=environment(), check=True, timeout=60)
     help_text = run_process("--help", env=POOR, check=0).stdout
     assert "\\u2026" in help_text
 
