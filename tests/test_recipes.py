@@ -98,7 +98,7 @@ RNN_REGNETY = {"epochs": 10, "decay": 0.0, "rates": {0: 0.1, 7: 0.1, 8: 0.01, 9:
         ("rnn_cifar10", RNN),
         ("rnn_regnety_cifar10", RNN | RNN_REGNETY),
         ("imagenet", IMAGENET),
-        ("folder", RNN | PHOTOS),
+        ("rnn_photos", RNN | PHOTOS),
     ],
 )
 def test_values_are_those_of_the_sources(recipe, expected):
@@ -117,7 +117,7 @@ def test_values_are_those_of_the_sources(recipe, expected):
     assert expected == found
     settings = config.optimizer
     assert settings.momentum == 0.9 and not settings.nesterov and not settings.label_smoothing
-    other = {"cifar100": "cifar100", "imagenet": "imagenet2012", "folder": "folder"}
+    other = {"cifar100": "cifar100", "imagenet": "imagenet2012", "rnn_photos": "folder"}
     assert config.dataset.name == other.get(recipe, "cifar10")
 
 

@@ -235,7 +235,7 @@ def test_interrupted_while_evaluating_it_resumes_to_the_same_end(finished, tmp_p
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "evaluate", stop)
-        with pytest.raises(Interrupted, match=f"saved at step {STEPS_PER_EPOCH}"):
+        with pytest.raises(Interrupted, match=f"Saved at step {STEPS_PER_EPOCH}"):
             run(tmp_path)
     run(tmp_path)
     assert read_lines(tmp_path) == read_lines(workdir)
