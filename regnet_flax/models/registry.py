@@ -213,7 +213,8 @@ def check_model(
         given["ops"] = ops
     for key, value in given.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1) or sorted(known & set(OPTIONS))
+            others = {"num_classes", "dtype", "axis_name", "ops", "devices"}
+            close = difflib.get_close_matches(key, known | others, n=1) or sorted(known & set(OPTIONS))
             hint = f"did you mean {', '.join(close)}?" if close else "leave it out"
             raise ValueError(f"model {name!r} has no option {key!r}: {hint}")
         if key in ("kernel", "share_regulator") and make.keywords.get(key, value) != value:
