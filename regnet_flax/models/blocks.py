@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regnet_flax.models.initializers import INITIALIZERS
+from regnet_flax.models.initializers import INITIALIZERS, identity_of_first
 from regnet_flax.models.layers import BatchNorm, Conv
 from regnet_flax.models.ops import PLAIN, Ops, Value
 from regnet_flax.models.regulators import Regulator, State
@@ -64,6 +64,7 @@ class Block(nn.Module):
       stride_at: the bottleneck's convolution that carries the stride, "1x1" or "3x3".
       dtype: of the convolutions and activations.
       initial: initial values, a name in INITIALIZERS.
+      fuse_init: where the fusing convolution starts, "he" (`initial`'s) or "identity", [identity, 0].
       dilations: of the 3×3 convolutions before the place of the stride, its own too, and of those after it.
       ops: the arithmetic.
     """
@@ -79,6 +80,7 @@ class Block(nn.Module):
     stride_at: str = "1x1"
     dtype: Any = jnp.float32
     initial: str = "paper"
+    fuse_init: str = "he"
     dilations: tuple[int, int] = (1, 1)
     ops: Ops = PLAIN
 
@@ -137,7 +139,9 @@ class Block(nn.Module):
         """ReLU(BN(W * [X, H])), or H itself."""
         if self.replace:
             return h
-        return self.conv_bn_relu(self.ops.concatenate(x, h), self.features, 1, 1, "conv_fuse", "bn_fuse")
+        init = identity_of_first if self.fuse_init == "identity" else INITIALIZERS[self.initial].conv
+        conv = Conv(self.features, (1, 1), init, dtype=self.dtype, ops=self.ops, name="conv_fuse")
+        return self.norm(name="bn_fuse", relu=True).value(conv(self.ops.concatenate(x, h)))
 
     def _shortcut(self, x: Value) -> Array:
         features = self.features * self.expansion

@@ -54,6 +54,11 @@ OPTIONS = {
     "width": Option(int, "channels of the first stage"),
     "bottleneck_stride": Option(str, '"1x1", or "3x3" as torchvision has it (ResNets only)', ("1x1", "3x3")),
     "init": Option(str, 'initial values: "paper" or "torch"', ("paper", "torch")),
+    "fuse_init": Option(
+        str,
+        'where the convolutions that fuse X with H start: "he", or "identity", which leaves H out at first',
+        ("he", "identity"),
+    ),
     "unroll": Option(int, "blocks per step of nn.scan; None: all on a CPU, 1 elsewhere"),
     "remat": Option(bool, "recompute each block in the backward pass, to save memory"),
     "ops": Option(str, 'the arithmetic: "auto", "plain", "cpu" or "gpu"; see create_model', ops_lib.CHOICES),
@@ -183,8 +188,9 @@ def create_model(
       devices: those that will run the model, for what depends on their platform: "auto", and whether a stage's blocks
         are unrolled. None is JAX's default device.
       **options: kernel, share_regulator, regulated_stages, shortcut, width, bottleneck_stride, init (RegNet's
-        `initial`), unroll, remat, scan, features, output_stride and frozen_batch_stats; see RegNet. None leaves the
-        default: the model's, and for unroll all blocks on a CPU, where a loop is somewhat slower, and 1 elsewhere.
+        `initial`), fuse_init, unroll, remat, scan, features, output_stride and frozen_batch_stats; see RegNet. None
+        leaves the default: the model's, and for unroll all blocks on a CPU, where a loop is somewhat slower, and 1
+        elsewhere.
 
     Returns:
       A Flax module; `model.init(key, images, train=False)` makes its variables, and `model.stage_info` tells the
@@ -238,6 +244,8 @@ def check_model(
         fields["regulated_stages"] = tuple(given["regulated_stages"])
     if fields.get("bottleneck_stride") == "3x3" and fields.get("regulator"):
         raise ValueError(f"bottleneck_stride '3x3' is for ResNets: in {name}, X2 must have the size of H; use '1x1'")
+    if fields.get("replace") and fields.get("fuse_init") == "identity":
+        raise ValueError(f"fuse_init is 'identity': {name} has H in the place of X and fuses nothing; leave it out")
     model: Any = make.func(**fields, num_classes=num_classes)
     wanted = chosen(model.features, model.stage_info)
     if not isinstance(model.features, bool):

@@ -110,6 +110,8 @@ class RegNet(nn.Module):
       bottleneck_stride: the convolution of a bottleneck that carries the stride, "1x1" (He et al. 2015) or, without
         regulators only, "3x3" (torchvision).
       initial: initial values, "paper" or "torch".
+      fuse_init: where the convolutions that fuse X with H start: "he", as `initial` has it, or "identity",
+        [identity, 0], which takes X and leaves H out.
       scan: run a stage's blocks under `nn.scan`; False is a Python loop over blocks named one by one.
       unroll: blocks per step of the scan; None is all of them.
       remat: recompute each block in the backward pass instead of keeping what is in it.
@@ -137,6 +139,7 @@ class RegNet(nn.Module):
     shortcut: str = "B"
     bottleneck_stride: str = "1x1"
     initial: str = "paper"
+    fuse_init: str = "he"
     scan: bool = True
     unroll: int | None = None
     remat: bool = False
@@ -251,6 +254,7 @@ class RegNet(nn.Module):
             squeeze_excite=self.squeeze_excite,
             shortcut=self.shortcut,
             stride_at=self.bottleneck_stride,
+            fuse_init=self.fuse_init,
             **common,
         )
 
