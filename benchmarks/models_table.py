@@ -11,7 +11,7 @@ import sys
 
 from regnet_flax import create_model, list_models
 from regnet_flax.analysis.summary import summarize
-from regnet_flax.models.registry import CIFAR_DEPTHS, IMAGENET_STAGES
+from regnet_flax.models.families.names import CIFAR_DEPTHS, IMAGENET_STAGES
 from regnet_flax.models.regulators import REGULATORS
 
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"

@@ -39,6 +39,7 @@ QUICK = {"0.10.2": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codeg
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also the tests marked slow")
+    parser.addoption("--thorough", action="store_true", help="also the tests marked thorough")
     parser.addoption("--torch-device", default="cpu", help="where the PyTorch reference runs: cpu or cuda")
     parser.addoption("--parity-report", metavar="FILE", help="write a table of the errors against PyTorch into FILE")
 
@@ -66,10 +67,11 @@ def pytest_sessionfinish(session):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: give --slow"))
+    for name in ("slow", "thorough"):
+        if not config.getoption(f"--{name}"):
+            for item in items:
+                if name in item.keywords:
+                    item.add_marker(pytest.mark.skip(reason=f"{name}: give --{name}"))
 
 
 def pytest_unconfigure():

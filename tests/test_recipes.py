@@ -13,7 +13,8 @@ from PIL import Image
 
 from regnet_flax import create_model, main
 from regnet_flax.config.check import check_config, flatten, model_options
-from regnet_flax.models.registry import IMAGENET_STAGES, MODELS
+from regnet_flax.models.families.names import IMAGENET_STAGES
+from regnet_flax.models.registry import MODELS
 from regnet_flax.models.regnet import RegNet
 from regnet_flax.models.regnety import RegNetY
 from regnet_flax.modes.train import train_and_evaluate

@@ -60,7 +60,7 @@ def _multiply_adds(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> i
     if isinstance(module, nn.Dense):
         return math.prod(output.shape[1:]) * inputs[0].shape[-1]
     if isinstance(module, Regulator):
-        return math.prod(inputs[0].shape[1:3]) * module.multiply_adds
+        return math.prod(inputs[0].shape[1:-1]) * module.multiply_adds
     return 0
 
 

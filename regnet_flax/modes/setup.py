@@ -96,6 +96,8 @@ def build_model(config: Any, devices: Sequence[Any] | None = None, axis_name: st
 def load_weights(config: Any) -> dict[str, Any] | None:
     """The variables in the file `model.init_from` of a resolved config; None where it names none.
 
+    A file of a plain network's weights gives those of one with regulators but for the regulators themselves.
+
     Raises:
       WeightsError: the file cannot be read, or does not fit the model.
     """
@@ -104,10 +106,19 @@ def load_weights(config: Any) -> dict[str, Any] | None:
         return None
     arrays, metadata = weights.read_weights(file)
     model = build_model(config)
-    stride = getattr(model, "bottleneck_stride", "")
-    if getattr(model, "block", "") == "bottleneck":
+    plain, stride = torch_port.starts_from_plain(arrays, model), torch_port.bottleneck_stride(model)
+    if stride:
         recorded = metadata.get("bottleneck_stride", stride)
-        if recorded != stride:
+        if recorded != stride and plain:
+            logger.warning(
+                "%s is of bottlenecks with the stride in the %s convolution, and %s has it in the %s: it takes the "
+                "weights, and computes something else at first",
+                file,
+                recorded,
+                config.model.name,
+                stride,
+            )
+        elif recorded != stride:
             raise WeightsError(
                 f"{file} is of bottlenecks with the stride in the {recorded} convolution: "
                 f"set model.overrides.bottleneck_stride={recorded}"
@@ -115,15 +126,18 @@ def load_weights(config: Any) -> dict[str, Any] | None:
         if "bottleneck_stride" not in metadata:
             logger.warning(
                 "%s does not say where its bottlenecks have their stride; it is taken to be the %s convolution "
-                "(torchvision's ResNets: model.overrides.bottleneck_stride=3x3)",
+                "(torchvision's have it in the 3x3%s)",
                 file,
                 stride,
+                "" if plain else ": model.overrides.bottleneck_stride=3x3",
             )
     try:
-        variables = torch_port.from_torch(arrays, model, new_head=config.model.new_head)
+        read = torch_port.from_plain_torch if plain else torch_port.from_torch
+        variables = read(arrays, model, new_head=config.model.new_head)  # pyright: ignore[reportArgumentType]
     except ValueError as error:
         raise WeightsError(f"{file}: {error}; model.new_head=True leaves the head out") from error
-    logger.info("weights from %s%s", file, ", all but the head" if config.model.new_head else "")
+    rest = [*(["the head"] if config.model.new_head else []), *(["the regulators"] if plain else [])]
+    logger.info("weights from %s%s", file, f", all but {' and '.join(rest)}" if rest else "")
     return variables
 
 
