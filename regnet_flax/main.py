@@ -21,6 +21,7 @@ MODES = {
     "predict": "regnet_flax.modes.predict",
     "summary": "regnet_flax.modes.summary",
     "benchmark": "regnet_flax.modes.benchmark",
+    "analyze": "regnet_flax.modes.analyze",
     "compare": "regnet_flax.modes.compare",
     "export": "regnet_flax.modes.export",
 }

@@ -5,8 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from test_networks import compare, network
 
+from configs import compare_open_choices
 from regnet_flax import create_model
+from regnet_flax.config.check import check_config
+from regnet_flax.models.regulators import ConvGRU, ConvLSTM, ConvRNN
+from torch_networks import OpenNet
 
 
 def images(size=8):
@@ -49,3 +54,58 @@ def test_fuse_init_is_refused_where_nothing_is_fused():
         create_model("resnet_rnn20_convrnn", fuse_init="identity")
     with pytest.raises(ValueError, match="'he', 'identity'"):
         create_model("regnet20_convrnn", fuse_init="zero")
+
+
+CHOICES = [  # each value of each choice, and every cell; the rest of the cross product waits for --thorough
+    ("convlstm", "hc", True, "contiguous"),
+    ("convgru", "h", True, "contiguous"),
+    ("convlstm", "none", False, "pairs"),
+]
+ALL = [
+    (c, n, s, g)
+    for c in ("convrnn", "convgru", "convlstm")
+    for n in ("h", "hc", "none")
+    for s in (False, True)
+    for g in ("pairs", "contiguous")
+    if not (n == "none" and s)
+]
+
+
+@pytest.mark.parametrize(
+    "cell, normalize, share, grouping",
+    [*CHOICES, *(pytest.param(*case, marks=pytest.mark.thorough) for case in ALL if case not in CHOICES)],
+)
+def test_every_choice_is_the_references(cell, normalize, share, grouping, parity):
+    options = {"normalize_state": normalize, "share_state_norm": share, "regulator_grouping": grouping}
+    model = network(f"regnet20_{cell}", width=5, stage_sizes=(3, 1), **options)
+
+    def make(classes):
+        more = {"counts": (3, 1), "width": 5, "stem": (3, 1, False)}
+        return OpenNet(classes, cell=cell, normalize=normalize, share_norm=share, grouping=grouping, **more)
+
+    compare(model, make, 8, parity)
+
+
+def test_the_choices_say_what_is_wrong():
+    for options, words in (
+        ({"normalize_state": "c"}, "'h', 'hc', 'none'"),
+        ({"regulator_grouping": "thirds"}, "'pairs', 'contiguous'"),
+        ({"normalize_state": "none", "share_state_norm": True}, "nothing to share"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            create_model("regnet20_convlstm", **options)
+    with pytest.raises(ValueError, match="normalize_state .* always 'none'"):
+        create_model("regnet_proj_cifar", normalize_state="h")
+
+
+def test_contiguous_cells_have_the_same_parameters_and_another_result():
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 6))
+    for cell in (ConvRNN, ConvGRU, ConvLSTM):
+        state = tuple(x[::-1] for _ in cell.state_names)
+        params = cell(6).init(jax.random.key(1), x, state)
+        (pairs, _), (contiguous, _) = (cell(6, grouping=g).apply(params, x, state) for g in ("pairs", "contiguous"))
+        assert float(jnp.abs(pairs[0] - contiguous[0]).max()) > 0.01
+
+
+def test_the_comparison_of_the_choices_is_sound():
+    check_config(compare_open_choices.get_config())
