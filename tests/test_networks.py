@@ -3,6 +3,7 @@
 One small network per family by default, and the cross product with --thorough.
 """
 
+import functools
 import itertools
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import torch_networks
 from comparison import BATCH, CLASSES, arrays, compile_for, relative, to_tensor
@@ -17,7 +19,7 @@ from regnet_flax import create_model, list_models
 from regnet_flax.analysis.summary import count_parameters, summarize
 from regnet_flax.port.torch import bottleneck_stride, from_torch, to_torch
 from regnet_flax.training.step import cross_entropy
-from torch_networks import IMAGENET_COUNTS, dia, grouped, preact
+from torch_networks import dia, grouped, preact, reference
 
 COUNTS = [  # of the papers or of osmr/imgclsmob's table
     ("preact_resnet20", 10, 272_282),
@@ -69,14 +71,13 @@ def compare(model, make, size, parity):
         theirs = randomized(make(CLASSES)).to(device, torch.float64)
         before, calls = arrays(theirs.state_dict()), {}
 
-        def called(name, inputs):
-            calls[name] = calls.get(name, 0) + 1, inputs[0].numel() // inputs[0].shape[1]
+        def called(name, module, inputs, _):
+            if module.training:
+                calls[name] = calls.get(name, (0, 0))[0] + 1, inputs[0].numel() // inputs[0].shape[1]
 
         for name, module in theirs.named_modules():
             if isinstance(module, torch.nn.BatchNorm2d):
-                module.register_forward_hook(
-                    lambda module, inputs, _, name=name: module.training and called(name, inputs)
-                )
+                module.register_forward_hook(functools.partial(called, name))
         rng = np.random.default_rng(1)
         images, labels = rng.normal(size=(BATCH, size, size, 3)), rng.integers(0, CLASSES, BATCH)
         model = model.clone(dtype=jnp.float64, **({"unroll": 1} if hasattr(model, "unroll") else {}))
@@ -138,7 +139,7 @@ def cases():
         32,
     )
     yield "dia", network("dia_resnet20", **SMALL), dia(**counts), 8
-    yield "rla", network("rla_resnet50", **SMALL), lambda n: torch_networks.RLANet(n, **counts), 42
+    yield "rla", network("rla_resnet50", **SMALL), functools.partial(torch_networks.RLANet, **counts), 42
     for cell, se in itertools.product((None, "convrnn", "convgru", "convlstm"), (False, True)):
         prefix, end = "se_" if se else "", f"_{cell}" if cell else ""
         for kind, make, size in (
@@ -169,34 +170,6 @@ def test_network(model, make, size, parity):
     compare(model, make, size, parity)
 
 
-def reference(name):
-    """The PyTorch network of a listed name of these families at its full size; None for one of another family."""
-    se, name = name.startswith("se_"), name.removeprefix("se_")
-    cell = name.rpartition("_")[2] if name.endswith(("convrnn", "convgru", "convlstm")) else None
-    size = name.removesuffix(f"_{cell}").lstrip("abcdefghijklmnopqrstuvwxyz_")
-    if name.startswith("preact"):
-        return preact(cell, se=se, counts=((int(size) - 2) // 6,) * 3, width=16)
-    if name.startswith("wrn"):
-        depth, factor = map(int, size.split("_"))
-        return preact(cell, se=se, counts=((depth - 4) // 6,) * 3, width=16 * factor, stem_width=16)
-    if name.startswith(("resnext", "regnext")):
-        depth, _, rest = size.partition("_")
-        groups, base = map(int, rest.removesuffix("d").split("x"))
-        return grouped(int(depth), groups, base, cell, se=se, counts=IMAGENET_COUNTS[int(depth)])
-    if name.startswith("wide"):
-        depth, factor = map(int, size.split("_"))
-        return grouped(depth, 1, 64 * factor, cell, se=se, counts=IMAGENET_COUNTS[depth])
-    if name.startswith("dia"):
-        imagenet = int(size) in IMAGENET_COUNTS
-        deep = {"bottleneck": True, "counts": (18,) * 3} if size == "164" else {"counts": ((int(size) - 2) // 6,) * 3}
-        if imagenet:
-            deep = {"bottleneck": True, "imagenet": True, "counts": IMAGENET_COUNTS[int(size)]}
-        return dia(**deep)
-    if name.startswith("rla"):
-        return lambda n: torch_networks.RLANet(n, counts=IMAGENET_COUNTS[int(size)])
-    return None
-
-
 FURTHER = [name for name in list_models() if reference(name) is not None]
 FEW = [name for name in FURTHER if "50_" in name or name in ("preact_resnet20", "wrn16_8_convgru", "dia_resnet20")]
 
@@ -209,6 +182,22 @@ def test_every_name_has_a_reference_of_the_same_names_and_shapes(names):
         wanted = {key: np.broadcast_to(np.float32(0), tuple(t.shape)) for key, t in state.items()}
         model = create_model(name, num_classes=CLASSES)
         from_torch(wanted, model.clone(scan=False) if hasattr(model, "scan") else model)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["se_regnext50_32x4d_convgru", "dia_resnet20", "rla_resnet50"], pytest.param(FURTHER, marks=pytest.mark.thorough)],
+    ids=len,
+)
+def test_parameters_and_multiply_adds_are_pytorchs(names):
+    """Of the references, run on shapes alone; a multiply-add is half of PyTorch's FLOPs."""
+    for name in names:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            theirs = reference(name)(CLASSES)
+            theirs(torch.empty(1, 3, 64, 64))
+        parts = summarize(create_model(name, num_classes=CLASSES), (64, 64, 3))
+        assert sum(part.parameters for part in parts) == sum(p.numel() for p in theirs.parameters()), name
+        assert 2 * sum(part.multiply_adds for part in parts) == counter.get_total_flops(), name
 
 
 @pytest.mark.parametrize("name", ["resnext50_32x4d", "wide_resnet50_2"])

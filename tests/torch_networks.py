@@ -295,3 +295,31 @@ def dia(bottleneck=False, imagenet=False, **options):
 
 
 IMAGENET_COUNTS = {depth: counts for depth, (_, counts) in IMAGENET.items()}
+
+
+def reference(name):
+    """The PyTorch network of a listed name of these families at its full size; None for one of another family."""
+    se, name = name.startswith("se_"), name.removeprefix("se_")
+    cell = name.rpartition("_")[2] if name.endswith(("convrnn", "convgru", "convlstm")) else None
+    size = name.removesuffix(f"_{cell}").lstrip("abcdefghijklmnopqrstuvwxyz_")
+    if name.startswith("preact"):
+        return preact(cell, se=se, counts=((int(size) - 2) // 6,) * 3, width=16)
+    if name.startswith("wrn"):
+        depth, factor = map(int, size.split("_"))
+        return preact(cell, se=se, counts=((depth - 4) // 6,) * 3, width=16 * factor, stem_width=16)
+    if name.startswith(("resnext", "regnext")):
+        depth, _, rest = size.partition("_")
+        groups, base = map(int, rest.removesuffix("d").split("x"))
+        return grouped(int(depth), groups, base, cell, se=se, counts=IMAGENET_COUNTS[int(depth)])
+    if name.startswith("wide"):
+        depth, factor = map(int, size.split("_"))
+        return grouped(depth, 1, 64 * factor, cell, se=se, counts=IMAGENET_COUNTS[depth])
+    if name.startswith("dia"):
+        imagenet = int(size) in IMAGENET_COUNTS
+        deep = {"bottleneck": True, "counts": (18,) * 3} if size == "164" else {"counts": ((int(size) - 2) // 6,) * 3}
+        if imagenet:
+            deep = {"bottleneck": True, "imagenet": True, "counts": IMAGENET_COUNTS[int(size)]}
+        return dia(**deep)
+    if name.startswith("rla"):
+        return partial(RLANet, counts=IMAGENET_COUNTS[int(size)])
+    return None
