@@ -136,13 +136,8 @@ def cases():
     few = {"groups": 2, "width_per_group": 64}
     yield "preact", network("se_preact_regnet20_convlstm", **SMALL), preact("convlstm", se=True, **counts), 8
     yield "preact-A", network("preact_resnet20", shortcut="A", **SMALL), preact(shortcut="A", **counts), 8
-    fields = SMALL | few
-    yield (
-        "resnext",
-        network("se_regnext50_32x4d_convgru", **fields),
-        grouped(50, 2, 64, "convgru", se=True, **counts),
-        32,
-    )
+    fields, two = SMALL | few | {"stage_sizes": (1, 2)}, counts | {"counts": (1, 2)}
+    yield "resnext", network("se_regnext50_32x4d_convrnn", **fields), grouped(50, 2, 64, "convrnn", se=True, **two), 32
     yield "dia", network("dia_resnet20", **SMALL), dia(**counts), 8
     yield "rla", network("rla_resnet50", **SMALL), functools.partial(torch_networks.RLANet, **counts), 42
     for cell, se in itertools.product((None, "convrnn", "convgru", "convlstm"), (False, True)):

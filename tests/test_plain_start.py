@@ -9,8 +9,10 @@ import pytest
 from comparison import compile_for, random_variables, relative
 from helpers import run_program
 from regnet_flax import create_model
+from regnet_flax.config.fields import default_config
 from regnet_flax.data.augment import normalize
 from regnet_flax.data.sources import load_dataset
+from regnet_flax.modes.setup import load_weights
 from regnet_flax.port.torch import from_plain_torch, starts_from_plain, to_torch
 from regnet_flax.port.weights import write_weights
 from regnet_flax.training.step import cross_entropy
@@ -80,6 +82,27 @@ def test_the_program_starts_from_a_plain_networks_file(tmp_path):
     said = done.stdout + done.stderr
     assert "all but the regulators" in said
     assert float(re.search(r"test loss ([\d.]+)", said)[1]) == pytest.approx(float(loss), abs=1e-4)
+
+
+def test_another_place_of_the_stride_is_said(tmp_path, caplog):
+    """The names and shapes of torchvision's ResNet-50 fit, but its stride is in another convolution."""
+    config = default_config()
+    config.update_from_flattened_dict({"model.name": "regnet50_convrnn", "dataset.num_classes": 10})
+    config.model.overrides.width = 4
+    plain = create_model("resnet50", width=4, bottleneck_stride="3x3")
+    shapes = jax.eval_shape(lambda: plain.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32)))
+    state = to_torch(random_variables(shapes, np.random.default_rng(0), np.float32), plain)
+    for metadata, words in (
+        ({"bottleneck_stride": "3x3"}, "stride in the 3x3 convolution, and regnet50_convrnn has it in the 1x1"),
+        ({}, "taken to be the 1x1 convolution (torchvision's have it in the 3x3)"),
+        ({"bottleneck_stride": "1x1"}, ""),
+    ):
+        write_weights(tmp_path / "w.safetensors", state, metadata)
+        config.model.init_from = str(tmp_path / "w.safetensors")
+        caplog.clear()
+        with caplog.at_level("WARNING", "regnet_flax"):
+            assert "conv_fuse" in load_weights(config)["params"]["stage1"]["block1"]
+        assert words in caplog.text and bool(caplog.text) == bool(words)
 
 
 def test_what_cannot_start_so():

@@ -118,7 +118,8 @@ def state_use(stages: Sequence[StageUse], path: pathlib.Path, title: str = "") -
     left.set_xticks(places, norms)
     left.set_xlabel("block (stage.block)")
     left.set_ylabel("norm of the 1×1's half")
-    left.legend(title="of")
+    left.margins(y=0.25)  # for the legend
+    left.legend(title="of", ncols=2, loc="upper right")
     for place, stage in enumerate(stages):
         right.bar(place, 100 * stage.logits_change, 0.6, color=TEST)
         text = f"{stage.predictions_change:.1%}\nof the\nclasses"
