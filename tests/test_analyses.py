@@ -16,7 +16,7 @@ from regnet_flax.analysis.plots import probes
 
 def made(name, seed=0, **options):
     """A small model with variables that are not its initial ones, and six images."""
-    model = create_model(name, num_classes=10, width=4, **options).clone(stage_sizes=(2, 2))
+    model = create_model(name, num_classes=10, width=4, **options).clone(stage_sizes=(1, 2))
     images = jax.random.normal(jax.random.key(seed), (6, 8, 8, 3))
     variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(seed))
     keys = iter(jax.random.split(jax.random.key(seed + 1), 1000))
@@ -25,15 +25,14 @@ def made(name, seed=0, **options):
 
 
 def test_readouts_use_the_last_layer_and_end_with_the_networks_own_accuracy():
-    for name in ("regnet8_convgru", "preact_resnet8"):
+    for name in ("preact_resnet8", "regnet8_convrnn"):
         model, variables, images = made(name)
-        logits = model.apply(variables, images, train=False)
-        labels = np.asarray(logits.argmax(-1))
+        logits = jax.jit(model.apply)(variables, images)
+        labels = np.array(logits.argmax(-1))
         labels[4:] = (labels[4:] + 1) % 10
         found = readout.readouts(model, variables, images, labels)
         assert list(found) == ["2.1", "2.2"] and found["2.2"] == pytest.approx(4 / 6)
 
-    model, variables, images = made("regnet8_convgru")
     (block,) = (block for block in features.inspect(model, variables, images) if block.name == "2.1")
     head = variables["params"]["head"]
     expected = (block.output.mean((1, 2)) @ head["kernel"] + head["bias"]).argmax(-1)
@@ -45,8 +44,8 @@ def test_readouts_use_the_last_layer_and_end_with_the_networks_own_accuracy():
 
 
 def test_the_use_of_h_is_what_the_network_computes_without_it(monkeypatch):
-    model, variables, images = made("regnet8_convlstm")
-    logits = model.apply(variables, images, train=False)
+    model, variables, images = made("regnet8_convrnn")
+    logits = jax.jit(model.apply)(variables, images)
     labels = np.asarray(logits.argmax(-1))
     found = state_use.state_use(model, variables, images, labels)
     assert [stage.stage for stage in found] == [1, 2]
@@ -57,7 +56,7 @@ def test_the_use_of_h_is_what_the_network_computes_without_it(monkeypatch):
     fuse = Block.fuse
     for number, stage in enumerate(found, start=1):
         monkeypatch.setattr(Block, "fuse", lambda self, x, h, n=4 * number: fuse(self, x, h * (self.features != n)))
-        without = model.apply(variables, images, train=False)
+        without = jax.jit(lambda *arguments: model.apply(*arguments))(variables, images)
         monkeypatch.undo()
         assert stage.logits_change == pytest.approx(
             float(jnp.linalg.norm(without - logits) / jnp.linalg.norm(logits)), rel=1e-4
@@ -67,7 +66,7 @@ def test_the_use_of_h_is_what_the_network_computes_without_it(monkeypatch):
         kernel = variables["params"][f"stage{number}"]["block1"]["conv_fuse"]["kernel"]
         n = kernel.shape[-1]
         norms = float(jnp.linalg.norm(kernel[:, :, :n])), float(jnp.linalg.norm(kernel[:, :, n:]))
-        assert list(stage.norms) == [f"{number}.1", f"{number}.2"]
+        assert list(stage.norms) == [f"{number}.{block}" for block in range(1, number + 1)]
         assert stage.norms[f"{number}.1"] == pytest.approx(norms, rel=1e-5)
 
     model, variables, images = made("resnet8")
@@ -85,8 +84,7 @@ def test_grad_cam_of_any_block_in_any_family():
     expected = np.maximum((kernel / 16 * block.output).sum(-1), 0)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert found.shape == (6, 4, 4) and found.max() > 0
-    assert grad_cam.grad_cam(model, variables, images, block="1.1").shape == (6, 8, 8)
-    with pytest.raises(ValueError, match=r"no block '3.1': name one of 1.1, 1.2, 2.1, 2.2"):
+    with pytest.raises(ValueError, match=r"no block '3.1': name one of 1.1, 2.1, 2.2"):
         grad_cam.grad_cam(model, variables, images, block="3.1")
 
 
@@ -97,7 +95,8 @@ def test_grad_cam_of_other_families(name):
     model = model.clone(depth=2) if name.startswith("regnety") else model.clone(stage_sizes=(1, 1), width=4)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     variables = model.init(jax.random.key(0), images, train=False)
-    assert grad_cam.grad_cam(model, variables, images, block="1.1").shape[0] == 2
+    found = grad_cam.grad_cam(model, variables, images, block="1.1")
+    assert found.shape[0] == 2 and found.max() > 0
 
 
 @pytest.fixture
@@ -136,6 +135,7 @@ def test_the_pictures_show_what_was_measured(tmp_path, figures):
     assert len(list(tmp_path.glob("*.png"))) == 4
 
 
+@pytest.mark.thorough
 def test_mode_analyze(tmp_path, capsys):
     small = ["--config.model.name=regnet8_convlstm", "--config.model.overrides.width=4", "--config.train.max_steps=4"]
     workdir = ["--workdir", str(tmp_path / "run")]

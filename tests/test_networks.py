@@ -45,7 +45,6 @@ def shapes(model, size=32):
 def test_parameter_counts(name, classes, count):
     model = create_model(name, num_classes=classes)
     assert count_parameters(shapes(model)["params"]) == count
-    assert sum(part.parameters for part in summarize(model, (32, 32, 3))) == count
 
 
 def randomized(theirs, seed=0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
 from collections.abc import Sequence
@@ -55,10 +56,14 @@ def inspect(model: nn.Module, variables: dict[str, Any], images: Any) -> list[Bl
     Returns:
       The blocks, in the order in which they run.
     """
-    apply = jax.jit(lambda variables, x: model.apply(variables, x, train=False, mutable=["intermediates"]))
-    _, updates = apply(variables, images)
-    found = sown_blocks(jax.device_get(updates["intermediates"]))
+    found = sown_blocks(jax.device_get(_intermediates(model, variables, images)))
     return [_block(*place, sown, getattr(model, "regulator", None)) for place, sown in found.items()]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _intermediates(model: nn.Module, variables: Any, images: Any) -> Any:
+    _, updates = model.apply(variables, images, train=False, mutable=["intermediates"])
+    return updates["intermediates"]
 
 
 def sown_blocks(intermediates: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:

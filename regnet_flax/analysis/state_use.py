@@ -57,7 +57,7 @@ def state_use(model: nn.Module, variables: dict[str, Any], images: Any, labels: 
     Raises:
       ValueError: none has, or H takes the place of X.
     """
-    flat = traverse_util.flatten_dict(dict(variables))
+    flat: dict[Any, Any] = traverse_util.flatten_dict(dict(variables))
     fusing = [path for path in flat if "conv_fuse" in path]
     stages = sorted({int(path[1].removeprefix("stage")) for path in fusing})
     if not stages:

@@ -7,6 +7,7 @@ import logging
 import pathlib
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from regnet_flax.analysis import features, grad_cam, readout, state_use
@@ -46,7 +47,7 @@ def analyze(trained: Trained, path: pathlib.Path) -> dict[str, Any]:
     """
     config, model, variables = trained.config, trained.model, trained.variables
     pixels, labels = _examples(open_dataset(config))
-    inputs = np.asarray(normalize(pixels, config.dataset.mean, config.dataset.std))
+    inputs = np.asarray(normalize(jnp.asarray(pixels), config.dataset.mean, config.dataset.std))
     figures = path / workdir.FIGURES / "analysis"
     figures.mkdir(parents=True, exist_ok=True)
     title = f"{config.model.name} on {config.dataset.name}, step {trained.step}"

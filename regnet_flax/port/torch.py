@@ -196,10 +196,11 @@ def from_plain_torch(state_dict: Mapping[str, np.ndarray], model: RegNet, *, new
       ValueError: see from_torch.
     """
     variables = from_torch(state_dict, model.clone(regulator=None), new_head=new_head)
-    flat = traverse_util.flatten_dict(variables)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(variables)
     images = jax.ShapeDtypeStruct((1, 32, 32, variables["params"]["conv1"]["kernel"].shape[2]), jnp.float32)
     expected = jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images)
-    for path, array in traverse_util.flatten_dict(expected).items():
+    shapes: dict[Any, Any] = traverse_util.flatten_dict(expected)
+    for path, array in shapes.items():
         if "conv_fuse" in path:
             flat[path] = np.broadcast_to(np.eye(*array.shape[-2:], dtype=np.float32), array.shape)
         elif "bn_fuse" in path:
