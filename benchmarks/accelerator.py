@@ -1,10 +1,12 @@
-"""Everything that is worth measuring on a GPU, in one call, within a time, going on where it was stopped.
+"""What is worth measuring on a GPU, the most useful first, in one call within a time; the next call resumes.
 
     python benchmarks/accelerator.py --out DIR --minutes 9 --data-dir CIFAR10_FOLDER
 
-In this order: the parity tests on the accelerator; training and inference against PyTorch; a training step of several
-seeds together against one seed's; then the CIFAR-10 comparison, 200 epochs, as many of its models as fit. What has been
-done stands in DIR, is not done again, and is summed up in DIR/accelerator.json. CIFAR-10 is read from class folders.
+In this order: RegNet-20's and ResNet-20's training against the fastest PyTorch (3 minutes); a training step of several
+seeds together against a loop over them (2 minutes); the Pallas kernels against `ops="auto"` (1.5 minutes); the CIFAR-10
+comparison of table III, 200 epochs, for as long as there is, less what the last part needs; a core of the parity tests
+(2 minutes). What is done stands in DIR, summed up in DIR/accelerator.json, and is not repeated. CIFAR-10 is read from
+class folders: TensorFlow, TFDS and Grain are not needed. Arguments --config.FIELD=VALUE go to the comparison.
 """
 
 import argparse
@@ -16,15 +18,14 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
-MODELS = ["resnet20", "regnet20_convlstm"]
-PARITY = ["tests/test_parity.py", "tests/test_block_parity.py", "tests/test_optimizer.py", "tests/test_ops_gpu.py"]
-VARIANTS = ["torch eager, channels first", "torch eager, channels last"]
-VARIANTS += ["torch.compile, channels first", "torch.compile, channels last", "ours"]
+PATHS = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # packages may have been carried there
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
+PARITY = ["tests/test_block_parity.py::test_cell", "tests/test_parity.py::test_ten_sgd_steps"]
+PARITY += ["tests/test_parity.py::test_network", "tests/test_ops_gpu.py"]
 
 
 class Budget:
-    """The time that is left; the program's SIGTERM saves, so what does not fit is stopped and gone on with later."""
+    """The time that is left. What does not fit is stopped by SIGTERM, on which the program saves, and resumed later."""
 
     def __init__(self, minutes, reserve=30):
         self._end = time.monotonic() + 60 * minutes - reserve
@@ -32,9 +33,10 @@ class Budget:
     def left(self):
         return self._end - time.monotonic()
 
-    def run(self, name, command, log):
-        """Runs a command while there is time; returns its exit code, None if it was stopped."""
-        if self.left() < 20:
+    def run(self, name, command, log, seconds):
+        """Runs a command for at most so many seconds; returns its exit code, None if the time was too short."""
+        seconds = min(seconds, self.left())
+        if seconds < 20:
             return None
         print(f"{name}: {' '.join(map(str, command))}", flush=True)
         with log.open("a") as file:
@@ -42,13 +44,14 @@ class Budget:
                 list(map(str, command)), cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=ENVIRONMENT
             )
             try:
-                return process.wait(timeout=self.left())
+                return process.wait(timeout=seconds)
             except subprocess.TimeoutExpired:
                 process.terminate()
                 try:
                     process.wait(timeout=20)
                 except subprocess.TimeoutExpired:
                     process.kill()
+                    process.wait()
                 return None
 
 
@@ -57,71 +60,61 @@ def main():
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--data-dir", default="", help="CIFAR-10 as train/<class>/ and test/<class>/")
-    parser.add_argument("--torch-device", default="cuda")
-    parser.add_argument("--seeds", default="(0, 1, 2, 3, 4)")
-    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--torch-device", default="cuda", help="of the parity tests")
+    parser.add_argument("--models", nargs="+", default=["regnet20_convlstm", "resnet20"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
+    parser.add_argument("--modes", nargs="+", default=["graphs", "compiled"], help="of versus_torch.py")
     parser.add_argument("--batch", type=int, default=128)
-    arguments = parser.parse_args()
-    out, budget = arguments.out.resolve(), Budget(arguments.minutes)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--seeds", default="(0, 1, 2, 3, 4)", help="of the comparison")
+    parser.add_argument("--seeds-of", default="synthetic", help="--only of seeds.py")
+    parser.add_argument("--epochs", type=int, default=200)
+    arguments, overrides = parser.parse_known_args()
+    if wrong := [word for word in overrides if not word.startswith("--config.")]:
+        parser.error(f"unknown arguments: {' '.join(wrong)}")
+    out, budget, python = arguments.out.resolve(), Budget(arguments.minutes), sys.executable
     out.mkdir(parents=True, exist_ok=True)
     record = out / "accelerator.json"
     done = json.loads(record.read_text()) if record.exists() else {}
-    python = sys.executable
 
-    def step(name, command, result=None):
+    def step(name, minutes, command, result):
         """One measurement, unless it was done before; `result` is the file that it leaves."""
         if done.get(name, {}).get("exit_code") == 0:
             return
         began = time.monotonic()
-        code = budget.run(name, command, out / f"{name}.log")
-        done[name] = {
-            "exit_code": code,
-            "seconds": round(time.monotonic() - began, 1),
-            "command": list(map(str, command)),
-        }
-        if result is not None and result.exists():
+        code = budget.run(name, command, out / f"{name}.log", 60 * minutes)
+        seconds = done.get(name, {}).get("seconds", 0) + time.monotonic() - began
+        done[name] = {"exit_code": code, "seconds": round(seconds, 1), "command": list(map(str, command))}
+        if result.exists():
             done[name]["result"] = str(result.relative_to(out))
         record.write_text(json.dumps(done, indent=1) + "\n")
 
-    report = out / "parity.md"
-    step(
-        "parity",
-        [
-            python,
-            "-m",
-            "pytest",
-            "-q",
-            "-o",
-            "addopts=",
-            "--torch-device",
-            arguments.torch_device,
-            "--parity-report",
-            report,
-            *PARITY,
-        ],
-    )
-    for dtype in ("float32", "bfloat16"):
-        for model in MODELS:
-            result = out / f"versus_torch_{model}_{dtype}.json"
-            command = [
-                python,
-                "benchmarks/versus_torch.py",
-                "--models",
-                model,
-                "--dtypes",
-                dtype,
-                "--variants",
-                *VARIANTS,
-            ]
-            command += ["ours, gpu"] if "lstm" in model else []
-            step(f"versus_torch_{model}_{dtype}", [*command, "--batch", arguments.batch, "--out", result], result)
-    result = out / "seeds.json"
-    step("seeds", [python, "benchmarks/seeds.py", "--out", result], result)
+    sizes = ["--batch", arguments.batch, "--size", arguments.size, "--threads", 0, "--seconds", 0.5]
+    against, pallas, together = (out / f"{name}.json" for name in ("versus_torch", "pallas", "seeds"))
+    for dtype in arguments.dtypes:
+        for model in arguments.models:
+            minutes = 2 if "regnet" in model else 1
+            command = [python, "benchmarks/versus_torch.py", "--models", model, "--dtypes", dtype, "--tasks", "train"]
+            command += ["--modes", *arguments.modes, *sizes, "--minutes", 0.4 * minutes, "--out", against]
+            step(f"versus_torch_{model}_{dtype}", minutes, command, against)
+    step("seeds", 2, [python, "benchmarks/seeds.py", "--only", arguments.seeds_of, "--out", together], together)
+    if lstm := [model for model in arguments.models if "convlstm" in model]:
+        command = [python, "benchmarks/versus_torch.py", "--models", *lstm, "--tasks", "train", "--modes", *sizes]
+        step("pallas", 1.5, [*command, "--ours", "ours", "ours, gpu", "--out", pallas], pallas)
+    parity = done.get("parity", {}).get("exit_code") == 0
     if arguments.data_dir:
         compare = [python, "-m", "regnet_flax.main", "--mode", "compare", "--config", "configs/compare_cifar10.py"]
         compare += ["--config.dataset.name=folder", f"--config.dataset.data_dir={arguments.data_dir}"]
-        compare += [f"--config.compare.seeds={arguments.seeds}", f"--config.train.epochs={arguments.epochs}"]
-        step("compare", [*compare, "--workdir", out / "compare_cifar10"], out / "compare_cifar10" / "report.md")
+        compare += [
+            f"--config.compare.seeds={arguments.seeds}",
+            f"--config.train.epochs={arguments.epochs}",
+            *overrides,
+        ]
+        compare += ["--workdir", out / "compare_cifar10"]
+        minutes = budget.left() / 60 - (0 if parity else 2)
+        step("compare", minutes, compare, out / "compare_cifar10" / "report.md")
+    tests = [python, "-m", "pytest", "-q", "-o", "addopts=", "--torch-device", arguments.torch_device]
+    step("parity", 2, [*tests, "--parity-report", out / "parity.md", *PARITY], out / "parity.md")
     print(json.dumps({name: entry["exit_code"] for name, entry in done.items()}))
 
 

@@ -64,13 +64,14 @@ def breakdown(model, batch, size, dtype):
         wait(calls["train"]())
         times.append(1000 * (time.perf_counter() - began))
     step = float(np.median(times[3:]))
-    lines = re.findall(r"^ *(?:ROOT )?%(\S+) = .*?([\w-]+)\((.*)$", calls["program"](), re.MULTILINE)
+    lines = re.findall(r"^ *(?:ROOT )?%(\S+) = .*?([\w-]+)\((.*)$", facts.pop("program"), re.MULTILINE)
     programs = {name: (opcode, re.search(r'op_name="([^"]*)"', rest)) for name, opcode, rest in lines}
     parts = collections.Counter()
     for name, milliseconds in traced(calls["train"], wait).items():
         opcode, where = programs.get(name, ("", None))
         if opcode not in ("call", "while", "conditional"):  # what they call is counted itself
             parts[part(where[1]) if where else "the rest"] += milliseconds
+    facts.pop("environment")  # the file has it once
     parts["not traced"] = step - sum(parts.values())
     return {"step_ms": round(step, 1), "parts_ms": {k: round(v, 1) for k, v in parts.most_common()}, "facts": facts}
 

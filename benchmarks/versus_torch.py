@@ -1,45 +1,57 @@
-"""Training steps and inference against PyTorch, on this machine: images a second, and the ratio to PyTorch's best.
+"""Training steps and inference against the fastest PyTorch, on this machine: images per second, and the ratio to it.
 
-    python benchmarks/versus_torch.py --out versus_torch.json
+    python benchmarks/versus_torch.py --models resnet20 --out versus_torch.json
 
-Every variant has a process of its own, and they take turns: in each round each of them takes some steps, while the
-others wait. Medians over the rounds; a ratio is taken within each round. Ours is the package's training step; theirs
-the PyTorch reference of the tests, in eager mode and under torch.compile, in both memory layouts. A training step is
-forward and backward pass, batch statistics and SGD with momentum and weight decay, on a batch that lies on the device.
+First pass: the ways to run the network in PyTorch have one turn each, and the two fastest stay. torch_peer.py has forms
+of the regulator; each runs eagerly, channels first and channels last, and the two fastest of these are compiled too.
+Rounds: the two that stay and ours, each in a process of its own with as many threads, take turns in alternating order.
+The figures are medians over the rounds. A ratio is taken within each round, to the variant of PyTorch with the best
+median. A training step is forward pass, loss, backward pass, batch statistics and SGD with momentum and weight decay,
+on a batch that lies on the device, without compilation and warm-up.
+
+A file given with --out keeps the results of other models and settings. The first pass is stored there as it goes: the
+same command resumes it, and does not repeat it.
 """
 
 import argparse
 import functools
 import json
-import os
 import pathlib
 import shlex
+import statistics
 import subprocess
 import sys
 import time
 
-import numpy as np
+import turns
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-VARIANTS = {
-    "ours": {},
-    "ours, plain": {"ops": "plain"},
-    "ours, gpu": {"ops": "gpu"},
-    "torch eager, channels first": {},
-    "torch eager, channels last": {"channels_last": True},
-    "torch.compile, channels first": {"compile": True},
-    "torch.compile, channels last": {"channels_last": True, "compile": True},
-}
-ON_CPU = [name for name in VARIANTS if name != "ours, gpu"]  # interpreted there
 CLASSES = 10
+OURS = {"ours": {}, "ours, plain": {"ops": "plain"}, "ours, gpu": {"ops": "gpu"}}
+FORMS = ("per gate", "folded", "all gates")  # of torch_peer.FORMS, the one that is most likely the best first
+MODES = ("compiled", "eager")
+TASKS = {"train": "training", "infer": "inference"}
 
 
-def our_calls(model, batch, size, dtype, **options):
-    """Functions that start a training step and an inference, each returning what to wait for; and how to wait."""
+def peers(model, modes):
+    """PyTorch's variants for a model, by name: the options of torch_peer.calls."""
+    found = {}
+    for form in FORMS if model.startswith("regnet") else (None,):
+        for mode in modes:
+            for layout in ("channels last", "channels first"):
+                options = {"mode": mode, "channels_last": layout == "channels last"}
+                words = [form, mode, layout] if form else [mode, layout]
+                found["torch " + ", ".join(words)] = options | ({"form": form} if form else {})
+    return found
+
+
+def our_calls(model, batch, size, dtype, tasks=("train",), **options):
+    """Functions by task that each start one step and return what to wait for; how to wait; and facts."""
     import jax
     import jax.numpy as jnp
 
     from regnet_flax import create_model, xla_flags
+    from regnet_flax.environment import environment
     from regnet_flax.training import optimizer
     from regnet_flax.training import step as steps
 
@@ -48,209 +60,220 @@ def our_calls(model, batch, size, dtype, **options):
     images = jax.random.normal(jax.random.key(1), (batch, size, size, 3))
     data = {"images": images, "labels": jnp.arange(batch, dtype=jnp.int32) % CLASSES}
     variables = jax.jit(functools.partial(network.init, train=False))(jax.random.key(0), images[:1])
-    tx = optimizer.make_optimizer("sgd", lambda count: jnp.float32(0.1), weight_decay=1e-4)
-    state = steps.create_train_state(variables, tx)
-    step = jax.jit(functools.partial(steps.train_step, apply_fn=network.apply, tx=tx), donate_argnums=0)
-    infer = jax.jit(functools.partial(network.apply, train=False))
-    fixed = jax.tree.map(jnp.copy, variables)
-    began = time.perf_counter()
-    compiled = step.lower(state, data).compile()
-    facts = {
-        "compile_s": round(time.perf_counter() - began, 2),
-        "temporaries_mb": round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1),
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-    }
+    facts = {"device": jax.devices()[0].device_kind, "environment": environment(jax.local_devices()[:1])}
+    calls = {}
+    if "infer" in tasks:
+        infer, fixed = jax.jit(functools.partial(network.apply, train=False)), jax.tree.map(jnp.copy, variables)
+        calls["infer"] = lambda: infer(fixed, images)
+    if "train" in tasks:
+        tx = optimizer.make_optimizer("sgd", lambda count: jnp.float32(0.1), weight_decay=1e-4)
+        state = steps.create_train_state(variables, tx)
+        step = jax.jit(functools.partial(steps.train_step, apply_fn=network.apply, tx=tx), donate_argnums=0)
+        began = time.perf_counter()
+        compiled = step.lower(state, data).compile()
+        facts["compile_s"] = round(time.perf_counter() - began, 2)
+        facts["temporaries_mb"] = round(compiled.memory_analysis().temp_size_in_bytes / 1e6, 1)
+        facts["program"] = compiled.as_text()
 
-    def train():
-        nonlocal state
-        state, _ = compiled(state, data)
-        return state.step
+        def train():
+            nonlocal state
+            state, _ = compiled(state, data)
+            return state.step
 
-    calls = {"train": train, "infer": lambda: infer(fixed, images), "program": compiled.as_text}
+        calls["train"] = train
     return calls, jax.block_until_ready, facts
 
 
-def their_calls(model, batch, size, dtype, channels_last=False, compile=False):
-    """As our_calls."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    import torch
-
-    import torch_reference
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    layout = torch.channels_last if channels_last else torch.contiguous_format
-    torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32, as XLA takes by default on a GPU that has it
-    torch.backends.cudnn.allow_tf32 = True
-    network = torch_reference.build(model, CLASSES).to(device).to(memory_format=layout)
-    images = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=layout)
-    labels = torch.arange(batch, device=device) % CLASSES
-    sgd = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
-    forward = torch.compile(network) if compile else network
-    cast = torch.autocast(device, torch.bfloat16, enabled=dtype == "bfloat16")
-
-    def train():
-        network.train()
-        sgd.zero_grad(set_to_none=True)
-        with cast:
-            loss = torch.nn.functional.cross_entropy(forward(images), labels)
-        loss.backward()
-        sgd.step()
-
-    def infer():
-        network.eval()
-        with torch.no_grad(), cast:
-            forward(images)
-
-    began = time.perf_counter()
-    train()
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-    facts = {"first_step_s": round(time.perf_counter() - began, 2), "device": name, "torch": torch.__version__}
-    return {"train": train, "infer": infer}, lambda _: torch.cuda.synchronize() if device == "cuda" else None, facts
-
-
-def work(name, *settings):
-    """A variant's process: for each line "train 3" on stdin, seconds a step over three steps on stdout."""
+def work(name, settings, tasks, threads, options):
+    """A variant's process."""
+    if threads:
+        turns.pin(threads)
     sys.path.insert(0, str(ROOT))
-    ours = name.startswith("ours")
-    calls, wait, facts = (our_calls if ours else their_calls)(*settings, **VARIANTS[name])
-    if ours:  # here, since JAX would take a GPU in the process that waits for all of them
-        import jax
+    if name in OURS:
+        calls, wait, facts = our_calls(*settings, tasks, **options)
+        facts.pop("program", None)
+    else:
+        import torch_peer
 
-        from regnet_flax.environment import environment
-
-        facts["environment"] = environment(jax.local_devices()[:1])
-    for what in ("train", "infer"):  # what is compiled or chosen at the first calls
-        for _ in range(3):
-            wait(calls[what]())
-    print(json.dumps(facts), flush=True)
-    for line in sys.stdin:
-        what, count = line.split()
-        began = time.perf_counter()
-        for _ in range(int(count)):
-            last = calls[what]()
-        wait(last)
-        print((time.perf_counter() - began) / int(count), flush=True)
+        calls, wait, facts = torch_peer.calls(*settings, tasks, threads, **options)
+    turns.serve(calls, wait, facts)
 
 
-class WorkerError(RuntimeError):
-    """A variant's process ended; what it said is above."""
+class Measurement:
+    """One model in one type: its first pass and its rounds. `record` is the dict that is stored."""
 
+    def __init__(self, model, dtype, arguments, record, store):
+        self.settings = model, arguments.batch, arguments.size, dtype
+        self.arguments, self.record, self.store = arguments, record, store
+        self.variants = peers(model, arguments.modes) | {name: OURS[name] for name in arguments.ours}
 
-class Worker:
-    """A variant's process, seen from outside."""
+    def workers(self, names, task):
+        """The processes of these variants, ready, by name; one that cannot be had is left out with a line about it.
 
-    def __init__(self, name, *settings):
-        command = [sys.executable, __file__, "--worker", json.dumps([name, *settings])]
-        # All of them are there at once, and JAX would take most of a GPU's memory for the first.
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._name, self.facts = name, json.loads(self._answer())
+        On a CPU they compile side by side. A GPU's libraries choose kernels by timing them: there, one after another.
+        """
+        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if self.arguments.huge_pages else {}
+        ready, threads = {}, self.arguments.threads
 
-    def _answer(self):
-        line = self._process.stdout.readline()
-        if not line:
-            raise WorkerError(f"{self._name}: its process ended with {self._process.wait()}")
-        return line
+        def begin(name):
+            python = self.arguments.python if name in OURS else sys.executable
+            todo = name, self.settings, [task], threads, self.variants[name]
+            return turns.Worker(name, [python, __file__, "--worker", json.dumps(todo)], environment)
 
-    def time(self, what, count):
-        """Seconds a step over `count` steps."""
-        self._process.stdin.write(f"{what} {count}\n")
-        self._process.stdin.flush()
-        return float(self._answer())
+        begun = {name: begin(name) for name in names} if threads else {}
+        for name in names:
+            try:
+                ready[name] = (begun.get(name) or begin(name)).ready()
+            except turns.WorkerError as error:
+                print(f"left out: {error}", flush=True)
+        return ready
 
-    def close(self):
-        self._process.stdin.close()
-        self._process.wait()
+    def first_pass(self, task, end):
+        """One turn of PyTorch's variants, until the clock says `end`; None stands for one that failed.
 
+        Compiling takes a minute or so: only the two fastest eager variants are compiled, where eager ones are tried.
+        """
+        found = self.record["first_pass"].setdefault(task, {})
+        theirs = {name: options for name, options in self.variants.items() if name not in OURS}
+        eager = [name for name, options in theirs.items() if options["mode"] == "eager"]
+        for name in eager:
+            self.first_turn(name, task, found, end)
+        fastest = [theirs[name] for name in self.best(task, eager)]
+        for name, options in theirs.items():
+            if name not in eager and (not eager or options | {"mode": "eager"} in fastest):
+                self.first_turn(name, task, found, end)
 
-def measure(model, batch, size, dtype, rounds, seconds, names):
-    """Images a second of each variant, and each one's ratio to the best of PyTorch's."""
-    workers = {}
-    for name in names:
-        try:
-            workers[name] = Worker(name, model, batch, size, dtype)
-        except WorkerError as error:
-            print(f"left out: {error}", flush=True)
-    found = {name: {"facts": worker.facts} for name, worker in workers.items()}
-    for what in ("train", "infer"):
-        counts = {name: max(1, round(seconds / worker.time(what, 2))) for name, worker in workers.items()}
+    def first_turn(self, name, task, found, end):
+        """Puts a variant's images per second into `found`, unless it has them."""
+        if name in found:
+            return
+        if found and time.monotonic() > end:
+            print(f"{self.settings[0]}, {TASKS[task]}: {name} not tried, the time is over", flush=True)
+            return
+        found[name] = None
+        for worker in self.workers([name], task).values():
+            count = self.steps(worker, task)
+            found[name] = round(self.settings[1] / worker.seconds(task, count), 1)
+            worker.close()
+        print(f"{self.settings[0]}, {TASKS[task]}: {name} {found[name]} images/s", flush=True)
+        self.store()
+
+    def steps(self, worker, task):
+        """How many of them take a variant's time of one turn."""
+        return max(1, round(self.arguments.seconds / worker.seconds(task, 1)))
+
+    def best(self, task, names):
+        """The two fastest of these in the first pass."""
+        rates = {name: rate for name, rate in self.record["first_pass"][task].items() if rate and name in names}
+        return sorted(rates, key=rates.get, reverse=True)[:2]
+
+    def rounds(self, task):
+        """Images per second and ratios to PyTorch's best, by variant."""
+        peers = self.arguments.peers or self.best(task, self.variants)
+        workers = self.workers([*self.arguments.ours, *peers], task)
+        counts = {name: self.steps(worker, task) for name, worker in workers.items()}
         times = {name: [] for name in workers}
-        for number in range(rounds):
-            order = list(workers) if number % 2 else list(workers)[::-1]
-            for name in order:
-                times[name].append(workers[name].time(what, counts[name]))
-        for name in workers:
-            found[name][what] = {
-                "images_per_second": round(batch / float(np.median(times[name])), 1),
-                "seconds_a_step": [round(t, 6) for t in times[name]],
-            }
-        theirs = [name for name in workers if name.startswith("torch")]
-        if not theirs:
-            continue
-        best = min(theirs, key=lambda name: np.median(times[name]))
-        for name in workers:
-            ratios = np.array(times[best]) / np.array(times[name])
-            found[name][what]["ratio"] = round(float(np.median(ratios)), 3)
-            found[name][what]["ratio_range"] = [round(float(ratios.min()), 3), round(float(ratios.max()), 3)]
-    for worker in workers.values():
-        worker.close()
-    return found
+        for number in range(self.arguments.rounds):
+            for name in list(workers)[:: 1 if number % 2 else -1]:
+                times[name].append(workers[name].seconds(task, counts[name]))
+        theirs = [name for name in workers if name not in OURS]
+        best = min(theirs, key=lambda name: statistics.median(times[name])) if theirs else None
+        found = self.record.setdefault(task, {})
+        found.clear()
+        for name, worker in workers.items():
+            worker.close()
+            where = worker.facts.pop("environment", {})
+            self.record |= {key: where[key] for key in where if key != "command"}  # that of the process
+            found[name] = {"facts": worker.facts, "seconds_a_step": [round(t, 6) for t in times[name]]}
+            found[name] |= spread("images_per_second", [self.settings[1] / t for t in times[name]], 1)
+            if best:
+                ratios = [a / b for a, b in zip(times[best], times[name], strict=True)]
+                found[name] |= spread("ratio", ratios, 3)
+        self.store()
+
+
+def spread(name, values, digits):
+    """The median and the range."""
+    low, high = round(min(values), digits), round(max(values), digits)
+    return {name: round(statistics.median(values), digits), f"{name}_range": [low, high]}
 
 
 def table(results):
     """A Markdown table of the results."""
-    lines = ["| model | type | variant | training, images/s | ratio | inference, images/s | ratio |"]
-    lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| model | type | | variant | images/s | ratio to PyTorch's best |", "| --- " * 6 + "|"]
     for result in results:
-        for name, found in result["variants"].items():
-            cells = [result["model"], result["dtype"], name]
-            for what in ("train", "infer"):
-                cells.append(f"{found[what]['images_per_second']:,.0f}")
-                if "ratio" not in found[what]:  # nothing of PyTorch's took part
-                    cells.append("–")
-                    continue
-                low, high = found[what]["ratio_range"]
-                cells.append(f"{found[what]['ratio']:.2f} ({low:.2f} to {high:.2f})")
-            lines.append(f"| {' | '.join(cells)} |")
+        for task, words in TASKS.items():
+            for name, found in result.get(task, {}).items():
+                cells = [result["model"], result["dtype"], words, name]
+                for figure, form in (("images_per_second", ",.0f"), ("ratio", ".2f")):
+                    if figure in found:
+                        low, high = found[f"{figure}_range"]
+                        cells.append(f"{found[figure]:{form}} ({low:{form}} to {high:{form}})")
+                    else:  # nothing of PyTorch's took part
+                        cells.append("–")
+                lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def main():
+def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet20", "regnet20_convlstm"])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument("--variants", nargs="+", default=ON_CPU, choices=["all", *VARIANTS])
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--ours", nargs="+", default=["ours"], choices=list(OURS))
+    parser.add_argument("--modes", nargs="*", default=MODES, choices=[*MODES, "graphs"], help="graphs: on a GPU")
+    parser.add_argument("--peers", nargs="+", default=[], help="PyTorch's variants by name, without a first pass")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0, help="of one variant in one round")
-    parser.add_argument("--out", default="")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of one variant's turn")
+    parser.add_argument("--threads", type=int, default=2, help="and cores, of every process; 0: as many as there are")
+    parser.add_argument("--huge-pages", action="store_true", help="GLIBC_TUNABLES=glibc.malloc.hugetlb=1 everywhere")
+    parser.add_argument("--python", default=sys.executable, help="interpreter of our side, if not this one")
+    parser.add_argument("--minutes", type=float, default=60.0, help="until the first pass takes no further variant")
+    parser.add_argument("--first-pass", action="store_true", help="no rounds")
+    parser.add_argument("--out", default="", help="JSON file")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main():
+    arguments = parse()
     if arguments.worker:
         work(*json.loads(arguments.worker))
         return
-    results, variants = [], list(VARIANTS) if "all" in arguments.variants else arguments.variants
+    version = subprocess.run(
+        [arguments.python, "-c", "import platform; print(platform.python_version())"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    given = [f"python{version}" if word == arguments.python else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "benchmarks/versus_torch.py", *given])
+    end, out = time.monotonic() + 60 * arguments.minutes, pathlib.Path(arguments.out)
+    results = json.loads(out.read_text())["results"] if arguments.out and out.exists() else []
+
+    def store():
+        if arguments.out:
+            out.write_text(json.dumps({"results": results}, indent=1) + "\n")
+
     for model in arguments.models:
         for dtype in arguments.dtypes:
-            settings = model, arguments.batch, arguments.size, dtype
-            found = measure(*settings, arguments.rounds, arguments.seconds, variants)
-            where = {}
-            for variant in found.values():
-                where = variant["facts"].pop("environment", where)
-            where.pop("command", None)  # of that process; the whole file has the one that was given
-            result = dict(zip(("model", "batch", "size", "dtype"), settings, strict=True))
-            results.append(result | where | {"variants": found})
-            print(table(results[-1:]), flush=True)
-            if arguments.out:
-                command = shlex.join(["python", "benchmarks/versus_torch.py", *sys.argv[1:]])
-                pathlib.Path(arguments.out).write_text(
-                    json.dumps({"command": command, "results": results}, indent=1) + "\n"
-                )
+            key = {"model": model, "dtype": dtype, "batch": arguments.batch, "size": arguments.size}
+            key |= {"threads": arguments.threads, "huge_pages": arguments.huge_pages}
+            alike = [result for result in results if key.items() <= result.items()]
+            record = next((result for result in alike if result["our_python"] == version), None)
+            if record is None:
+                record = key | {"our_python": version, "first_pass": alike[0]["first_pass"] if alike else {}}
+                results.append(record)
+            measurement = Measurement(model, dtype, arguments, record, store)
+            for task in arguments.tasks:
+                if not arguments.peers:
+                    measurement.first_pass(task, end)
+                if not arguments.first_pass:
+                    record["command"] = command
+                    measurement.rounds(task)
+            print(table([record]), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from typing import TYPE_CHECKING
-
-from regnet_flax.models.plugins import register_regulator
-from regnet_flax.models.registry import create_model, list_models
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from regnet_flax.models.plugins import register_regulator
+    from regnet_flax.models.registry import create_model, list_models
     from regnet_flax.trained import Trained
 
 __version__ = "0.2.0.dev0"
 __all__ = ["__version__", "create_model", "list_models", "load", "register_regulator"]
+
+# Imported when they are first used: the command line answers before JAX is there.
+_LAZY = {
+    "create_model": "regnet_flax.models.registry",
+    "list_models": "regnet_flax.models.registry",
+    "register_regulator": "regnet_flax.models.plugins",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
 
 
 def load(workdir: str | os.PathLike[str], checkpoint: str | int = "best", *, seed: int | None = None) -> Trained:

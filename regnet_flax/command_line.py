@@ -47,6 +47,7 @@ usage: python -m regnet_flax.main [--config FILE] [--mode MODE] [--workdir DIR] 
   --config.FIELD=VALUE   sets a field of the config, such as --config.train.batch_size=64
   --helpfields           lists the fields of a config
 
+Compiled programs are kept in your cache directory, 1 GB at most; JAX_ENABLE_COMPILATION_CACHE=false turns that off.
 Models: regnet20_convlstm, regnet56_convgru, se_resnet20, …; see regnet_flax.list_models().
 """
 

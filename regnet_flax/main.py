@@ -11,8 +11,9 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from regnet_flax import command_line, xla_flags
+from regnet_flax import command_line, compilation_cache, xla_flags
 from regnet_flax.errors import Error, Interrupted, UsageError
+from regnet_flax.training.display import log_to_console, working
 
 # From --mode to the module whose `run(config, options)` does it; only that one is imported.
 MODES = {
@@ -26,6 +27,7 @@ MODES = {
     "export": "regnet_flax.modes.export",
 }
 _DISTRIBUTED = ("train", "eval")
+_PARALLEL = "regnet_flax.training.parallel"
 
 
 def parse(argv: Sequence[str]) -> tuple[Any, command_line.Options]:
@@ -43,41 +45,50 @@ def run(argv: Sequence[str]) -> None:
 
         print(fields.describe(), end="")
         return
+    working("starting")
     xla_flags.set_defaults()
+    compilation_cache.set_defaults()
     config, options = parse(argv)
 
-    from regnet_flax.training import parallel
-    from regnet_flax.training.display import log_to_console
-
+    level = logging.INFO
     if options.distributed:
         if options.mode not in _DISTRIBUTED:
             raise UsageError(
                 f"--distributed is for --mode {' and '.join(_DISTRIBUTED)}: leave it out with {options.mode}"
             )
+        from regnet_flax.training import parallel
+
         parallel.initialize(options.distributed)
-    log_to_console(logging.INFO if not options.distributed or parallel.is_primary() else logging.WARNING)
+        level = logging.INFO if parallel.is_primary() else logging.WARNING
+    log_to_console(level)
     importlib.import_module(MODES[options.mode]).run(config, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit code: 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n."""
-    from regnet_flax.training import parallel
-
     try:
         code = _exit_code(argv)
     except Exception:
-        if not parallel.joined():
+        if not _parallel_joined():
             raise
         traceback.print_exc()
         code = 1
-    if code in (1, 2) and parallel.joined():
-        parallel.end(code)
+    if code in (1, 2) and _parallel_joined():
+        sys.modules[_PARALLEL].end(code)
     return code
+
+
+def _parallel_joined() -> bool:
+    # Importing it imports JAX, for which a mistyped flag should not wait.
+    return _PARALLEL in sys.modules and sys.modules[_PARALLEL].joined()
 
 
 def _exit_code(argv: Sequence[str] | None) -> int:
     try:
-        run(sys.argv[1:] if argv is None else argv)
+        try:
+            run(sys.argv[1:] if argv is None else argv)
+        finally:
+            working("")  # a message is written below it
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
         return stopped.exit_code

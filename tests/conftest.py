@@ -79,9 +79,9 @@ def pytest_unconfigure():
         shutil.rmtree(_cache, ignore_errors=True)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _release_compiled():
-    """Hundreds of compiled functions would fill the memory otherwise."""
+    """Hundreds of compiled functions would fill the memory otherwise; within a module many are used again."""
     yield
     jax.clear_caches()
 

@@ -1,6 +1,8 @@
 """What several test modules share: the program in this process, small configs, random variables, other processes."""
 
 import contextlib
+import dataclasses
+import functools
 import io
 import json
 import logging
@@ -18,7 +20,7 @@ from absl import logging as absl_logging
 from configs import digits
 from regnet_flax import main
 from regnet_flax.data.folder import Split
-from regnet_flax.data.sources import Dataset
+from regnet_flax.data.sources import SOURCES, Dataset
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -40,11 +42,11 @@ LINE = {
 
 
 def tiny_config(**overrides):
-    config = digits.get_config("regnet8_convgru")
+    config = digits.get_config("resnet8")
     config.model.overrides.width = 4
-    config.train.batch_size = 128
+    config.train.batch_size = 32
     config.train.epochs = 3
-    config.eval.batch_size = 100
+    config.eval.batch_size = 25
     config.log.every_steps = 5
     config.update_from_flattened_dict(overrides)
     return config
@@ -58,6 +60,25 @@ def small_dataset(train=48, test=21, classes=10):
         return Split(rng.integers(0, 256, (n, 8, 8, 3), dtype=np.uint8), labels)
 
     return Dataset("synthetic", split(train), split(test), tuple(map(str, range(classes))))
+
+
+_digits = functools.cache(SOURCES["digits"])
+
+
+@contextlib.contextmanager
+def few_digits(train=132, test=60, **changes):
+    """In this process, the data set "digits" has only so many images, or others; `changes`: of its other fields.
+
+    Runs on the same images with the same config, but for where they end, are compiled once for all test files.
+    """
+    whole = _digits()
+    if not isinstance(train, Split):
+        train = Split(whole.train.images[:train], whole.train.labels[:train])
+    test = Split(whole.test.images[:test], whole.test.labels[:test])
+    few = dataclasses.replace(whole, train=train, test=test, **changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(SOURCES, "digits", lambda **_: few)
+        yield
 
 
 # Workdirs

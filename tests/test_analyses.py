@@ -78,14 +78,16 @@ def test_grad_cam_of_any_block_in_any_family():
     # Where the head reads a block's pooled output itself, the gradient is the head's kernel over the places' number.
     model, variables, images = made("regnet8_convrnn")
     classes = np.arange(6)
-    found = grad_cam.grad_cam(model, variables, images, block="2.2", classes=classes)
+    maps = grad_cam.grad_cam(model, variables, images, blocks=("1.1", "2.2"), classes=classes)
+    assert maps["1.1"].shape == (6, 8, 8) and maps["1.1"].max() > 0
+    found = maps["2.2"]
     (block,) = (block for block in features.inspect(model, variables, images) if block.name == "2.2")
     kernel = np.asarray(variables["params"]["head"]["kernel"])[:, classes].T[:, None, None, :]
     expected = np.maximum((kernel / 16 * block.output).sum(-1), 0)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     assert found.shape == (6, 4, 4) and found.max() > 0
     with pytest.raises(ValueError, match=r"no block '3.1': name one of 1.1, 2.1, 2.2"):
-        grad_cam.grad_cam(model, variables, images, block="3.1")
+        grad_cam.grad_cam(model, variables, images, blocks=["3.1"])
 
 
 @pytest.mark.thorough
@@ -95,8 +97,8 @@ def test_grad_cam_of_other_families(name):
     model = model.clone(depth=2) if name.startswith("regnety") else model.clone(stage_sizes=(1, 1), width=4)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
     variables = model.init(jax.random.key(0), images, train=False)
-    found = grad_cam.grad_cam(model, variables, images, block="1.1")
-    assert found.shape[0] == 2 and found.max() > 0
+    for found in grad_cam.grad_cam(model, variables, images).values():
+        assert found.shape[0] == 2 and found.max() > 0
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Checkpoints: what comes back, what is kept, and what is done about damage."""
 
+import functools
 import logging
 import resource
 import shutil
@@ -18,10 +19,13 @@ from regnet_flax.training.step import TrainState, create_train_state
 pytestmark = pytest.mark.core
 
 
+@functools.cache
 def state(step):
     """Some arrays that tell the step, incompressible, so that the largest file holds them."""
-    params = {"kernel": jax.random.normal(jax.random.key(step), (60, 50)), "bias": jnp.full(3, step, jnp.float32)}
-    return TrainState(jnp.int32(step), params, {"mean": jnp.ones(2)}, (), {}, jnp.int32(-1))
+    kernel = np.random.default_rng(step).standard_normal((60, 50), np.float32)
+    params = {"kernel": kernel, "bias": np.full(3, step, np.float32)}
+    found = TrainState(np.int32(step), params, {"mean": np.ones(2, np.float32)}, (), {}, np.int32(-1))
+    return jax.tree.map(jnp.asarray, found)
 
 
 def like(tree):
@@ -390,7 +394,7 @@ def test_a_state_of_another_shape_is_not_restored(workdir, opened):
 
 @pytest.mark.fault("a limit on the size of a checkpoint's files")
 def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoints(workdir, opened):
-    large = {"kernel": jax.random.normal(jax.random.key(0), (300_000,))}
+    large = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal(300_000, np.float32))}
     checkpoints = opened(workdir)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))

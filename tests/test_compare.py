@@ -4,12 +4,11 @@ import base64
 import html.parser
 import io
 import json
+import os
 import re
 import signal
 import statistics
-import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -17,13 +16,14 @@ import scipy.stats
 from PIL import Image
 
 from configs import compare_digits, compare_placement, compare_sharing
-from helpers import environment, run_program
+from helpers import few_digits, run_program
 from regnet_flax import create_model
 from regnet_flax.analysis import compare, report
 from regnet_flax.config.check import model_options
 from regnet_flax.errors import ConfigError, NonFiniteError
 from regnet_flax.models.registry import parse_variant
 from regnet_flax.modes import compare as mode
+from regnet_flax.training.trainer import Trainer
 from regnet_flax.training.workdir import plain
 
 
@@ -305,42 +305,43 @@ TINY = [
     "--mode=compare",
     "--config=configs/compare_digits.py",
     "--config.model.overrides.width=4",
-    "--config.train.batch_size=256",
+    "--config.train.batch_size=32",
     "--config.train.epochs=3",
+    "--config.train.max_steps=4",
+    "--config.eval.batch_size=25",
+    "--config.eval.every_epochs=1",
     "--config.compare.models=('resnet8', 'resnet8 shortcut=A')",
     "--config.compare.seeds=(0,1)",
 ]
 
 
-def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "regnet_flax.main", *TINY],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, monkeypatch):
     path = tmp_path / "runs" / "compare_digits"
     first, second = path / "resnet8", path / "resnet8-shortcut-A"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline and not (second / "checkpoints" / "5").exists():
-        time.sleep(0.005)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=100)
-    assert process.returncode == 143, out
-    assert "model 2 of 2: resnet8 shortcut=A" in out and "seeds 0, 1" in out
-    assert (first / "results.json").exists() and not (second / "results.json").exists()
-    assert not (path / "report.md").exists()
+    monkeypatch.setattr(sys, "argv", ["regnet-flax", *TINY])  # which the report shows
+    train = Trainer.train
 
-    before = (first / "metrics.jsonl").stat().st_mtime_ns
-    out = run_program(*TINY, cwd=tmp_path, check=0).stdout
+    def signalled(self, state, totals, step, count):
+        if step == 2 and second.exists():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return train(self, state, totals, step, count)
+
+    with few_digits():
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "train", signalled)
+            out = run_program(*TINY, cwd=tmp_path, check=143).stdout
+        assert "model 2 of 2: resnet8 shortcut=A" in out and "seeds 0, 1" in out
+        assert (first / "results.json").exists() and not (second / "results.json").exists()
+        assert not (path / "report.md").exists()
+
+        before = (first / "metrics.jsonl").stat().st_mtime_ns
+        out = run_program(*TINY, cwd=tmp_path, check=0).stdout
     assert "holds a finished run" in out and "resuming from the checkpoint" in out
     assert (first / "metrics.jsonl").stat().st_mtime_ns == before
     head, *rows = markdown_rows((path / "report.md").read_text())
     for row, workdir in zip(rows, (first, second), strict=True):
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-        assert [line["step"] for line in lines] == [5, 10, 15]
+        assert [line["step"] for line in lines] == [4]
         errors = [100 * (1 - lines[-1]["seeds"][seed]["eval_accuracy"]) for seed in ("0", "1")]
         assert row[head.index("top-1 error, %")] == f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f}"
     assert "--mode=compare" in (path / "report.md").read_text()

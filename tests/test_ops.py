@@ -96,26 +96,37 @@ def function(ops, case, axis_name=None):
 
 
 def loss(ops, case, axis_name=None):
-    """A sum over the results in which each element has a weight of its own, a wave over its index in the image."""
+    """A sum over the results in which each element has a weight of its own, a wave over its index in the image.
+
+    The results come with it.
+    """
 
     def total(*arrays):
-        leaves = jax.tree.leaves(function(ops, case, axis_name)(*arrays))
-        return sum(jnp.vdot(jnp.cos(jnp.arange(a[0].size)).reshape(a[0].shape), a.sum(0)) for a in leaves)
+        found = function(ops, case, axis_name)(*arrays)
+        waves = (jnp.vdot(jnp.cos(jnp.arange(a[0].size)).reshape(a[0].shape), a.sum(0)) for a in jax.tree.leaves(found))
+        return sum(waves), found
 
     return total
 
 
-def everything(ops, second, by_case):
-    """Of each case: value, gradients, those of two sets of arrays by vmap, and, if asked for, second derivatives."""
+def gradient(ops, case, axis_name=None):
+    """The gradients by all arrays, and the value."""
+    return jax.grad(loss(ops, case, axis_name), range(len(CASES[case][2])), has_aux=True)
+
+
+def by_vmap(ops, case, arrays):
+    """The gradients and values of two sets of arrays."""
+    return jax.vmap(gradient(ops, case))(*(jnp.stack([a, 1 + a / 2]) for a in arrays))
+
+
+def everything(ops, by_case):
+    """Of each case: value, gradients, those of two sets of arrays by vmap, and second derivatives."""
     found = {}
     for case, arrays in by_case.items():
-        gradient = jax.grad(loss(ops, case), range(len(arrays)))
-        found[case, "value"] = function(ops, case)(*arrays)
-        found[case, "gradient"] = gradient(*arrays)
-        found[case, "vmap"] = jax.vmap(gradient)(*(jnp.stack([a, 1 + a / 2]) for a in arrays))
-        if second:
-            found[case, "forward over reverse"] = jax.jvp(gradient, arrays, arrays)[1]
-            found[case, "reverse over reverse"] = jax.vjp(gradient, *arrays)[1](found[case, "gradient"])
+        first = found[case, "first"] = gradient(ops, case)(*arrays)
+        found[case, "vmap"] = by_vmap(ops, case, arrays)
+        found[case, "forward over reverse"] = jax.jvp(gradient(ops, case), arrays, arrays, has_aux=True)[1]
+        found[case, "reverse over reverse"] = jax.vjp(gradient(ops, case), *arrays, has_aux=True)[1](first[0])
     return found
 
 
@@ -134,51 +145,71 @@ def assert_same(found, expected, rtol):
 def test_cpu(cases):
     with jax.enable_x64(True):
         by_case = {case: arguments(case) for case in cases}
-        found, expected = (jax.jit(functools.partial(everything, ops, True))(by_case) for ops in (CPU, PLAIN))
+        found, expected = (jax.jit(functools.partial(everything, ops))(by_case) for ops in (CPU, PLAIN))
         assert_same(found, expected, 1e-10)
 
 
+def two_devices():
+    return Mesh(np.array(jax.devices()[:2]), ("batch",))
+
+
 def test_gpu():
-    """Its LSTM is all that it has of its own."""
+    """Its LSTM is all that it has of its own: by vmap, within shard_map; test_ops_gpu has it without either."""
     own = [field.name for field in dataclasses.fields(GPU) if getattr(GPU, field.name) != getattr(PLAIN, field.name)]
     assert own == ["name", "lstm_step"]
-    by_case = {"lstm_step": arguments("lstm_step")}
-    found, expected = (jax.jit(functools.partial(everything, ops, False))(by_case) for ops in (GPU, PLAIN))
-    assert_same(found, expected, 1e-4)
+    arrays = arguments("lstm_step")
+    divided = tuple(PartitionSpec("batch") if a.shape == IMAGE else PartitionSpec() for a in arrays)
+    sets = tuple(PartitionSpec(None, *spec) for spec in divided)
+    specs = {"in_specs": (divided,), "out_specs": (sets, PartitionSpec(None, "batch")), "check_vma": False}
+
+    def run(ops):
+        return jax.jit(jax.shard_map(functools.partial(by_vmap, ops, "lstm_step"), mesh=two_devices(), **specs))(arrays)
+
+    assert_same(run(GPU), run(PLAIN), 1e-4)
+    arrays = arguments("lstm_step", jnp.bfloat16)
+    types, expected = (jax.eval_shape(gradient(ops, "lstm_step"), *arrays) for ops in (GPU, PLAIN))
+    assert types == expected
 
 
 def over_devices(ops, axis_name, by_case):
-    """Value and gradients of each case, where batch normalisation is over two devices."""
-    return {
-        case: (
-            function(ops, case, axis_name)(*arrays),
-            jax.grad(loss(ops, case, axis_name), range(len(arrays)))(*arrays),
-        )
-        for case, arrays in by_case.items()
-    }
+    """Gradients and value of each case, where batch normalisation is over two devices."""
+    return {case: gradient(ops, case, axis_name)(*arrays) for case, arrays in by_case.items()}
 
 
-@pytest.mark.parametrize("axis_name", ["batch", None])
-@pytest.mark.parametrize("ops", ALL, ids=lambda ops: ops.name)
-def test_shard_map(ops, axis_name):
+BATCH_NORM = tuple(case for case in CASES if "batch_norm" in case)
+
+
+@pytest.mark.parametrize(
+    "ops, axis_name, cases",
+    [
+        (CPU, "batch", ALL[CPU]),
+        (CPU, None, BATCH_NORM),
+        pytest.param(GPU, "batch", ALL[GPU], marks=pytest.mark.thorough),
+    ],
+    ids=["cpu", "cpu-unsynchronised", "gpu"],
+)
+def test_shard_map(ops, axis_name, cases):
     """With its default check_vma: images are divided, and weights, which all devices hold, get the devices' sum.
 
     JAX's interpreter of Pallas kernels knows no such check, and so "gpu" runs without it here.
     """
     check = {"check_vma": False} if ops is GPU else {}
-    by_case = {case: arguments(case) for case in ALL[ops]}
-    mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))
+    by_case = {case: arguments(case) for case in cases}
     specs = jax.tree.map(lambda a: PartitionSpec("batch") if a.shape == IMAGE else PartitionSpec(), by_case)
-    outputs = {case: (PartitionSpec("batch"), specs[case]) for case in by_case}
+    outputs = {case: (specs[case], PartitionSpec("batch")) for case in by_case}
 
     def run(ops):
         call = functools.partial(over_devices, ops, axis_name)
-        return jax.jit(jax.shard_map(call, mesh=mesh, in_specs=(specs,), out_specs=outputs, **check))(by_case)
+        return jax.jit(jax.shard_map(call, mesh=two_devices(), in_specs=(specs,), out_specs=outputs, **check))(by_case)
 
     assert_same(run(ops), run(PLAIN), 1e-4)
 
 
-@pytest.mark.parametrize("ops", ALL, ids=lambda ops: ops.name)
+# The interpreted kernels take most of this file's time.
+WHERE_CHEAP = pytest.mark.parametrize("ops", [CPU, pytest.param(GPU, marks=pytest.mark.thorough)], ids=["cpu", "gpu"])
+
+
+@WHERE_CHEAP
 def test_pmap(ops):
     by_case = {case: arguments(case) for case in ALL[ops]}
     halves = jax.tree.map(
@@ -192,7 +223,7 @@ def test_pmap(ops):
     assert_same(run(ops), run(PLAIN), 1e-4)
 
 
-@pytest.mark.parametrize("ops", ALL, ids=lambda ops: ops.name)
+@WHERE_CHEAP
 def test_bfloat16(ops):
     """Types are PLAIN's, and sums over pixels are float32: gradients are within bfloat16's rounding of float32's."""
     by_case = {case: arguments(case, jnp.bfloat16) for case in ALL[ops]}
@@ -210,14 +241,14 @@ def test_forward_mode_is_refused(ops):
         arrays = arguments(case)
         with pytest.raises(TypeError, match="forward-mode"):
             jax.jit(lambda *a, case=case: jax.jvp(function(ops, case), a, a)).lower(*arrays)
-        jax.jit(lambda *a, case=case: jax.jvp(function(PLAIN, case), a, a)).lower(*arrays)
+        jax.eval_shape(lambda *a, case=case: jax.jvp(function(PLAIN, case), a, a), *arrays)
     assert 'give "plain"' in create_model.__doc__
 
 
 def test_gpu_has_no_second_derivatives():
     arrays = arguments("lstm_step")
     with pytest.raises(TypeError, match='no second derivatives: give create_model ops="plain"'):
-        jax.jit(lambda *a: jax.jvp(jax.grad(loss(GPU, "lstm_step")), a, a)).lower(*arrays)
+        jax.eval_shape(lambda *a: jax.jvp(gradient(GPU, "lstm_step"), a, a, has_aux=True), *arrays)
 
 
 def options_of_conv(convolve):

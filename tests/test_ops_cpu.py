@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from helpers import random_variables
 from regnet_flax import create_model
 from regnet_flax.models.layers import BatchNorm
 from regnet_flax.models.ops import CPU, PLAIN, cpu, cpu_batch_norm
@@ -108,9 +109,7 @@ def test_bfloat16_sums_in_float32():
     np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-8, atol=1e-2)
 
 
-def gradients(name, options, variables, images):
-    model = create_model(name, dtype=jnp.float64, **options)
-
+def gradients(model, variables, images):
     def loss(params):
         logits, updates = model.apply(variables | {"params": params}, images, train=True, mutable=["batch_stats"])
         return (logits**2).sum(), (logits, updates)
@@ -121,17 +120,19 @@ def gradients(name, options, variables, images):
 @pytest.mark.parametrize(
     "name, options",
     [
-        pytest.param("regnet14_convlstm", {}, marks=pytest.mark.slow),
+        pytest.param("regnet14_convlstm", {}, marks=pytest.mark.thorough),
         ("regnet14_convgru", {"unroll": 1}),
-        pytest.param("regnet14_convrnn", {"kernel": "dense", "remat": True}, marks=pytest.mark.slow),
+        pytest.param("regnet14_convrnn", {"kernel": "dense", "remat": True}, marks=pytest.mark.thorough),
     ],
 )
 def test_whole_models(name, options):
-    images, options = normal(3, 4, 8, 8, 3), {"width": 4} | options
-    init = jax.jit(functools.partial(create_model(name, dtype=jnp.float64, **options).init, train=False))
-    variables = init(jax.random.key(0), images)
-    found = gradients(name, options | {"ops": "cpu"}, variables, images)
-    expected = gradients(name, options | {"ops": "plain"}, variables, images)
+    images = normal(3, 4, 8, 8, 3)
+    cpu, plain = (
+        create_model(name, dtype=jnp.float64, width=4, ops=ops, **options).clone(stage_sizes=(3, 1))
+        for ops in ("cpu", "plain")
+    )
+    variables = random_variables(plain, images)
+    found, expected = (gradients(model, variables, images) for model in (cpu, plain))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-8 * float(jnp.abs(b).max() + 1e-3))
 

@@ -23,12 +23,15 @@ def arrays(height, width, n, dtype=jnp.float32):
     return images[:3], tuple(weights), tuple(images[3:])
 
 
-# One program an image, whose sums have the shapes of images, or one pixel.
-SMALL = [(4, 4, 4), *[pytest.param(*s, marks=pytest.mark.slow) for s in ((1, 1, 8), (9, 4, 5), (2, 4, 5))]]
+# Sizes that are powers of two and fill several programs, and others; one program per image, whose sums have the shapes
+# of images, or one pixel.
+SIZES = [(16, 16, 16), (5, 7, 3), (4, 4, 4), (1, 1, 8), (9, 4, 5), (2, 4, 5)]
 
 
-# Sizes that are powers of two and fill several programs, and others.
-@pytest.mark.parametrize("height, width, n", [(16, 16, 16), (5, 7, 3), *SMALL])
+# Two programs per image, and neither pixels nor channels fill them.
+@pytest.mark.parametrize(
+    "height, width, n", [(5, 7, 20), *(pytest.param(*size, marks=pytest.mark.thorough) for size in SIZES)]
+)
 def test_step(height, width, n):
     images, weights, d = arrays(height, width, n)
     expected, plain = jax.vjp(functools.partial(cell, PLAIN), weights, *images)
@@ -40,7 +43,7 @@ def test_step(height, width, n):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-6 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_bfloat16():
     images, weights, d = arrays(8, 8, 4, jnp.bfloat16)
     found, pull = jax.vjp(functools.partial(cell, GPU), weights, *images)
@@ -53,7 +56,7 @@ def test_bfloat16():
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.02, atol=0.02 * float(jnp.abs(b).max()))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_model():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
     plain, fused = (create_model("regnet8_convlstm", width=4, ops=ops) for ops in ("plain", "gpu"))

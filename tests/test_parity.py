@@ -1,9 +1,10 @@
 """Whole networks against the PyTorch reference, on random weights and running statistics.
 
-The fast tests compare every kind of network in evaluation, and one of each family in training; --slow trains all of
-them, in float64 too, and some at their own depth.
+By default one of each family is compared in training, and some options in evaluation; --thorough evaluates every kind
+of network, and some at their own depth; --slow trains all of them, in float64 too.
 """
 
+import collections
 import functools
 import pathlib
 import re
@@ -16,7 +17,20 @@ import torch
 
 import torch_networks
 import torch_reference
-from comparison import BATCH, BEGIN, BOUNDS, CLASSES, END, arrays, check, check_all, compare_network, create, reference
+from comparison import (
+    BATCH,
+    BEGIN,
+    BOUNDS,
+    CLASSES,
+    END,
+    arrays,
+    check,
+    check_all,
+    compare_network,
+    compile_for,
+    create,
+    reference,
+)
 from regnet_flax import create_model
 from regnet_flax.models import registry
 from regnet_flax.port.torch import from_torch, to_torch
@@ -26,29 +40,26 @@ from regnet_flax.training.step import create_train_state, train_step
 # Those of test_networks.py are compared there.
 MODELS = {name: make for name, make in registry.MODELS.items() if torch_networks.reference(name) is None}
 
-SMALL = {"width": 4, "stage_sizes": (3, 2)}  # the first stage's scan has two steps, the second's one
-SHORT = SMALL | {"stage_sizes": (3, 1)}  # the second stage has no scan
+SHORT = {"width": 4, "stage_sizes": (3, 1)}  # the first stage's scan has two steps, the second stage has no scan
 FAST = [  # trained without --slow
     ("se_resnet20", SHORT),
-    ("regnet20_convrnn", SHORT),
-    ("regnet20_convgru", SHORT | {"kernel": "dense", "share_regulator": False}),
-    ("regnet20_convlstm", SMALL),
+    ("se_regnet20_convgru", SHORT | {"kernel": "dense", "share_regulator": False}),
+    ("regnet20_convlstm", SHORT),
     ("resnet50", SHORT | {"bottleneck_stride": "3x3"}),
-    ("regnet50_convlstm", SHORT),
+    ("regnet50_convrnn", SHORT),
     ("regnet_proj_cifar", {"width": 4, "stage_sizes": (2, 1)}),
     ("resnet_rnn20_convrnn", SHORT),
     ("resnet_rnn20_convgru", SHORT),
 ]
-REGNETY = (
-    "regnety_400mf",
-    {},
-)  # in float64: at this depth few images leave float32 no digits in the last stage's means
-SHALLOW = ("regnety_400mf", {"depth": 5})  # three of its four stages
+# In float64: at this depth few images leave float32 no digits in the last stage's means.
+REGNETY = ("regnety_400mf", {})
+SHALLOW = ("regnety_400mf", {"depth": 3})  # two of its four stages
 OPTIONS = [
-    ("regnet14_convrnn", {"width": 4, "kernel": "dense"}),
-    ("regnet14_convlstm", {"width": 4, "kernel": "dense", "shortcut": "A"}),
     ("regnet14_convlstm", {"width": 4, "share_regulator": False, "regulated_stages": (1, 3)}),
+    ("regnet14_convlstm", {"width": 4, "kernel": "dense", "shortcut": "A"}),
+    ("regnet14_convrnn", {"width": 4, "kernel": "dense"}),
     ("se_resnet14", {"width": 4, "shortcut": "A"}),
+    ("regnet20_convlstm", {"width": 4, "stage_sizes": (3, 2)}),
 ]
 WHOLE = [  # at their own depth
     ("resnet20", {}),
@@ -86,7 +97,10 @@ def image_size(name):
     return {"cifar": 8, "cifar_pool": 16, "imagenet": 32}[stem]
 
 
-@pytest.mark.parametrize("case", [*OPTIONS, *KINDS, *WHOLE, REGNETY], ids=label)
+THOROUGH = [pytest.param(case, marks=pytest.mark.thorough) for case in [*OPTIONS[2:], *KINDS, *WHOLE]]
+
+
+@pytest.mark.parametrize("case", [*OPTIONS[:2], REGNETY, *THOROUGH], ids=label)
 def test_network_in_evaluation(case, parity):
     with parity("float32") as device:
         compare_network(*case, "float32", device, image_size(case[0]), train=False)
@@ -111,11 +125,33 @@ def test_network_in_float64(case, parity):
         compare_network(*case, "float64", device, image_size(case[0]))
 
 
+def sizes(state):
+    """The width of a state dict's stem, and how many blocks each stage has."""
+    blocks = {match.groups() for key in state if (match := re.match(r"layer(\d)\.(\d+)\.", key))}
+    counts = collections.Counter(stage for stage, _ in blocks)
+    return len(state["conv1.weight"]), tuple(counts[stage] for stage in sorted(counts))
+
+
+def test_every_registered_model_has_its_references_size():
+    """Within a stage all blocks but the first are alike: test_names_both_ways compares those."""
+    for name in MODELS:
+        if name != REGNETY[0]:
+            with torch.device("meta"):
+                state = torch_reference.build(name).state_dict()
+            model = create_model(name)
+            assert sizes(state) == (model.width, model.stage_sizes), name
+
+
 DEEP = [name for name in MODELS if re.search("44|56|101|110", name)]
 
 
 @pytest.mark.parametrize(
-    "names", [[name for name in MODELS if name not in DEEP], pytest.param(DEEP, marks=pytest.mark.slow)], ids=len
+    "names",
+    [
+        pytest.param([name for name in MODELS if name not in DEEP], marks=pytest.mark.thorough),
+        pytest.param(DEEP, marks=pytest.mark.slow),
+    ],
+    ids=len,
 )
 def test_every_registered_model_has_a_reference(names):
     """Of the same names and shapes at its full size; both sides' weights are shapes alone."""
@@ -132,12 +168,12 @@ def test_every_registered_model_is_compared():
     assert not [name for name in MODELS if kind(name) not in compared]
 
 
-@pytest.mark.parametrize("name, options", [*FAST, *KINDS, REGNETY, ("resnet20", {"in_channels": 1})])
-def test_names_both_ways(name, options):
+@pytest.mark.parametrize("case", [*FAST, *KINDS, SHALLOW, ("resnet20", SHORT | {"in_channels": 1})], ids=label)
+def test_names_both_ways(case):
+    name, options = case
     state = arrays(reference(name, options).state_dict())
-    options = {key: value for key, value in options.items() if key != "in_channels"}
-    for scan in (True, False):
-        model = create(name, options, scan=None if name.startswith("regnety") else scan)
+    for scan in (True, False) if case in FAST else (None,):
+        model = create(name, options, scan=scan)
         back = to_torch(from_torch(state, model), model)
         assert back.keys() == state.keys()
         for key, value in state.items():
@@ -145,8 +181,8 @@ def test_names_both_ways(name, options):
 
 
 def test_entries_that_do_not_fit_are_listed():
-    model = create_model("resnet20")
-    state = arrays(reference("resnet20", {}).state_dict())
+    model = create("resnet20", SHORT)
+    state = arrays(reference("resnet20", SHORT).state_dict())
     del state["layer1.2.bn1.running_mean"]
     state["extra.weight"] = np.zeros(3)
     state["linear.bias"] = np.zeros(7)
@@ -163,8 +199,8 @@ def test_entries_that_do_not_fit_are_listed():
 
 
 def test_the_photo_notebooks_head_is_read():
-    model = create_model("resnet20")
-    state = arrays(reference("resnet20", {}).state_dict())
+    model = create("resnet20", SHORT)
+    state = arrays(reference("resnet20", SHORT).state_dict())
     renamed = {key.replace("linear.", "fc."): value for key, value in state.items()}
     a, b = from_torch(state, model), from_torch(renamed, model)
     assert jax.tree.all(jax.tree.map(np.array_equal, a, b))
@@ -173,9 +209,9 @@ def test_the_photo_notebooks_head_is_read():
 @pytest.mark.parametrize(
     "name, dtype",
     [
-        ("regnet20_convlstm", "float32"),
         ("regnet20_convlstm", "float64"),
-        ("resnet_rnn20_convgru", "float64"),
+        pytest.param("regnet20_convlstm", "float32", marks=pytest.mark.thorough),
+        pytest.param("resnet_rnn20_convgru", "float64", marks=pytest.mark.thorough),
         pytest.param("resnet20", "float32", marks=pytest.mark.slow),
         pytest.param("resnet20", "float64", marks=pytest.mark.slow),
         pytest.param("resnet_rnn20_convgru", "float32", marks=pytest.mark.slow),
@@ -184,14 +220,14 @@ def test_the_photo_notebooks_head_is_read():
 def test_ten_sgd_steps(name, dtype, parity):
     """Momentum, weight decay and a step of the schedule: the losses on the way and the parameters at the end."""
     with parity(dtype) as device:
-        theirs = reference(name, SMALL).to(device, getattr(torch, dtype)).train()
-        ours = create(name, SMALL, dtype=jnp.dtype(dtype), unroll=1)
+        theirs = reference(name, SHORT).to(device, getattr(torch, dtype)).train()
+        ours = create(name, SHORT, dtype=jnp.dtype(dtype), unroll=1)
         # A higher rate would amplify float32's rounding to percents.
         rate = 0.1 if dtype == "float64" else 0.01
         schedule = make_schedule("step", rate, epochs=1, steps_per_epoch=10, boundaries=(0.5,))
         tx = make_optimizer("sgd", schedule, momentum=0.9, weight_decay=1e-2)
         state = create_train_state(from_torch(arrays(theirs.state_dict()), ours), tx)
-        step = jax.jit(functools.partial(train_step, apply_fn=ours.apply, tx=tx))
+        step = compile_for(dtype)(functools.partial(train_step, apply_fn=ours.apply, tx=tx))
         sgd = torch.optim.SGD(theirs.parameters(), lr=rate, momentum=0.9, weight_decay=1e-2)
         rng = np.random.default_rng(4)  # of these images no ReLU's sign turns by float32's rounding
         for index in range(10):

@@ -88,20 +88,26 @@ NAMES = ["ants", "bees", "Staffordshire bullterrier, Staffordshire bull terrier,
 def test_predictions(channels, tmp_path, figures):
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, channels), dtype=np.uint8)
     plots.predictions(images, [0, 1, 2, 2, 0, 1], [0, 0, 2, 1, 2, 1], NAMES, tmp_path / "p.png", "a model")
-    drawn = [axes for axes in figures[0].axes if axes.images]
-    assert len(drawn) == 6
-    np.testing.assert_array_equal(np.asarray(drawn[1].images[0].get_array()).reshape(8, 8, channels), images[1])
-    assert [drawn[0].get_title(), drawn[1].get_title()] == ["ants", "ants\ntrue: bees"]
-    assert drawn[2].get_title() == "Staffordshire\nbullterrier,…" and "true: ants" in drawn[4].get_title()
-    colors = [axes.title.get_color() for axes in drawn]
+    (axes,) = figures[0].axes
+    assert len(axes.images) == len(axes.texts) == 6
+    for drawn, image, text in zip(axes.images, images, axes.texts, strict=True):
+        np.testing.assert_array_equal(np.asarray(drawn.get_array()).reshape(8, 8, channels), image)
+        left, right, bottom, top = drawn.get_extent()
+        assert text.get_position()[0] == pytest.approx((left + right) / 2) and text.get_position()[1] < top < bottom
+    titles = [text.get_text() for text in axes.texts]
+    assert titles[:2] == ["ants", "ants\ntrue: bees"]
+    assert titles[2] == "Staffordshire\nbullterrier,…" and "true: ants" in titles[4]
+    colors = [text.get_color() for text in axes.texts]
     assert colors == [plots.RIGHT, plots.WRONG, plots.RIGHT, plots.WRONG, plots.WRONG, plots.RIGHT]
     assert np.asarray(Image.open(tmp_path / "p.png")).std() > 0
 
 
 def test_more_images_than_fit_in_a_row_and_fewer(tmp_path, figures):
     for count in (1, 16):
-        plots.predictions(np.zeros((count, 4, 4, 3), np.uint8), [0] * count, [1] * count, NAMES, tmp_path / "p.png")
-    assert [sum(bool(axes.images) for axes in figure.axes) for figure in figures] == [1, 16]
+        plots.predictions(np.zeros((count, 4, 6, 3), np.uint8), [0] * count, [1] * count, NAMES, tmp_path / "p.png")
+    assert [len(figure.axes[0].images) for figure in figures] == [1, 16]
+    corners = {tuple(image.get_extent()[::3]) for image in figures[1].axes[0].images}
+    assert len(corners) == 16 and len({x for x, _ in corners}) == len({y for _, y in corners}) == 4
 
 
 def test_confusion_of_few_classes(tmp_path, figures):

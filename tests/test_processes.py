@@ -28,6 +28,7 @@ from regnet_flax.training.parallel import AXIS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIELDS = {  # 360 test images do not divide into batches of 56, and process 1 has none of the last one's
+    "model.name": "resnet8",
     "train.batch_size": 128,
     "train.max_steps": 6,
     "optimizer.warmup_epochs": 3.0,
@@ -57,7 +58,7 @@ def slurm():
 def start(workdir, *arguments, each=((), ()), tasks=None, **fields):
     """Starts both processes; `each` has further arguments for either, `tasks` the variables of a cluster."""
     port = free_port()
-    fields = {"model.name": "regnet8_convgru", "model.overrides.width": 4, "train.epochs": 3} | FIELDS | fields
+    fields = {"model.overrides.width": 4, "train.epochs": 3} | FIELDS | fields
     command = [sys.executable, "-m", "regnet_flax.main", f"--workdir={workdir}", *arguments]
     command += [f"--config.{field}={value}" for field, value in fields.items()]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "2"}
@@ -146,7 +147,7 @@ def test_what_is_streamed_is_read_in_parts_and_trains_to_the_same_parameters(tmp
             image.save(tmp_path / "data" / name / f"{index}.png")
     fields = {"dataset.name": "folder", "dataset.data_dir": str(tmp_path / "data"), "dataset.in_memory": "never"}
     fields |= {"dataset.image_size": 16, "dataset.augment": ("random_resized_crop", "flip"), "train.batch_size": 8}
-    fields |= {"train.mixup": 0.2, "eval.batch_size": 4, "train.max_steps": 3, "model.name": "resnet8"}
+    fields |= {"train.mixup": 0.2, "eval.batch_size": 4, "train.max_steps": 3}
     finish(start(tmp_path / "two", **fields), 0)
     loop.train_and_evaluate(tiny_config(**FIELDS | fields), tmp_path / "one", devices=jax.devices()[:4])
     for line, other in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):

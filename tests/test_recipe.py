@@ -1,6 +1,7 @@
 """Averaged weights, gradient accumulation, mixing, bfloat16 and traces, in a run and in a step."""
 
 import contextlib
+import copy
 import functools
 import gzip
 import json
@@ -11,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 
+import helpers
 from configs import digits
 from helpers import checksums, small_dataset, tiny_config
 from programs import Program, relative
@@ -44,6 +46,20 @@ def states(program, count, state=None):
     return found
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _release_compiled():
+    """After all of them, since they share a program; conftest.py does it after each."""
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """A program without any of the options, and its state after each of three steps."""
+    program = make_program()
+    return program, states(program, 3)
+
+
 def assert_close(a, b, error):
     assert max(jax.tree.leaves(jax.tree.map(relative, a, b))) < error
 
@@ -51,7 +67,7 @@ def assert_close(a, b, error):
 # Averaged weights
 
 
-def test_averages_are_of_the_weights_and_statistics_and_are_what_is_evaluated():
+def test_averages_are_of_the_weights_and_statistics_and_are_what_is_evaluated(plain):
     program = make_program(**{"optimizer.ema_decay": 0.15})  # from the second step on below the warm-up's
     start = jax.device_get(program.initial_state())
     expected = {"params": start.params, "batch_stats": start.batch_stats}
@@ -60,24 +76,31 @@ def test_averages_are_of_the_weights_and_statistics_and_are_what_is_evaluated():
         decay = min(0.15, (1 + step) / (10 + step))
         expected = jax.tree.map(lambda a, b, d=decay: d * a.astype(np.float64) + (1 - d) * b, expected, latest)
     assert_close(state.variables, expected, 1e-6)
-    plain = states(make_program(), 3)[-1]
-    assert plain.ema == {}
-    assert_close(state.params, plain.params, 1e-6)  # averaging changes nothing in training
+    other, (*_, last) = plain
+    assert last.ema == {}
+    assert_close(state.params, last.params, 1e-6)  # averaging changes nothing in training
     averaged = program.evaluate(state)
     assert averaged == program.evaluate(state.replace(params=jax.tree.map(np.zeros_like, state.params)))
     put = state.replace(ema={}, params=state.ema["params"], batch_stats=state.ema["batch_stats"])
-    assert averaged == make_program().evaluate(put) != make_program().evaluate(plain)
+    assert averaged == other.evaluate(put) != other.evaluate(last)
 
 
-def test_a_run_with_all_options_goes_on_to_the_same_end_and_gives_the_averages_away(tmp_path):
+@pytest.fixture
+def short():
+    """The runs are of four steps an epoch."""
+    with helpers.few_digits():
+        yield
+
+
+def test_a_run_with_all_options_goes_on_to_the_same_end_and_gives_the_averages_away(short, tmp_path):
     options = {"optimizer.ema_decay": 0.9, "optimizer.accumulate_steps": 2, "train.mixup": 0.2, "train.cutmix": 1.0}
-    options |= {"model.name": "resnet8", "train.epochs": 1, "dataset.augment": ("flip",)}
+    options |= {"train.epochs": 1, "dataset.augment": ("flip",)}
     train = functools.partial(loop.train_and_evaluate, devices=jax.devices()[:1])
     train(tiny_config(**options), tmp_path / "whole")
-    train(tiny_config(**options, **{"train.max_steps": 4, "eval.every_epochs": 0}), tmp_path / "parts")
+    train(tiny_config(**options, **{"train.max_steps": 1, "eval.every_epochs": 0}), tmp_path / "parts")
     results = train(tiny_config(**options), tmp_path / "parts")
-    assert checksums(tmp_path / "parts", 11) == checksums(tmp_path / "whole", 11)
-    assert any("ema" in name for name in checksums(tmp_path / "whole", 11))
+    assert checksums(tmp_path / "parts", 4) == checksums(tmp_path / "whole", 4)
+    assert any("ema" in name for name in checksums(tmp_path / "whole", 4))
 
     config = tiny_config(**options, **{"eval.checkpoint": "last"})
     found = evaluate.evaluate_only(config, tmp_path / "parts", devices=jax.devices()[:1])
@@ -97,11 +120,11 @@ def restored(config, workdir):
     return found[0]
 
 
-def test_a_model_of_given_weights_begins_with_them_as_averages():
-    model = make_program()
+def test_a_model_of_given_weights_begins_with_them_as_averages(plain):
+    model, _ = plain
     start = jax.tree.map(lambda a: a + 1, jax.device_get(model.initial_state()))
     start = {"params": start.params, "batch_stats": start.batch_stats}
-    config = model.config
+    config = copy.deepcopy(model.config)
     config.optimizer.ema_decay = 0.5
     program = Program(config, small_dataset(), jax.devices()[:1], start=start)
     jax.tree.map(np.testing.assert_array_equal, program.initial_state().ema, start)
@@ -143,9 +166,10 @@ def test_each_part_has_statistics_of_its_own_one_after_another():
         logits, updates = model.apply(variables, BATCH["images"][half], train=True, mutable=["batch_stats"])
         return steps.cross_entropy(logits, BATCH["labels"][half]).mean(), updates["batch_stats"]
 
+    half_gradient = jax.jit(jax.grad(loss, has_aux=True))
     batch_stats, gradients = state.batch_stats, []
-    for half in (slice(0, 4), slice(4, 8)):
-        gradient, batch_stats = jax.grad(loss, has_aux=True)(state.params, batch_stats, half)
+    for half in (jnp.arange(4), jnp.arange(4, 8)):
+        gradient, batch_stats = half_gradient(state.params, batch_stats, half)
         gradients.append(gradient)
     updates, _ = TX.update(jax.tree.map(lambda a, b: (a + b) / 2, *gradients), state.opt_state, state.params)
     assert_close(found.params, optax.apply_updates(state.params, updates), 1e-4)
@@ -189,10 +213,11 @@ def test_one_hot_probabilities_take_the_step_of_labels():
     np.testing.assert_allclose(metrics["accuracy"], others["accuracy"])
 
 
-@pytest.mark.parametrize("field", ["train.mixup", "train.cutmix"])
-def test_mixing_changes_the_steps(field):
-    plain, mixed = (states(make_program(**fields), 1)[-1] for fields in ({}, {field: 1.0}))
-    assert max(jax.tree.leaves(jax.tree.map(relative, mixed.params, plain.params))) > 1e-4
+def test_mixing_changes_the_steps(plain):
+    _, (first, *_) = plain
+    for field in ("train.mixup", "train.cutmix"):
+        (mixed,) = states(make_program(**{field: 1.0}), 1)
+        assert max(jax.tree.leaves(jax.tree.map(relative, mixed.params, first.params))) > 1e-4, field
 
 
 # bfloat16
@@ -222,8 +247,8 @@ def test_in_bfloat16_statistics_are_sums_of_float32():
 # Traces
 
 
-def test_a_trace_of_a_few_steps(tmp_path):
-    config = tiny_config(**{"model.name": "resnet8", "train.max_steps": 9, "eval.every_epochs": 0})
+def test_a_trace_of_a_few_steps(short, tmp_path):
+    config = tiny_config(**{"train.max_steps": 9, "eval.every_epochs": 0})
     loop.train_and_evaluate(config, tmp_path, devices=jax.devices()[:1], profile=True)
     (trace,) = (tmp_path / "profile").glob("plugins/profile/*/perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]

@@ -4,7 +4,6 @@ import functools
 import importlib
 import json
 import pathlib
-import re
 
 import jax
 import numpy as np
@@ -13,30 +12,20 @@ from PIL import Image
 
 from regnet_flax import create_model, main
 from regnet_flax.config.check import check_config, flatten, model_options
-from regnet_flax.models.families.names import IMAGENET_STAGES
 from regnet_flax.models.registry import MODELS
 from regnet_flax.models.regnet import RegNet
-from regnet_flax.models.regnety import RegNetY
 from regnet_flax.modes.train import train_and_evaluate
 from regnet_flax.training.optimizer import build_optimizer
 
 ROOT = pathlib.Path(main.__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
 RECIPES = [name for name in CONFIGS if not name.startswith("compare_")]
+LEFT_OUT = ("cifar100", "rnn_cifar10", "digits")
 KEPT = ("dataset.augment", "dataset.mean", "dataset.std", "optimizer.", "train.epochs", "seed", "dtype")
 
 
 def get_config(recipe, *arguments):
     return importlib.import_module(f"configs.{recipe}").get_config(*arguments)
-
-
-def smallest(name):
-    """A model of the same kind with fewer blocks."""
-    depth = re.search(r"(?<=net)\d+", name)
-    if depth is None or name.startswith("resnet_rnn"):
-        return name
-    small = 18 if int(depth[0]) in IMAGENET_STAGES else 8
-    return name[: depth.start()] + str(small) + name[depth.end() :]
 
 
 def photographs(directory):
@@ -50,16 +39,17 @@ def photographs(directory):
     return directory
 
 
-# Those left to --slow differ from another one in little.
+# Those left to --thorough differ from another one in little, or are run by many other tests.
 @pytest.mark.parametrize(
     "recipe",
-    [pytest.param(r, marks=pytest.mark.slow if r in ("cifar100", "rnn_cifar10") else ()) for r in RECIPES],
+    [pytest.param(r, marks=pytest.mark.thorough if r in LEFT_OUT else ()) for r in RECIPES],
 )
 def test_runs_on_synthetic_images(recipe, tmp_path, monkeypatch):
     """Two steps of the recipe, its model and images made small, and an evaluation."""
-    monkeypatch.setitem(MODELS, "regnety_400mf", functools.partial(RegNetY, depth=5))
     config = get_config(recipe)
-    model = smallest(config.model.name)
+    model = config.model.name
+    few = {"depth": 2} if model.startswith("regnety") else {"stage_sizes": (1, 1)}
+    monkeypatch.setitem(MODELS, model, functools.partial(MODELS[model].func, **MODELS[model].keywords | few))
     small = ["--config.train.batch_size=8", "--config.train.max_steps=2", "--config.eval.batch_size=256"]
     small += ["--config.log.every_steps=1", "--config.dataset.in_memory=auto", "--config.dataset.num_classes=0"]
     if isinstance(create_model(model), RegNet):
@@ -71,7 +61,7 @@ def test_runs_on_synthetic_images(recipe, tmp_path, monkeypatch):
     imagenet = getattr(create_model(model), "stem", "imagenet") == "imagenet"
     small += [f"--config.dataset.image_size={32 if imagenet else 8}"]
     workdir = tmp_path / "run"
-    parsed, _ = main.parse(["--config", f"configs/{recipe}.py:{model}", *small])
+    parsed, _ = main.parse(["--config", f"configs/{recipe}.py", *small])
     train_and_evaluate(parsed, workdir, jax.devices()[:1])
 
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -45,7 +45,7 @@ def tiny(name="regnet14_convlstm", **options):
 
 
 def images(n=4, size=8, channels=3):
-    return jax.random.normal(jax.random.key(7), (n, size, size, channels))
+    return np.random.default_rng(7).normal(size=(n, size, size, channels)).astype(np.float32)
 
 
 @pytest.mark.parametrize("name, options, count", PARAMETERS)
@@ -55,9 +55,13 @@ def test_parameter_counts(name, options, count):
 
 @pytest.mark.parametrize("depth", [20, 32, 44, 56, 110])
 def test_depth_counts_the_layers_with_weights(depth):
-    params = shapes(create_model(f"resnet{depth}", scan=False))["params"]
-    kernels = [path for path, _ in jax.tree_util.tree_leaves_with_path(params) if "kernel" in str(path[-1])]
-    assert len([path for path in kernels if "shortcut" not in str(path)]) == depth
+    params = shapes(create_model(f"resnet{depth}"))["params"]
+    layers = 0
+    for path, a in jax.tree_util.tree_leaves_with_path(params):
+        path = jax.tree_util.keystr(path)
+        if "kernel" in path and "shortcut" not in path:
+            layers += a.shape[0] if "'blocks'" in path else 1  # stacked
+    assert layers == depth
 
 
 def test_list_models():
@@ -117,22 +121,31 @@ def randomized(variables, seed=0):
     def draw(path, a):
         values = rng.normal(0, 0.3, a.shape)
         name = path[-1].key
-        return jnp.asarray({"var": 1 + values**2, "scale": 1 + values}.get(name, values), a.dtype)
+        return np.asarray({"var": 1 + values**2, "scale": 1 + values}.get(name, values), a.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, variables)
 
 
-@pytest.mark.parametrize("name", ["regnet14_convlstm", "se_regnet14_convgru", "resnet14", "regnet50_convrnn"])
-@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize(
+    "name, share",
+    [
+        ("resnet14", True),
+        ("regnet14_convlstm", True),
+        ("regnet14_convlstm", False),
+        ("se_regnet14_convgru", True),
+        ("regnet50_convrnn", False),
+    ],
+)
 def test_the_scan_computes_what_the_loop_does(name, share):
-    size = 32 if "50" in name else 8
-    x = images(size=size)
-    scanned = tiny(name, share_regulator=share, unroll=1)
-    loop = tiny(name, share_regulator=share, scan=False)
+    x = images(size=32 if "50" in name else 8)
+    scanned, loop = (
+        tiny(name, share_regulator=share, **options).clone(stage_sizes=(3, 1))
+        for options in ({"unroll": 1}, {"scan": False})
+    )
     variables = randomized(shapes(scanned, x.shape[1:]))
     unstacked = unstack_blocks(variables)
     assert jax.tree.map(jnp.shape, unstacked) == jax.tree.map(lambda a: a.shape, dict(shapes(loop, x.shape[1:])))
-    assert jax.tree.all(jax.tree.map(jnp.array_equal, stack_blocks(unstacked), variables))
+    assert jax.tree.all(jax.tree.map(np.array_equal, stack_blocks(unstacked), variables))
 
     def run(model):
         return jax.jit(lambda v, x: model.apply(v, x, train=True, mutable=["batch_stats"]))
@@ -145,7 +158,15 @@ def test_the_scan_computes_what_the_loop_does(name, share):
     )
 
 
-def test_unroll_and_remat_change_nothing_but_rounding():
+@pytest.mark.parametrize(
+    "variants",
+    [
+        [{"unroll": 1}, {"unroll": 2, "remat": True}],
+        pytest.param([{"unroll": 1, "remat": True}], marks=pytest.mark.thorough),
+    ],
+    ids=len,
+)
+def test_unroll_and_remat_change_nothing_but_rounding(variants):
     x = images()
     one_stage = functools.partial(RegNet, stage_sizes=(3,), width=4, regulator="convlstm")
     variables = randomized(shapes(one_stage(), (8, 8, 3)))
@@ -160,9 +181,9 @@ def test_unroll_and_remat_change_nothing_but_rounding():
         return jax.jit(jax.grad(loss))(variables["params"])
 
     expected = gradients(unroll=2)
-    for options in ({"unroll": 1}, {"unroll": 2, "remat": True}, {"unroll": 1, "remat": True}):
+    for options in variants:
         worst = jax.tree.map(
-            lambda a, b: float(jnp.linalg.norm(a - b) / (jnp.linalg.norm(b) + 1e-6)), gradients(**options), expected
+            lambda a, b: float(np.linalg.norm(a - b) / (np.linalg.norm(b) + 1e-6)), gradients(**options), expected
         )
         assert max(jax.tree.leaves(worst)) < 1e-3, options
 
@@ -176,10 +197,11 @@ def test_one_regulator_serves_the_stage_or_each_block_has_its_own():
 
 def test_the_state_reaches_later_blocks_and_starts_anew_in_each_stage():
     """A block's output depends on H of the block before: with the shortcut and X2 cut off, only the state is left."""
-    model = tiny("regnet14_convlstm", scan=False)
+    model = tiny("regnet14_convlstm", scan=False).clone(stage_sizes=(2, 2))
     x = images(1)
     variables = randomized(shapes(model, (8, 8, 3)))
 
+    @jax.jit
     def states(x):
         _, found = model.apply(variables, x, mutable=["intermediates"])
         return {
@@ -189,10 +211,10 @@ def test_the_state_reaches_later_blocks_and_starts_anew_in_each_stage():
         }
 
     for first, second in states(x).values():
-        assert float(jnp.abs(second[1] - first[1]).max()) > 0
+        assert np.abs(second[1] - first[1]).max() > 0
     # C after one step from zeros is i⊙g alone, so it is bounded by 1; after two steps it need not be.
     for first, _ in states(50 * x).values():
-        assert float(jnp.abs(first[1]).max()) <= 1
+        assert np.abs(first[1]).max() <= 1
 
 
 @pytest.mark.parametrize("stages, kept", [((), ()), ((1,), (1,)), ((2, 3), (2, 3)), (None, (1, 2, 3))])
@@ -210,8 +232,9 @@ def test_shortcut_a_subsamples_and_pads_with_zeros_at_the_end():
     # With the branch's last scale and bias at zero, only the shortcut is left of a block.
     for stage in ("stage2", "stage3"):
         bn2 = variables["params"][stage]["block1"]["bn2"]
-        bn2["scale"], bn2["bias"] = jnp.zeros_like(bn2["scale"]), jnp.zeros_like(bn2["bias"])
-    out = model.apply(variables, x, features=True)
+        bn2["scale"], bn2["bias"] = np.zeros_like(bn2["scale"]), np.zeros_like(bn2["bias"])
+    out = jax.jit(functools.partial(model.apply, features=True))(variables, x)
+    out = jax.tree.map(np.asarray, out)
     np.testing.assert_array_equal(out["stage2"][..., :4], out["stage1"][:, ::2, ::2])
     np.testing.assert_array_equal(out["stage2"][..., 4:], 0)
 
@@ -221,14 +244,19 @@ def test_backbone_outputs():
     model = tiny("regnet8_convrnn", num_classes=0)
     variables = randomized(shapes(model, (8, 8, 3)))
     assert "head" not in variables["params"]
-    outputs = model.apply(variables, x, features=True)
+
+    @jax.jit
+    def run(variables, x):
+        features = tiny("regnet8_convrnn", features=True).apply(variables, x)
+        return model.apply(variables, x, features=True), model.apply(variables, x), features
+
+    outputs, pooled, other = jax.tree.map(np.asarray, run(variables, x))
     assert {name: a.shape for name, a in outputs.items()} == {
         "stage1": (2, 8, 8, 4),
         "stage2": (2, 4, 4, 8),
         "stage3": (2, 2, 2, 16),
     }
-    np.testing.assert_allclose(model.apply(variables, x), outputs["stage3"].mean((1, 2)), rtol=1e-6)
-    other = tiny("regnet8_convrnn", features=True).apply(variables, x)
+    np.testing.assert_allclose(pooled, outputs["stage3"].mean((1, 2)), rtol=1e-6)
     np.testing.assert_array_equal(other["stage2"], outputs["stage2"])
 
 
@@ -264,4 +292,4 @@ def test_initial_values():
         (torch_like["stage3"]["block2"]["conv1"]["kernel"], 9 * 64),
         (torch_like["head"]["bias"], 64),
     ):
-        assert 0.8 * fan_in**-0.5 < float(jnp.abs(kernel).max()) <= fan_in**-0.5
+        assert 0.8 * fan_in**-0.5 < np.abs(kernel).max() <= fan_in**-0.5

@@ -198,7 +198,7 @@ def test_digits():
 
 
 def test_digits_without_scikit_learn(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     message = error_of("digits")
     assert "pip install scikit-learn" in message and "--config configs/folder.py" in message
 

@@ -1,6 +1,7 @@
 """Streamed data sets: which batches there are, whoever makes them, and what becomes of files that do not decode."""
 
 import io
+import json
 import os
 import re
 import signal
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import alive, children, wait_until
+from helpers import alive, children, metrics, run_program, wait_until
 from regnet_flax.data import batches, photos, stream
 from regnet_flax.data.batches import epoch_order
 from regnet_flax.data.sources import channel_statistics, load_dataset
@@ -323,6 +324,27 @@ def test_imagenet_is_read_as_tfds_wrote_it(imagenet):
     other = open_stream("imagenet2012", data_dir=str(imagenet), image_size=SIZE)
     assert other.fingerprint() == dataset.fingerprint()
     assert_same(read(make, range(3), workers=1), [{k: np.array(v) for k, v in make(i).items()} for i in range(3)])
+
+
+def test_imagenet_trains_as_tfds_wrote_it(imagenet, tmp_path):
+    fields = {"model.name": "resnet8", "model.overrides.width": 4, "dataset.data_dir": imagenet}
+    fields |= {
+        "dataset.name": "imagenet2012",
+        "dataset.image_size": SIZE,
+        "dataset.augment": "('random_resized_crop',)",
+    }
+    fields |= {"train.batch_size": 8, "train.epochs": 1, "eval.batch_size": 3, "optimizer.schedule": "constant"}
+    fields |= {"dataset.mean": "()", "dataset.std": "()", "dataset.workers": 0}
+    run = ["--config", ROOT / "configs/folder.py", "--workdir", tmp_path / "run"]
+    done = run_program(*run, *(f"--config.{name}={value}" for name, value in fields.items()), check=0)
+    assert "imagenet2012: 24 training and 7 test images of 1000 classes, 16×16×3, streamed" in done.stdout
+    assert done.stderr == ""
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert config["dataset"]["mean"] == [0.485, 0.456, 0.406] and config["dataset"]["num_classes"] == 1000
+    (last,) = [line for line in metrics(tmp_path / "run") if line["step"] == 3]
+    assert 0 <= last["eval_accuracy"] <= last["eval_top5_accuracy"] <= 1 and last["eval_loss"] > 0
+    out = run_program("--mode", "eval", "--workdir", tmp_path / "run", check=0).stdout
+    assert "over 7 images" in out
 
 
 def test_imagenet_that_is_missing(tmp_path):

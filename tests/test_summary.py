@@ -125,9 +125,15 @@ def test_counts_are_those_of_torch(name, options, size):
     assert shapes
 
 
-def test_summary_of_every_model(capsys):
+# Those of test_networks.py are compared there.
+EVERY = [name for name in list_models() if torch_networks.reference(name) is None]
+SUMMARISED = ["resnet110", "se_regnet20_convgru", "regnet18_convlstm", "resnet_rnn20_convrnn", "regnety_400mf"]
+
+
+@pytest.mark.parametrize("names", [SUMMARISED, pytest.param(EVERY, marks=pytest.mark.thorough)], ids=len)
+def test_summary_of_every_model(names, capsys):
     """`--mode summary` at the recipe's input size: the parameters are the reference's, the stages halve the image."""
-    for name in (name for name in list_models() if torch_networks.reference(name) is None):
+    for name in names:
         model = create_model(name)
         imagenet = getattr(model, "stem", "imagenet") == "imagenet"
         size, classes = (224, 1000) if imagenet else (32, 10)

@@ -1,5 +1,6 @@
 """Files of weights: read, written, refused, and through the command line."""
 
+import functools
 import os
 
 import jax
@@ -7,14 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from helpers import random_variables
 from regnet_flax import create_model, main
 from regnet_flax.errors import WeightsError
+from regnet_flax.models.registry import MODELS
+from regnet_flax.models.regnet import RegNet
 from regnet_flax.port.torch import from_torch, to_torch
 from regnet_flax.port.weights import read_weights, write_weights
 
 ARRAYS = {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.float32([1.5])}
 TINY = [
-    "--config.model.name=regnet8_convgru",
+    "--config.model.name=regnet8_convrnn",
     "--config.model.overrides.width=4",
     "--config.train.batch_size=128",
     "--config.train.max_steps=2",
@@ -115,13 +119,13 @@ def test_exported_and_evaluated_again(kind, suffix, trained, capsys, tmp_path, m
     assert main.main(evaluate) == 0
     assert last_line(capsys, "test loss").partition(":")[2] == expected.partition(":")[2]
     _, metadata = read_weights(file)
-    assert metadata["model"] == "regnet8_convgru" and metadata["num_classes"] == "10"
+    assert metadata["model"] == "regnet8_convrnn" and metadata["num_classes"] == "10"
     assert [path.name for path in tmp_path.iterdir()] == ["evaluated"]
 
 
 def test_training_starts_from_a_file_and_takes_a_new_head(tmp_path, capsys):
     model = create_model("resnet8", num_classes=7, width=4)
-    variables = model.init(jax.random.key(5), np.zeros((1, 8, 8, 1), np.float32))
+    variables = random_variables(model, np.zeros((1, 8, 8, 1), np.float32))
     write_weights(tmp_path / "w.safetensors", to_torch(variables, model))
     run = [
         *TINY,
@@ -149,15 +153,16 @@ def test_training_starts_from_a_file_and_takes_a_new_head(tmp_path, capsys):
 
 def test_a_head_may_be_left_out():
     model, other = (create_model("resnet8", num_classes=n, width=4) for n in (10, 7))
-    variables = other.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))
+    variables = random_variables(other, np.zeros((1, 8, 8, 3), np.float32))
     found = from_torch(to_torch(variables, other), model, new_head=True)
     assert "head" not in found["params"] and found["params"].keys() | {"head"} == variables["params"].keys()
 
 
-def test_the_stride_of_bottlenecks_is_said_or_checked(tmp_path, capsys):
+def test_the_stride_of_bottlenecks_is_said_or_checked(tmp_path, capsys, monkeypatch):
+    small = MODELS["resnet50"].keywords | {"stage_sizes": (1, 1)}
+    monkeypatch.setitem(MODELS, "resnet50", functools.partial(RegNet, **small))
     model = create_model("resnet50", width=4, bottleneck_stride="3x3")
-    variables = jax.eval_shape(lambda: model.init(jax.random.key(0), np.zeros((1, 8, 8, 1), np.float32)))
-    arrays = to_torch(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), variables), model)
+    arrays = to_torch(random_variables(model, np.zeros((1, 8, 8, 1), np.float32)), model)
     write_weights(tmp_path / "w.safetensors", arrays, {"bottleneck_stride": "3x3"})
     command = ["--mode=eval", "--config.model.name=resnet50", "--config.model.overrides.width=4"]
     assert main.main([*command, f"--config.model.init_from={tmp_path / 'w.safetensors'}"]) == 2

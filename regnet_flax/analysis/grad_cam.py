@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,54 +11,55 @@ import jax.numpy as jnp
 import numpy as np
 
 from regnet_flax.analysis.features import inspect
-from regnet_flax.models import regnety
-from regnet_flax.models.blocks import Block
+from regnet_flax.models.ops import PLAIN
 from regnet_flax.models.regnet import unstack_blocks
 
 
 def grad_cam(
-    model: nn.Module, variables: dict[str, Any], images: Any, *, block: str = "", classes: Any = None
-) -> np.ndarray:
-    """ReLU(Σ_k α_k A^k), A the block's output and α_k the mean over places of the class's logit's gradient by A^k.
+    model: nn.Module, variables: dict[str, Any], images: Any, *, blocks: Sequence[str] = (), classes: Any = None
+) -> dict[str, np.ndarray]:
+    """ReLU(Σ_k α_k A^k), A a block's output and α_k the mean over places of the class's logit's gradient by A^k.
 
     Args:
       model: from create_model, any of them, with classes.
       variables: "params" and "batch_stats".
       images: normalised, (N, height, width, channels).
-      block: such as "3.2", the second block of the third stage; "" is the last.
+      blocks: such as "3.2", the second block of the third stage; () is the last block.
       classes: (N,), whose logit is asked about; None is the model's own choice for each image.
 
     Returns:
-      float32 (N, height, width) of the block's output, from 0.
+      From a block's name to float32 (N, height, width) of its output, from 0.
 
     Raises:
       ValueError: there is no such block.
     """
-    blocks = {found.name: found for found in inspect(model, variables, images)}
-    name = block or list(blocks)[-1]
-    if name not in blocks:
-        raise ValueError(f"there is no block {block!r}: name one of {', '.join(blocks)}")
-    stage, number = name.split(".")
-    paths = ((f"stage{stage}", f"block{number}"), (f"stage{stage}_block{number}",))
-    if hasattr(model, "scan"):  # a block by its own name
+    outputs = {found.name: found.output for found in inspect(model, variables, images)}
+    names = list(blocks) or [list(outputs)[-1]]
+    if wrong := [name for name in names if name not in outputs]:
+        raise ValueError(f"there is no block {wrong[0]!r}: name one of {', '.join(outputs)}")
+    paths = {}
+    for name in names:
+        stage, number = name.split(".")
+        paths |= {(f"stage{stage}", f"block{number}"): name, (f"stage{stage}_block{number}",): name}
+    model = model.clone(ops=PLAIN)
+    if hasattr(model, "scan"):  # blocks by their own names
         model, variables = model.clone(scan=False), unstack_blocks(variables)
 
-    def scores(change: jax.Array, classes: Any) -> jax.Array:
+    def scores(changes: dict[str, jax.Array], classes: Any) -> jax.Array:
         def add(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             found = call(*args, **kwargs)
-            module = context.module
-            if context.method_name != "__call__" or module.path not in paths:
+            path = context.module.path
+            if context.method_name != "__call__" or path not in paths:
                 return found
-            assert isinstance(module, (Block, regnety.Block))
             (first, *rest), tree = jax.tree.flatten(found)  # X comes first
-            return jax.tree.unflatten(tree, [first + change.astype(first.dtype), *rest])
+            return jax.tree.unflatten(tree, [first + changes[paths[path]].astype(first.dtype), *rest])
 
         with nn.intercept_methods(add):
             logits: Any = model.apply(variables, images, train=False)
         classes = logits.argmax(-1) if classes is None else jnp.asarray(classes)
         return jnp.take_along_axis(logits, classes[:, None], 1).sum()
 
-    output = blocks[name].output
-    gradient = jax.jit(jax.grad(scores))(jnp.zeros(output.shape), classes)
-    weights = np.asarray(gradient).mean((1, 2), keepdims=True)
-    return np.maximum((weights * output).sum(-1), 0)
+    unchanged = {name: jnp.zeros(outputs[name].shape) for name in names}
+    gradients = jax.device_get(jax.jit(jax.grad(scores))(unchanged, classes))
+    weights = {name: gradient.mean((1, 2), keepdims=True) for name, gradient in gradients.items()}
+    return {name: np.maximum((weights[name] * outputs[name]).sum(-1), 0) for name in names}

@@ -186,7 +186,7 @@ class Block(nn.Module):
         state = tuple(new)
         self.sow("intermediates", "gates", gates)
         self.sow("intermediates", "state", state)
-        return state if norms is None else (*state, statistics)
+        return state if norms is None else (*state, statistics)  # pyright: ignore[reportReturnType]
 
     def _normalize_state(self, name: str, array: Array, norms: Any, statistics: Any) -> tuple[Array, Any]:
         """ReLU(BN(·)) of the block's own or, with the parameters `norms`, of the stage's, and its new statistics."""

@@ -46,7 +46,8 @@ class Stage(nn.Module):
     def __call__(self, x: Value) -> Array:
         """From (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, the block's channels)."""
         block_type, options = self.block.func, self.block.keywords
-        carry, shared, norms, statistics = (x, ()), None, None, {}
+        carry: tuple[Value, Any] = (x, ())
+        shared, norms, statistics = None, None, {}
         if options["cell"] is not None:
             cell = options["cell"](parent=None)
             n, height, width, _ = x.shape

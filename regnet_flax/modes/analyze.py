@@ -68,7 +68,7 @@ def analyze(trained: Trained, path: pathlib.Path) -> dict[str, Any]:
     blocks = features.inspect(model, variables, inputs[:SHOWN])
     probes.consecutive_blocks({config.model.name: blocks}, pixels[0], figures / "blocks.png")
     last = {block.stage: block.name for block in blocks}
-    maps = {name: grad_cam.grad_cam(model, variables, inputs[:SHOWN], block=name) for name in last.values()}
+    maps = grad_cam.grad_cam(model, variables, inputs[:SHOWN], blocks=list(last.values()))
     chosen = trained.predict(pixels[:SHOWN]).argmax(-1)
     names = [trained.class_names[index] for index in chosen]
     probes.grad_cam(pixels[:SHOWN], maps, names, figures / "grad_cam.png", f"Grad-CAM of the chosen class, {title}")

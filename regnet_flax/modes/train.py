@@ -22,6 +22,7 @@ from regnet_flax.modes.setup import Dataset, load_weights, make_plan, make_train
 from regnet_flax.results import collect_results, report
 from regnet_flax.training import parallel, workdir
 from regnet_flax.training.checkpoint import Checkpoints
+from regnet_flax.training.display import working
 from regnet_flax.training.logs import RunLog
 from regnet_flax.training.optimizer import changed_rate
 from regnet_flax.training.run import Run, averaged
@@ -72,6 +73,7 @@ def train_and_evaluate(
         return results
     check_config(config, len(devices))
     with StopSignals() as stop, RunLog() as log:
+        working(f"reading {config.dataset.name}")
         dataset, fingerprint = _open_dataset(config, stored, path)
         with parallel.together():
             config = _complete_config(config, dataset, stored, path, seeds)
@@ -83,12 +85,15 @@ def train_and_evaluate(
                 _begin_workdir(config, dataset, fingerprint, path, seeds)
                 log.write_to(path)
             _announce(config, devices, seeds)
+            working("compiling")
             with contextlib.ExitStack() as ends:
                 checkpoints = Checkpoints(path, config.checkpoint.keep, config.checkpoint.keep_best)
                 ends.callback(checkpoints.close)
                 trainer = make_trainer(config, dataset, devices, seeds, start)
                 ends.callback(trainer.close)
                 plan = make_plan(config, dataset.size("train"))
+                split = dataset.evaluated
+                trainer.compile_ahead(split, dataset.size(split), config.eval.batch_size)
                 run = Run(config, path, trainer, plan, dataset, checkpoints, stop, profile)
                 run.run()
                 checkpoints.wait()

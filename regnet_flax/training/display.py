@@ -11,10 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from regnet_flax.files import duration
-from regnet_flax.training import parallel
 
 logger = logging.getLogger("regnet_flax")
 
@@ -34,6 +33,21 @@ def describe(line: dict[str, Any], total_steps: int, epochs: int, left: float | 
     if left is not None:
         parts.append(f"{duration(left)} left")
     return " · ".join(parts)
+
+
+_started: list[Progress] = []
+
+
+def working(what: str) -> None:
+    """Says on a terminal, until the next call, what the program does before its first step; "" ends it."""
+    if _started:
+        _started.pop().stop()
+    console = Console(file=sys.stdout)
+    if what and console.is_terminal:
+        progress = Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
+        progress.add_task(what, total=None)
+        progress.start()
+        _started.append(progress)
 
 
 class _AboveTheBar(logging.Handler):
@@ -65,6 +79,8 @@ class RunDisplay:
         self._total, self._epochs, self._steps_per_epoch = total_steps, epochs, steps_per_epoch
         self._batch_size, self._step, self._first = batch_size, step, step
         self._begin: float | None = None
+        from regnet_flax.training import parallel  # which imports JAX: `working` comes before it
+
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
             BarColumn(),
@@ -81,6 +97,7 @@ class RunDisplay:
         )
 
     def __enter__(self) -> RunDisplay:
+        working("")
         if self._live:
             self._replaced = console_handlers()
             for handler in self._replaced:

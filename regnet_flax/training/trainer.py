@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -83,10 +84,12 @@ class Trainer:
         self.steps_per_call = min(steps_per_call, feed.most_steps or steps_per_call)
         self._shards = placement.divide(self._local_shards())
         several = (len(self.seeds),) if len(self.seeds) > 1 else ()
-        self.like = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(several + a.shape, a.dtype, sharding=placement.replicated),
-            jax.eval_shape(step.init, np.int32(0)),
-        )
+        # One for both uses, so that it is traced once. At any other level XLA:CPU spends longer on compiling the draws than on drawing them.
+        quick = {"xla_backend_optimization_level": 0} if placement.devices[0].platform == "cpu" else None
+        self._init = jax.jit(step.init, compiler_options=quick)
+        self._like_one = self._placed(jax.eval_shape(self._init, np.int32(0)))
+        self.like = self._placed(self._like_one, several)
+        self._compiling: list[threading.Thread] = []
         take_steps: Any = self._take_steps
         if self.together:
             mapped = {name: 0 if name in feed.own else None for name in feed.axes}
@@ -100,6 +103,11 @@ class Trainer:
             lambda axis, *trees: jax.tree.map(lambda *a: jnp.stack(a, axis), *trees), static_argnums=0
         )
         self._add_metrics = jax.jit(add_metrics)
+
+    def _placed(self, shapes: Any, axes: tuple[int, ...] = ()) -> Any:
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(axes + a.shape, a.dtype, sharding=self.placement.replicated), shapes
+        )
 
     def _local_shards(self) -> np.ndarray:
         local = jax.process_index()
@@ -136,8 +144,7 @@ class Trainer:
 
     def initial_state(self) -> TrainState:
         """The state before the first step."""
-        init = jax.jit(self._step.init)
-        states = [self._started(init(np.int32(seed))) for seed in self.seeds]
+        states = [self._started(self._init(np.int32(seed))) for seed in self.seeds]
         if len(states) == 1:
             return self.placement.place(states[0])
         return self.placement.place(jax.tree.map(lambda *leaves: jnp.stack(leaves), *states))
@@ -179,6 +186,7 @@ class Trainer:
         Raises:
           DataError, StreamError: see feeds.Feed.arguments.
         """
+        self._wait()
         if len(self.seeds) == 1:
             state, metrics = self._p_train(state, self._shards, self._feed.arguments(step), count)
         elif self.together:
@@ -192,6 +200,44 @@ class Trainer:
                 each.append(metrics)
             metrics = self._stack(0, *each)
         return state, self._add_metrics(totals, metrics), metrics["steps"]
+
+    def compile_ahead(self, split: str, size: int, batch_size: int) -> None:
+        """Begins to compile training and evaluation side by side, in threads; the first calls wait for them.
+
+        Not for a streamed feed, whose arguments have to be read first, nor for several processes, which have to compile
+        in one order. What fails here is raised by the call that needs it.
+
+        Args:
+          split, size, batch_size: of evaluation; see `evaluate`.
+        """
+        if self._feed.most_steps or jax.process_count() > 1:
+            return
+
+        def train():
+            like, arguments = (
+                (self.like, self._arguments(0)) if self.together else (self._like_one, self._feed.arguments(0))
+            )
+            self._p_train.lower(like, self._shards, arguments, self.steps_per_call).compile()
+
+        def evaluate():
+            with contextlib.closing(self._feed.eval_arguments(split, self._whole_batch(size, batch_size))) as batches:
+                self._p_eval.lower(self._like_one.variables, self._shards, next(batches)).compile()
+
+        def quietly(compile_one: Callable[[], None]) -> None:
+            with contextlib.suppress(Exception):
+                compile_one()
+
+        for one in (train, evaluate):
+            self._compiling.append(threading.Thread(target=quietly, args=(one,), daemon=True))
+            self._compiling[-1].start()
+
+    def _wait(self) -> None:
+        while self._compiling:
+            self._compiling.pop().join()
+
+    def _whole_batch(self, size: int, batch_size: int) -> int:
+        devices = self.placement.count
+        return -(-min(batch_size, size) // devices) * devices
 
     def lower_training(self, state: TrainState) -> Any:
         """The training step lowered, as by jax.jit: compiled, it tells the memory that it takes."""
@@ -227,8 +273,8 @@ class Trainer:
         """
         several = len(self.seeds) > 1
         each = [self._take_seed(variables, i) for i in range(len(self.seeds))] if several else [variables]
-        devices = self.placement.count
-        batch_size = -(-min(batch_size, size) // devices) * devices
+        batch_size = self._whole_batch(size, batch_size)
+        self._wait()
         sums: list[list[dict[str, jax.Array]]] = []
         with contextlib.closing(self._feed.eval_arguments(split, batch_size)) as batches:
             for number, arguments in enumerate(batches, start=1):
@@ -246,6 +292,7 @@ class Trainer:
 
     def close(self) -> None:
         """Ends what reads the data, if anything does."""
+        self._wait()
         self._feed.close()
 
 

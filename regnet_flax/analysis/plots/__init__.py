@@ -131,8 +131,8 @@ def _literal(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _show(axes: Any, image: np.ndarray) -> None:
-    """An image of 1 or 3 channels, without axes; small ones keep their pixels, in squares."""
+def _show(axes: Any, image: np.ndarray, **options: Any) -> None:
+    """An image of 1 or 3 channels, without axes; small ones keep their pixels, in squares. `options`: of imshow."""
     small = max(image.shape[:2]) < 100
     axes.imshow(
         image.squeeze(-1) if image.shape[-1] == 1 else image,
@@ -140,8 +140,8 @@ def _show(axes: Any, image: np.ndarray) -> None:
         vmin=0,
         vmax=255,
         interpolation="nearest" if small else "antialiased",
+        **options,
     )
-    axes.set_axis_off()
 
 
 def predictions(
@@ -163,21 +163,27 @@ def predictions(
       title: above it.
     """
     plt = pyplot()
-    columns = min(4, len(images))
-    rows = math.ceil(len(images) / columns)
-    figure, grid = plt.subplots(
-        rows, columns, figsize=(2.2 * columns + 0.4, 2.55 * rows + 0.5), layout="constrained", squeeze=False
-    )
-    for axes in grid.flat:
-        axes.set_axis_off()
-    for axes, image, label, guess in zip(grid.flat, images, labels, predicted, strict=False):
-        _show(axes, image)
+    texts = []
+    for label, guess in zip(labels, predicted, strict=True):
         text = _wrapped(class_names[guess], 20)
-        if guess != label:
-            text += "\n" + _wrapped("true: " + class_names[label], 20)
-        axes.set_title(text, color=RIGHT if guess == label else WRONG, fontsize=10)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120, bbox_inches="tight")  # the title may be wider than one image
+        texts.append(text if guess == label else f"{text}\n{_wrapped('true: ' + class_names[label], 20)}")
+    columns, side, line = min(4, len(images)), 2.0, 0.17  # an image's side and a line of text, in inches
+    rows = [texts[i : i + columns] for i in range(0, len(texts), columns)]
+    above = [0.25 + line * max(1 + text.count("\n") for text in row) for row in rows]
+    width, height = (side + 0.2) * columns, side * len(rows) + sum(above)
+    # One Axes for all: to lay out one for each image would take most of the time.
+    figure = plt.figure(figsize=(width, height))
+    axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    for index, (image, label, guess, text) in enumerate(zip(images, labels, predicted, texts, strict=True)):
+        row, column = divmod(index, columns)
+        x, y = (side + 0.2) * (column + 0.5), side * (row + 0.5) + sum(above[: row + 1])
+        down, across = (side / 2 * n / max(image.shape[:2]) for n in image.shape[:2])
+        _show(axes, image, aspect="auto", extent=(x - across, x + across, y + down, y - down))
+        color = RIGHT if guess == label else WRONG
+        axes.text(x, y - down - 0.07, text, ha="center", va="bottom", color=color, fontsize=10)
+    figure.suptitle(title, y=1, va="bottom")
+    figure.savefig(path, dpi=120, bbox_inches="tight")  # the title is above, and may be wider than one image
     plt.close(figure)
 
 
