@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regnet_flax.analysis.features import inspect
+from regnet_flax.analysis.features import sown_blocks
 from regnet_flax.models.ops import PLAIN
 from regnet_flax.models.regnet import unstack_blocks
 
@@ -33,10 +34,11 @@ def grad_cam(
     Raises:
       ValueError: there is no such block.
     """
-    outputs = {found.name: found.output for found in inspect(model, variables, images)}
-    names = list(blocks) or [list(outputs)[-1]]
-    if wrong := [name for name in names if name not in outputs]:
-        raise ValueError(f"there is no block {wrong[0]!r}: name one of {', '.join(outputs)}")
+    shapes = jax.eval_shape(functools.partial(_outputs, model), variables, images)
+    known = sorted(shapes, key=lambda name: [int(number) for number in name.split(".")])
+    names = list(blocks) or known[-1:]
+    if wrong := [name for name in names if name not in known]:
+        raise ValueError(f"there is no block {wrong[0]!r}: name one of {', '.join(known)}")
     paths = {}
     for name in names:
         stage, number = name.split(".")
@@ -45,21 +47,34 @@ def grad_cam(
     if hasattr(model, "scan"):  # blocks by their own names
         model, variables = model.clone(scan=False), unstack_blocks(variables)
 
-    def scores(changes: dict[str, jax.Array], classes: Any) -> jax.Array:
+    def scores(changes: dict[str, jax.Array], variables: Any, classes: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+        outputs = {}
+
         def add(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
             found = call(*args, **kwargs)
             path = context.module.path
             if context.method_name != "__call__" or path not in paths:
                 return found
-            (first, *rest), tree = jax.tree.flatten(found)  # X comes first
-            return jax.tree.unflatten(tree, [first + changes[paths[path]].astype(first.dtype), *rest])
+            (x, *rest), tree = jax.tree.flatten(found)  # X comes first
+            outputs[paths[path]] = x
+            return jax.tree.unflatten(tree, [x + changes[paths[path]].astype(x.dtype), *rest])
 
         with nn.intercept_methods(add):
             logits: Any = model.apply(variables, images, train=False)
         classes = logits.argmax(-1) if classes is None else jnp.asarray(classes)
-        return jnp.take_along_axis(logits, classes[:, None], 1).sum()
+        return jnp.take_along_axis(logits, classes[:, None], 1).sum(), outputs
 
-    unchanged = {name: jnp.zeros(outputs[name].shape) for name in names}
-    gradients = jax.device_get(jax.jit(jax.grad(scores))(unchanged, classes))
-    weights = {name: gradient.mean((1, 2), keepdims=True) for name, gradient in gradients.items()}
-    return {name: np.maximum((weights[name] * outputs[name]).sum(-1), 0) for name in names}
+    unchanged = {name: jnp.zeros(shapes[name].shape) for name in names}
+    gradients, outputs = jax.jit(jax.grad(scores, has_aux=True))(unchanged, variables, classes)
+    maps = {}
+    for name in names:
+        weights = np.asarray(gradients[name]).mean((1, 2), keepdims=True)
+        maps[name] = np.maximum((weights * np.asarray(outputs[name], np.float32)).sum(-1), 0)
+    return maps
+
+
+def _outputs(model: nn.Module, variables: dict[str, Any], images: Any) -> dict[str, jax.Array]:
+    """The blocks' outputs, by name."""
+    _, updates = model.apply(variables, images, train=False, mutable=["intermediates"])
+    found = sown_blocks(updates["intermediates"])
+    return {f"{stage}.{block}": sown["output"][0] for (stage, block), sown in found.items()}
