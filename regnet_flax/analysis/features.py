@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -66,7 +66,7 @@ def _intermediates(model: nn.Module, variables: Any, images: Any) -> Any:
     return updates["intermediates"]
 
 
-def sown_blocks(intermediates: dict[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
+def sown_blocks(intermediates: Mapping[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
     """What a model's blocks have sown, by (stage, block), each from 1, in the order in which they run."""
     found = unstack_blocks(intermediates)
     # RegNetY's blocks are not inside their stages, but named stage1_block1 and so on.

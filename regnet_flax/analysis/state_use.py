@@ -70,7 +70,8 @@ def state_use(model: nn.Module, variables: dict[str, Any], images: Any, labels: 
         changed = _logits(model, without, images)
         accuracy = None
         if labels is not None:
-            accuracy = tuple(float((a.argmax(-1) == np.asarray(labels)).mean()) for a in (logits, changed))
+            before, after = (float((a.argmax(-1) == np.asarray(labels)).mean()) for a in (logits, changed))
+            accuracy = before, after
         found.append(
             StageUse(
                 stage,

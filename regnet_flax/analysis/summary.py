@@ -116,7 +116,7 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Part]
     lengths: dict[str, int] = {}
     if isinstance(model, (RegNet, RLANet)):
         lengths = {f"stage{stage}": length for stage, length in enumerate(model.stage_sizes, start=1)}
-        alone = {"scan": False} if isinstance(model, RegNet) else {}
+        alone: dict[str, Any] = {"scan": False} if isinstance(model, RegNet) else {}
         model = model.clone(stage_sizes=tuple(min(2, length) for length in model.stage_sizes), **alone)
     parts: dict[str, Part] = {}
     for (name, block), part in _trace(model, image_shape).items():

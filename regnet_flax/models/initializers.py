@@ -39,9 +39,9 @@ class Initializers:
     bias: Callable[[int], Initializer]
 
 
-def identity_of_first(key: jax.Array, shape: Any, dtype: Any = None) -> jax.Array:
+def identity_of_first(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
     """[identity, 0], of shape (1, 1, 2n, n): a 1×1 convolution that takes the first n of 2n channels as they are."""
-    del key
+    del key, out_sharding
     return jnp.eye(*shape[-2:], dtype=dtype or jnp.float32).reshape(shape)
 
 
