@@ -16,10 +16,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_networks
-from comparison import BATCH, CLASSES, arrays, compile_for, relative, to_tensor
+from comparison import BATCH, CLASSES, arrays, compile_for, random_variables, relative, to_tensor
 from regnet_flax import create_model, list_models
 from regnet_flax.analysis.summary import count_parameters, summarize
+from regnet_flax.data.augment import normalize
 from regnet_flax.models.regulators import REGULATORS, ConvRNN
+from regnet_flax.modes.export import stablehlo
 from regnet_flax.port.torch import bottleneck_stride, from_torch, to_torch
 from regnet_flax.training.step import cross_entropy
 from torch_networks import dia, grouped, preact, reference
@@ -254,3 +256,17 @@ def test_sizes_and_cells_that_are_not_listed_are_accepted_by_name(monkeypatch):
     assert create_model("resnext50_16x8d").groups == 16
     assert create_model("wide_resnet50_4").width_per_group == 256
     assert create_model("dia_resnet26").stage_sizes == (4, 4, 4)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "name", ["preact_regnet20_convlstm", "se_regnext50_32x4d_convgru", "dia_resnet20", "rla_resnet50"]
+)
+def test_exported_as_a_program(name):
+    model = network(name, **SMALL)
+    variables = random_variables(shapes(model), np.random.default_rng(0), np.float32)
+    images = np.random.default_rng(1).integers(0, 256, (3, 32, 32, 3), np.uint8)
+    mean, std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)
+    program = jax.export.deserialize(bytearray(stablehlo(model, variables, (32, 32, 3), mean, std)))
+    expected = jax.jit(model.apply)(variables, normalize(images, mean, std))
+    assert relative(program.call(images), expected) < 1e-5
