@@ -106,6 +106,9 @@ class Measurement:
         self.settings = model, arguments.batch, arguments.size, dtype
         self.arguments, self.record, self.store = arguments, record, store
         self.variants = peers(model, arguments.modes) | {name: OURS[name] for name in arguments.ours}
+        if unknown := set(arguments.peers) - set(self.variants):
+            print(f"--peers: {model} has no {sorted(unknown)}, but {list(self.variants)}", file=sys.stderr)
+            raise SystemExit(2)
 
     def workers(self, names, task):
         """The processes of these variants, ready, by name; one that cannot be had is left out with a line about it.

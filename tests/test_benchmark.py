@@ -108,6 +108,32 @@ def test_versus_torch_keeps_the_two_fastest_for_the_rounds(versus_torch, tmp_pat
     assert len(run("--huge-pages")) == 2 and started[-1] == (best[1], "glibc.malloc.hugetlb=1")
 
 
+def test_the_accelerators_measurements_resume(versus_torch, tmp_path, monkeypatch):
+    """The most useful first; what was done is not repeated; versus_torch.py takes what it is given."""
+    accelerator, codes, names = importlib.import_module("accelerator"), {"seeds": None, "compare": None}, []
+
+    def run(self, name, command, log, seconds):
+        names.append(name)
+        if "versus_torch.py" in str(command[1]):
+            monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
+            assert (versus_torch.parse().modes == []) == (name == "pallas")
+        return codes.get(name, 0)
+
+    def call():
+        names.clear()
+        monkeypatch.setattr(
+            sys, "argv", ["accelerator.py", "--out", str(tmp_path), "--data-dir", "D", "--config.seed=1"]
+        )
+        accelerator.main()
+        return names
+
+    monkeypatch.setattr(accelerator.Budget, "run", run)
+    speed = ["versus_torch_regnet20_convlstm_float32", "versus_torch_resnet20_float32"]
+    assert call() == [*speed, "seeds", "pallas", "compare", "parity"]
+    assert "--config.seed=1" in json.loads((tmp_path / "accelerator.json").read_text())["compare"]["command"]
+    assert call() == ["seeds", "compare"]
+
+
 @pytest.mark.slow
 def test_versus_torch_takes_turns(tmp_path):
     out = tmp_path / "out.json"

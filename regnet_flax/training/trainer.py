@@ -84,7 +84,8 @@ class Trainer:
         self.steps_per_call = min(steps_per_call, feed.most_steps or steps_per_call)
         self._shards = placement.divide(self._local_shards())
         several = (len(self.seeds),) if len(self.seeds) > 1 else ()
-        # One for both uses, so that it is traced once. At any other level XLA:CPU spends longer on compiling the draws than on drawing them.
+        # One for both uses, so that it is traced once. At any other level XLA:CPU spends longer on compiling the draws
+        # than on drawing them.
         quick = {"xla_backend_optimization_level": 0} if placement.devices[0].platform == "cpu" else None
         self._init = jax.jit(step.init, compiler_options=quick)
         self._like_one = self._placed(jax.eval_shape(self._init, np.int32(0)))
