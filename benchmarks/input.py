@@ -29,7 +29,7 @@ import torch
 from PIL import Image
 
 from regnet_flax.data import batches, photos, stream
-from regnet_flax.data.folder import FolderRecords
+from regnet_flax.data.batches import FolderRecords
 from regnet_flax.environment import processor
 
 SIZE, BATCH, EPOCHS = 224, 32, 1

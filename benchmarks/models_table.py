@@ -1,6 +1,6 @@
-"""The README's table of all models: parameters and multiply-adds. Nothing is compiled.
+"""The table of all models in docs/models.md: parameters and multiply-adds. Nothing is compiled.
 
-python benchmarks/models_table.py --check    # is the README's up to date?
+python benchmarks/models_table.py --check    # is it up to date?
 python benchmarks/models_table.py --write
 """
 
@@ -15,7 +15,7 @@ from regnet_flax.analysis.summary import summarize
 from regnet_flax.models.families.names import OTHERS, RESNETS
 from regnet_flax.models.regulators import REGULATORS
 
-README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
+PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- models: python benchmarks/models_table.py --write -->", "<!-- end of models -->"
 
 
@@ -58,7 +58,7 @@ def main():
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--check", action="store_true", help="exit with 1 if the file's table is not up to date")
     what.add_argument("--write", action="store_true", help="put the table between the file's markers")
-    parser.add_argument("--file", type=pathlib.Path, default=README)
+    parser.add_argument("--file", type=pathlib.Path, default=PAGE)
     arguments = parser.parse_args()
     text = arguments.file.read_text()
     place = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)

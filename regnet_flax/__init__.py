@@ -6,6 +6,9 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+# First, for a Ctrl-C while the others are imported.
+from regnet_flax import interrupt  # noqa: F401
+
 if TYPE_CHECKING:
     from regnet_flax.models.plugins import register_regulator
     from regnet_flax.models.registry import create_model, list_models

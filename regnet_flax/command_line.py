@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import pathlib
 import re
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from regnet_flax.config_files import DEFAULT_CONFIG, find_config, provide_configs
 from regnet_flax.errors import ConfigError, UsageError
+from regnet_flax.files import expanded
 
 _IN_CONFIG = "Error whilst parsing config file"  # ml_collections, before a traceback
 # These modes take the config from the command line alone; the others take it from the workdir's config.json.
@@ -40,7 +42,8 @@ usage: python -m regnet_flax.main [--config FILE] [--mode MODE] [--workdir DIR] 
 
   --config FILE          a config file, or FILE:MODEL for another model; {DEFAULT_CONFIG} by default
   --mode MODE            {", ".join(modes)}; train by default. Interrupted runs resume: run train again
-  --workdir DIR          where the run is kept; runs/<config>-<model>-<seed> by default, runs/<config> for compare
+  --workdir DIR          where the run is kept; runs/<config>-<model>-<seed> by default, runs/<config> for compare, with
+                         the folder's name after <config> for images of your own
   --distributed auto     train or eval as one of several processes that Slurm, Kubernetes, Open MPI or a TPU started
   --distributed HOST:PORT,PROCESSES,INDEX    the same, told which: process 0's machine and a free port on it
   --profile              write a trace of a few training steps into WORKDIR/profile, for TensorBoard or Perfetto
@@ -70,6 +73,7 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
     from ml_collections import config_flags
 
     name, rest = _take_config(argv)
+    _check_fields(rest)
     file = find_config(name)
     provide_configs(file.partition(":")[0])
     # ml_collections asks that the file come before the overrides.
@@ -93,12 +97,21 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
         raise UsageError(f"{left[1]!r} is not understood: options are written --name=value")
 
     config, workdir = values.config, values.workdir
-    if not workdir:
-        stem = pathlib.Path(file.partition(":")[0]).stem
-        run = stem if values.mode == "compare" else f"{stem}-{config.model.name}-{config.seed}"
-        workdir = str(pathlib.Path("runs") / run)
+    if workdir:
+        workdir = str(expanded(workdir, "--workdir"))
+    else:
+        parts = [pathlib.Path(file.partition(":")[0]).stem]
+        if config.dataset.name == "folder" and config.dataset.data_dir:  # two folders are two runs
+            parts.append(expanded(config.dataset.data_dir, "dataset.data_dir").resolve().name)
+        if values.mode != "compare":
+            parts += [config.model.name, str(config.seed)]
+        workdir = str(pathlib.Path("runs") / "-".join(filter(None, parts)))
     if values.mode not in _BEGIN:
         _take_stored(config, workdir, config_flags.get_override_values(values["config"]))
+    for name in ("dataset.data_dir", "model.init_from", "export.path"):
+        section, _, field = name.partition(".")
+        if str(config[section][field]).startswith("~"):
+            config[section][field] = str(expanded(config[section][field], name))
     return config, Options(values.mode, workdir, values.distributed, values.profile)
 
 
@@ -117,6 +130,29 @@ def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     if index == len(rest):
         raise UsageError("--config needs a file, such as --config configs/cifar10.py")
     return rest.pop(index), rest
+
+
+def _check_fields(arguments: Sequence[str]) -> None:
+    """Raises UsageError for an override of what is no field, which names the nearest ones."""
+    names = [match[1] for arg in arguments if (match := re.match(r"--?(?:no)?config\.([^=\[\s]+)", arg))]
+    if not names:
+        return
+    from regnet_flax.config.fields import FIELDS
+
+    for name in names:
+        if name in FIELDS:
+            continue
+        if inside := [field for field in FIELDS if field.startswith(f"{name}.")]:
+            raise UsageError(f"{name} is a group of fields: set one of them, such as --config.{inside[0]}=VALUE")
+        last = name.rpartition(".")[2]
+        near = [field for field in FIELDS if field.rpartition(".")[2] == last]
+        near = near or difflib.get_close_matches(name, FIELDS, n=1, cutoff=0.7)
+        if not near:
+            lasts = {field.rpartition(".")[2]: field for field in FIELDS}
+            near = [lasts[close] for close in difflib.get_close_matches(last, lasts, n=1)]
+        raise UsageError(
+            f"no field {name}; " + (f"did you mean {' or '.join(near)}?" if near else "--helpfields lists them")
+        )
 
 
 def _take_stored(config: Any, workdir: str, overrides: dict[str, Any]) -> None:

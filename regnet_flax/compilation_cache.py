@@ -35,6 +35,6 @@ def _processor_hash() -> str:
     # JAX's keys leave out what instructions a CPU has: a home directory may be that of many machines.
     parts = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):  # Linux alone has the file
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         parts += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -5,6 +5,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 from regnet_flax.errors import UsageError, one_line
+from regnet_flax.files import expanded
 
 PACKAGE = Path(__file__).resolve().parent
 # A wheel has the configs inside the package; in the repository they stand beside it.
@@ -27,7 +28,7 @@ def find_config(name: str | None) -> str:
     """
     file, colon, argument = (name or DEFAULT_CONFIG).partition(":")
     shipped = SHIPPED / file.removeprefix("configs/")
-    for path in (shipped,) if name is None else (Path(file), shipped):
+    for path in (shipped,) if name is None else (expanded(file, "--config"), shipped):
         if path.is_file():
             return f"{path.resolve()}{colon}{argument}"
     names = ", ".join(sorted(f"configs/{path.name}" for path in SHIPPED.glob("*.py") if path.name != "__init__.py"))

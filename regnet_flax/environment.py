@@ -43,7 +43,7 @@ def environment(devices: list[Any]) -> dict[str, Any]:
 def processor() -> str:
     """The processor's name, as the system has it; its architecture where it has none."""
     with contextlib.suppress(OSError):  # Linux alone has the file
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
             if name.strip() == "model name":
                 return value.strip()

@@ -7,12 +7,38 @@ import json
 import logging
 import os
 import pathlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from regnet_flax.errors import WorkdirError
+from regnet_flax.errors import UsageError, WorkdirError
+
+LOCAL = "a local path: copy it there and back, or mount the bucket, as gcsfuse and s3fs do"
 
 logger = logging.getLogger("regnet_flax")
+
+
+def is_remote(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is of a cloud's storage, such as "gs://bucket/run"."""
+    return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)))
+
+
+def expanded(path: str, field: str) -> pathlib.Path:
+    """The path with ~ and ~user replaced.
+
+    Args:
+      path: as the user gave it.
+      field: which gave it, for the message.
+
+    Raises:
+      UsageError: there is no such home directory, or the path is no local one.
+    """
+    if is_remote(path):
+        raise UsageError(f"{field} is {path!r}: it must be {LOCAL}")
+    try:
+        return pathlib.Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{field} is {path!r}, and there is no such home directory: write the whole path") from error
 
 
 @contextlib.contextmanager
@@ -24,9 +50,12 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
+        part.touch()
+        mode = part.stat().st_mode  # by the umask, which some libraries that write files pass over
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
+            os.fchmod(file.fileno(), mode)
         part.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -52,7 +81,7 @@ def read_json(path: pathlib.Path) -> Any:
       WorkdirError: the file is not JSON.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (ValueError, OSError) as error:
@@ -62,7 +91,7 @@ def read_json(path: pathlib.Path) -> Any:
 def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines that have a "step"; others, such as a last line cut short, are warned of."""
     try:
-        text = path.read_text(errors="replace")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     lines = []
@@ -73,6 +102,12 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             logger.warning("%s has a damaged line, which is dropped: %.60r", path, found)
     return lines
+
+
+def dataset_title(settings: Mapping[str, Any]) -> str:
+    """What people call a config's data set: the folder's name, for images of one's own."""
+    name = settings["name"]
+    return (pathlib.Path(settings["data_dir"]).name or name) if name == "folder" else name
 
 
 def duration(seconds: float) -> str:

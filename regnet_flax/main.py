@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -13,7 +16,7 @@ from typing import Any, NoReturn
 
 from regnet_flax import command_line, compilation_cache, xla_flags
 from regnet_flax.errors import Error, Interrupted, UsageError
-from regnet_flax.training.display import log_to_console, working
+from regnet_flax.training.display import log_to_console, outlive_output, working
 
 # From --mode to the module whose `run(config, options)` does it; only that one is imported.
 MODES = {
@@ -21,6 +24,7 @@ MODES = {
     "eval": "regnet_flax.modes.evaluate",
     "predict": "regnet_flax.modes.predict",
     "summary": "regnet_flax.modes.summary",
+    "models": "regnet_flax.modes.summary",
     "benchmark": "regnet_flax.modes.benchmark",
     "analyze": "regnet_flax.modes.analyze",
     "compare": "regnet_flax.modes.compare",
@@ -37,6 +41,12 @@ def parse(argv: Sequence[str]) -> tuple[Any, command_line.Options]:
 
 def run(argv: Sequence[str]) -> None:
     """Does what the command line says, and raises what goes wrong."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed, as a daemon's
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):  # a terminal may not show each character, as of a file's name
+            stream.reconfigure(errors="backslashreplace")
     if any(arg in ("-h", "--help", "-help", "--helpfull") for arg in argv):
         print(command_line.usage(list(MODES)), end="")
         return
@@ -87,22 +97,31 @@ def _exit_code(argv: Sequence[str] | None) -> int:
     try:
         try:
             run(sys.argv[1:] if argv is None else argv)
+            sys.stdout.flush()
         finally:
             working("")  # a message is written below it
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        _say(str(stopped))
         return stopped.exit_code
     except Error as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            _say(f"error: {line}")
         return error.exit_code
+    except BrokenPipeError as error:  # as of `| head`, which has read what it wants
+        outlive_output(error)
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno is None:
             raise
         place = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{place}: make room or fix it, and run the same command again", file=sys.stderr)
+        _say(f"error: {error.strerror}{place}: make room or fix it, and run the same command again")
         return 1
     return 0
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        print(text, file=sys.stderr, flush=True)
 
 
 def console() -> NoReturn:

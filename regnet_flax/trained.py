@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -14,13 +15,16 @@ import jax
 import numpy as np
 from PIL import Image
 
+from regnet_flax.config.check import check_config, eval_batch_size
 from regnet_flax.config.fields import default_config
-from regnet_flax.config.resolve import fill_in
+from regnet_flax.config.resolve import fill_in, resolve
 from regnet_flax.data import photos, stream
 from regnet_flax.data.augment import normalize
-from regnet_flax.data.folder import read_image
+from regnet_flax.data.photos import read_image
 from regnet_flax.errors import ConfigError, DataError, WorkdirError, one_line
-from regnet_flax.modes.setup import load_trained
+from regnet_flax.modes.setup import build_model, load_trained, load_weights, open_dataset
+from regnet_flax.port.torch import starts_from_plain
+from regnet_flax.port.weights import read_weights
 from regnet_flax.training.workdir import failed_seeds, read_config
 
 Path = str | os.PathLike[str]
@@ -36,7 +40,8 @@ class Trained:
       config: the run's, a ConfigDict, in which what was left to the data set is filled in.
       class_names: in the order of the logits.
       image_shape: (height, width, channels) of the images that the model takes.
-      step: of the checkpoint.
+      step: of the checkpoint; of a file of weights, what it says, or 0.
+      weights: the file of weights, "" for a checkpoint.
     """
 
     model: nn.Module
@@ -45,6 +50,12 @@ class Trained:
     class_names: tuple[str, ...]
     image_shape: tuple[int, int, int]
     step: int
+    weights: str = ""
+
+    @property
+    def source(self) -> str:
+        """Where the variables are from: "step 12", or a file's name."""
+        return pathlib.Path(self.weights).name if self.weights else f"step {self.step}"
 
     def predict(self, images: np.ndarray | Path | Iterable[Path]) -> np.ndarray:
         """The probability of each class for each image.
@@ -64,7 +75,7 @@ class Trained:
         inputs = self._arrays(images) if isinstance(images, np.ndarray) else self._files(images)
         if not len(inputs):
             return np.empty((0, len(self.class_names)), np.float32)
-        settings, size = self.config.dataset, self.config.eval.batch_size
+        settings, size = self.config.dataset, eval_batch_size(self.config)
         return probabilities(self.model, self.variables, inputs, settings.mean, settings.std, size)
 
     def to_input(self, image: Image.Image) -> np.ndarray:
@@ -116,12 +127,76 @@ def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = No
 
 
 def with_config(config: Any, workdir: Path) -> Trained:
-    """As `load`, by a config of the workdir with some values changed, such as `eval.checkpoint`."""
+    """As `load`, by a config of the workdir with some values changed, such as `eval.checkpoint`.
+
+    With `model.init_from` the variables are that file's, and no run is needed: class names, images and normalisation
+    are the workdir's, if it has a run, or else what the file says of them, or else the data set's.
+
+    Raises:
+      ConfigError, WeightsError: the file cannot be used; see load_weights.
+      DataError: the data set is needed and cannot be read.
+    """
     path = pathlib.Path(workdir)
+    if config.model.init_from:
+        return _of_file(config, read_config(path))
     model, variables, step = load_trained(config, path)
     record = read_config(path) or {}
     height, width, channels = record["image_shape"]
     return Trained(model, variables, config, tuple(record["class_names"]), (height, width, channels), step)
+
+
+def _of_file(config: Any, record: dict[str, Any] | None) -> Trained:
+    check_config(config)
+    file = config.model.init_from
+    if config.model.new_head:
+        raise ConfigError(f"model.new_head is True: without the head of {file} there is no class to predict")
+    arrays, metadata = read_weights(file)
+    if starts_from_plain(arrays, build_model(config)):
+        raise ConfigError(
+            f"model.init_from is {file}, which has no regulators: {config.model.name} can be trained from it; to use it "
+            "as it is, name the plain network as model.name"
+        )
+    known = record or described(metadata)
+    if known:
+        names, shape = tuple(known["class_names"]), tuple(known["image_shape"])
+        config.dataset.num_classes = len(names)
+        if not record and not config.dataset.mean:
+            config.dataset.mean, config.dataset.std = tuple(known["mean"]), tuple(known["std"])
+    else:
+        dataset = open_dataset(config)
+        config = resolve(config, dataset)
+        names, shape = dataset.class_names, dataset.image_shape
+    height, width, channels = shape
+    variables = load_weights(config, channels)
+    assert variables is not None
+    step = metadata.get("step", "")
+    step = int(step) if step.isdecimal() else 0
+    model = build_model(config)
+    return Trained(model, {"batch_stats": {}} | variables, config, names, (height, width, channels), step, file)
+
+
+def description(trained: Trained) -> dict[str, str]:
+    """What a file of weights says of its model beside the arrays; `described` reads it."""
+    config = trained.config
+    facts = {
+        "class_names": trained.class_names,
+        "image_shape": trained.image_shape,
+        "mean": config.dataset.mean,
+        "std": config.dataset.std,
+    }
+    return {name: json.dumps(list(value)) for name, value in facts.items()}
+
+
+def described(metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """The facts of `description` in a file's metadata; None where it lacks one."""
+    try:
+        found = {name: json.loads(metadata[name]) for name in ("class_names", "image_shape", "mean", "std")}
+        counts = [int(number) for number in found["image_shape"]]
+        numbers = [float(number) for number in (*found["mean"], *found["std"])]
+    except (KeyError, ValueError, TypeError):
+        return None
+    whole = len(counts) == 3 and numbers and all(isinstance(name, str) for name in found["class_names"])
+    return found if whole else None
 
 
 def to_input(image: Image.Image, shape: Sequence[int], crop: bool = False) -> np.ndarray:

@@ -57,7 +57,11 @@ BOUNDS = {
     ("cross-entropy, label smoothing too", "value and gradient", "float64"): 1e-10,
     ("schedules, warm-up too", "rates of a run", "float32"): 1e-6,
 }
-BEGIN = "<!-- pytest -n 0 --slow --thorough --parity-report README.md tests/test_{block_parity,parity,optimizer}.py -->"
+PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "fidelity.md"
+BEGIN = (
+    "<!-- pytest -n 0 --slow --thorough --parity-report docs/fidelity.md "
+    "tests/test_{block_parity,parity,optimizer}.py -->"
+)
 END = "<!-- end of parity -->"
 WHOLE_RUN = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "parity_digits_cpu.json"
 ERRORS: dict[tuple[str, str, str], tuple[float, str]] = {}  # the largest of each row, and where

@@ -80,9 +80,34 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _release_compiled():
-    """Hundreds of compiled functions would fill the memory otherwise; within a module many are used again."""
-    yield
+def _share_compiled():
+    """Within a module trainers of one config share what they trace and compile; hundreds would fill the memory.
+
+    A run that is resumed, evaluated or trained by another seed would trace all of it again, which takes the most time.
+    """
+    trainers = {}
+
+    def make_trainer(config, dataset, devices, seeds=(), start=None):
+        trainer = setup_trainer(config, dataset, devices, seeds, start)
+        compiled = config.to_dict()
+        for name in ("seed", "compare", "checkpoint", "log", "eval"):
+            del compiled[name]
+        del compiled["train"]["max_steps"]
+        of_data = dataset.name, dataset.size("train"), dataset.image_shape, type(dataset)
+        of_trainer = devices, len(trainer.seeds), trainer.together, trainer.steps_per_call
+        first = trainers.setdefault(repr((compiled, of_data, of_trainer)), trainer)
+        for name in ("_init", "_p_train", "_p_eval"):
+            setattr(trainer, name, getattr(first, name))
+        return trainer
+
+    from regnet_flax.modes import setup
+
+    setup_trainer = setup.make_trainer
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("setup", "train", "evaluate"):
+            patch.setattr(f"regnet_flax.modes.{module}.make_trainer", make_trainer)
+        yield
+    trainers.clear()
     jax.clear_caches()
 
 

@@ -27,7 +27,7 @@ def test_the_last_line_is_one_object_with_figures_that_fit_together(monkeypatch)
     stage3 = 4 * (9 * 8 * 16 + 9 * 16 * 16 + 8 * 16)
     flops = 6 * (stem + stage1 + stage2 + stage3 + 16 * 10)
     assert found["flops_per_second"] == pytest.approx(flops * found["images_per_second"], rel=0.01)
-    share = found["flops_per_second"] / found["matmul_flops_per_second"]
+    share = found["flops_per_second"] / found["matmul_flops_per_second"] / found["devices"]
     assert found["share_of_matmul"] == pytest.approx(share, abs=1e-4)
 
 

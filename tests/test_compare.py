@@ -343,6 +343,8 @@ def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, monkeypatch
         lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [4]
         errors = [100 * (1 - lines[-1]["seeds"][seed]["eval_accuracy"]) for seed in ("0", "1")]
-        assert row[head.index("top-1 error, %")] == f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f}"
+        error = f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f}"
+        assert row[head.index("top-1 error, %")] == error
+        assert any(row[0] in line and error in line for line in out.splitlines())  # the table is printed too
     assert "--mode=compare" in (path / "report.md").read_text()
     assert Page((path / "report.html").read_text()).rows == [head, *rows]

@@ -103,7 +103,7 @@ def test_the_papers_cifar_recipe():
 
 
 def test_the_recipe_for_photographs_of_ones_own():
-    found = dict(flatten(load("folder")))
+    found = dict(flatten(load("rnn_photos")))
     expected = {
         "dataset.image_size": 32,
         "dataset.augment": ("flip", "rotate", "color", "translate"),
@@ -183,7 +183,7 @@ WRONG = {
     "optimizer.clip_norm": [-1, math.nan, math.inf, 10**400],
     "optimizer.accumulate_steps": [0, 1.5, "2", True],
     "optimizer.ema_decay": [-0.1, 1, 1.0, math.nan, None],
-    "eval.batch_size": [0, 1.0],
+    "eval.batch_size": [-1, 1.0],
     "eval.every_epochs": [-1, 0.5],
     "eval.checkpoint": ["newest", "", "-1", "1.0", "²", -1, 1.0, True, None],
     "log.every_steps": [-1, 1.0],

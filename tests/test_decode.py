@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from regnet_flax.data import photos
-from regnet_flax.data.folder import to_rgb
+from regnet_flax.data.photos import to_rgb
 
 
 def photograph(width, height, seed=0):

@@ -254,8 +254,9 @@ def test_a_spoilt_image_is_listed_and_left_out(how, folder, fault):
     fault(f"an image file: {how}")
 
 
-TRAIN = ["--config", "configs/folder.py:resnet8", "--config.model.overrides.width=4", "--config.dataset.image_size=8"]
-TRAIN += ["--config.train.batch_size=4", "--config.train.epochs=1", "--config.dataset.augment=()"]
+TRAIN = ["--config=configs/rnn_photos.py:resnet8", "--config.model.overrides.width=4"]
+TRAIN += ["--config.dataset.image_size=8", "--config.train.batch_size=4", "--config.train.epochs=1"]
+TRAIN += ["--config.dataset.augment=()"]
 TRAIN += ["--config.optimizer.boundaries=(0.5,)"]
 
 
@@ -324,7 +325,7 @@ def test_folders_that_cannot_be_used(folder, tmp_path, fault):
     refused(
         "one class only", lambda copy: [shutil.rmtree(copy / s / "ant") for s in ("train", "test")], "only one class"
     )
-    refused("a test class without train images", lambda c: shutil.rmtree(c / "train/ant"), "only one class (bee)")
+    refused("one class to train on", lambda c: shutil.rmtree(c / "train/ant"), "only one class (bee)")
     refused("no class with an image that decodes", spoil_all, "none of its 4 image files decodes")
     refused("unreadable", lambda copy: (copy / "train").chmod(0), "cannot be listed")
     refused("a class that is unreadable", lambda copy: (copy / "train/ant").chmod(0), "cannot be listed")

@@ -77,8 +77,8 @@ def test_stopped_at_random_moments_it_ends_bitwise_the_same(number, chain, unint
             assert phase == "figures" and (tmp_path / "run/results.json").exists()
         else:
             assert code == 128 + signal.SIGTERM, out
-            assert "saved at step" in out and "the same command resumes from there" in out
-            step = int(out.partition("saved at step ")[2].partition(";")[0])
+            assert "Saved at step" in out and "run the same command to resume." in out
+            step = int(out.partition("Saved at step ")[2].partition(";")[0])
             assert (tmp_path / f"run/checkpoints/{step}").is_dir()
     out = run(*TINY, "--workdir", tmp_path / "run", check=0).stdout
     assert "resuming from the checkpoint" in out or "finished run" in out
@@ -97,12 +97,13 @@ def test_sigterm_while_it_loads_and_compiles_with_nothing_saved_yet(uninterrupte
         assert code == 143, out
         fault(f"SIGTERM: {phase}, before the first step")
         assert ("before the first step" in out) == (phase == "data")
-        assert ("saved at step 1;" in out) == (phase == "compile")
+        assert ("Saved at step 1;" in out) == (phase == "compile")
     assert not (tmp_path / "data").exists()
     run(*TINY, "--workdir", tmp_path / "compile", check=0)
     assert_ends_alike(tmp_path / "compile", uninterrupted)
 
 
+@pytest.mark.thorough
 def test_a_second_signal_stops_it_at_once_while_xla_compiles(tmp_path, fault):
     """Whose compilation, with all optimisations, would take ten times as long as is waited here."""
     arguments = ["--config.model.name=regnet8_convlstm", "--workdir", tmp_path / "run"]

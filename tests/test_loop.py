@@ -146,7 +146,7 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(finished, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "evaluate", signalled)
-        with pytest.raises(Interrupted, match=f"saved at step {STEPS_PER_EPOCH}") as stopped:
+        with pytest.raises(Interrupted, match=f"Saved at step {STEPS_PER_EPOCH}") as stopped:
             train(tmp_path)
     assert stopped.value.exit_code == 143
     assert read_lines(tmp_path) == []

@@ -6,7 +6,6 @@ of network, and some at their own depth; --slow trains all of them, in float64 t
 
 import collections
 import functools
-import pathlib
 import re
 
 import jax
@@ -23,6 +22,7 @@ from comparison import (
     BOUNDS,
     CLASSES,
     END,
+    PAGE,
     arrays,
     check,
     check_all,
@@ -249,13 +249,13 @@ def test_ten_sgd_steps(name, dtype, parity):
         check_all(("ten SGD steps", "parameters after them", dtype), found, arrays(dict(theirs.named_parameters())))
 
 
-def test_the_readme_has_every_bound_and_no_larger_error():
-    text = (pathlib.Path(__file__).resolve().parent.parent / "README.md").read_text()
+def test_the_page_has_every_bound_and_no_larger_error():
+    text = PAGE.read_text()
     _, _, rest = text.partition(BEGIN)
     table, end, _ = rest.partition(END)
-    assert end, f"README.md has no table between {BEGIN} and {END}"
+    assert end, f"{PAGE.name} has no table between {BEGIN} and {END}"
     rows = [[part.strip() for part in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
     found = {tuple(row[:3]): (float(row[3]), float(row[4])) for row in rows if row[3] != "–"}
     assert {key: bound for key, (bound, _) in found.items()} == BOUNDS
     late = [key for key, (bound, error) in found.items() if not error < bound]
-    assert not late, f"not run, or above their bounds: {late}; run the command in README.md's line {BEGIN}"
+    assert not late, f"not run, or above their bounds: {late}; run the command in {PAGE.name}'s line {BEGIN}"

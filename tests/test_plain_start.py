@@ -12,9 +12,11 @@ from regnet_flax import create_model
 from regnet_flax.config.fields import default_config
 from regnet_flax.data.augment import normalize
 from regnet_flax.data.sources import load_dataset
+from regnet_flax.errors import ConfigError
 from regnet_flax.modes import setup
 from regnet_flax.port.torch import from_plain_torch, starts_from_plain, to_torch
 from regnet_flax.port.weights import write_weights
+from regnet_flax.trained import with_config
 from regnet_flax.training.step import cross_entropy
 from regnet_flax.training.trainer import _replaced
 
@@ -103,8 +105,10 @@ def test_another_place_of_the_stride_is_said(tmp_path, caplog, monkeypatch):
         config.model.init_from = str(tmp_path / "w.safetensors")
         caplog.clear()
         with caplog.at_level("WARNING", "regnet_flax"):
-            assert "conv_fuse" in setup.load_weights(config)["params"]["stage1"]["block1"]
+            assert "conv_fuse" in setup.load_weights(config, 3)["params"]["stage1"]["block1"]
         assert words in caplog.text and bool(caplog.text) == bool(words)
+    with pytest.raises(ConfigError, match="no regulators: regnet50_convrnn can be trained from it"):
+        with_config(config, tmp_path)
 
 
 def test_what_cannot_start_so():

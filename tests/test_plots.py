@@ -121,7 +121,9 @@ def test_confusion_of_few_classes(tmp_path, figures):
         ((0, 2), "1"),
         ((2, 2), "3"),
     }
-    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["ants", "bees"]
+    assert [label.get_text() for label in axes.get_yticklabels()][:2] == ["ants  80%", "bees  –"]
+    assert [label.get_text() for label in axes.get_xticklabels()][:2] == ["ants", "bees"]
+    assert "square-root scale" in figures[0].axes[1].get_ylabel() and "recall" in axes.get_ylabel()
     assert not figures[0].texts[1:]
 
 
@@ -134,8 +136,8 @@ def test_confusion_of_many_classes_names_the_pairs_confused_most(tmp_path, figur
         assert not axes.texts
         (listed,) = [text.get_text() for text in figures[-1].texts if "→" in text.get_text()]
         assert listed.splitlines()[1:] == ["class 7 → class 1: 12 of 52", "class 3 → class 5: 9 of 49"]
-    assert "class 3" in [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
-    assert "class 3" not in [label.get_text() for label in figures[1].axes[0].get_yticklabels()]
+    assert "class 3  82%" in [label.get_text() for label in figures[0].axes[0].get_yticklabels()]
+    assert not any("class 3" in label.get_text() for label in figures[1].axes[0].get_yticklabels())
 
 
 def test_probabilities(tmp_path, figures):

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import folder
+from configs import rnn_photos
 from regnet_flax import main
 from regnet_flax import trained as trained_lib
 from regnet_flax.data import photos
-from regnet_flax.data.folder import read_image
+from regnet_flax.data.photos import read_image
 from regnet_flax.data.sources import load_dataset
 from regnet_flax.errors import ConfigError
 from regnet_flax.modes import predict
@@ -37,7 +37,7 @@ def trained(tmp_path_factory):
         for name in COLORS:
             for i in numbers:
                 photograph(root / "data" / split / name / f"{i}.png", name, seed=i)
-    config = folder.get_config("resnet8")
+    config = rnn_photos.get_config("resnet8")
     config.model.overrides.width = 4
     config.dataset.data_dir = str(root / "data")
     config.dataset.image_size = 8

@@ -108,6 +108,7 @@ def two(tmp_path_factory):
     return workdir, finish(start(workdir), 0)
 
 
+@pytest.mark.thorough
 def test_two_processes_train_to_the_parameters_of_one(two, tmp_path):
     workdir, _ = two
     expected = loop.train_and_evaluate(tiny_config(**FIELDS), tmp_path, devices=jax.devices()[:4])
@@ -127,6 +128,7 @@ def test_two_processes_train_to_the_parameters_of_one(two, tmp_path):
         assert line == pytest.approx(other, rel=1e-2, abs=0.01)
 
 
+@pytest.mark.thorough
 def test_only_process_0_writes(two):
     workdir, ((first, _), (second, errors)) = two
     assert "test accuracy" in first and (second, errors) == ("", "")
@@ -179,7 +181,7 @@ def test_a_signal_to_one_saves_at_one_step_and_stops_both(two, tmp_path, index):
         time.sleep(0.005)
     processes[index].send_signal(signal.SIGTERM)
     errors = [errors.splitlines()[-1] for _, errors in finish(processes, 143)]
-    assert errors[0] == errors[1] and "saved at step" in errors[0]
+    assert errors[0] == errors[1] and "Saved at step" in errors[0]
     step = int(re.search(r"step (\d+)", errors[0])[1])
     assert step == max(int(path.name) for path in (run / CHECKPOINTS).iterdir() if path.name.isdigit())
     assert 8 <= step < 33, "the run ended before the signal came"
@@ -213,7 +215,7 @@ def test_what_fails_in_one_process_fails_in_both_in_one_line(failing, tmp_path):
         Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "image.png")
     each = [[f"--config.dataset.data_dir={tmp_path / 'data'}"]] * 2
     each[failing] = ["--config.dataset.data_dir=missing"]
-    outputs = finish(start(tmp_path / "run", "--config=configs/folder.py", each=each, **{"train.epochs": 150}), 2)
+    outputs = finish(start(tmp_path / "run", "--config=configs/rnn_photos.py", each=each, **{"train.epochs": 150}), 2)
     own, other = outputs[failing][1], outputs[1 - failing][1]
     assert own.startswith("error: ") and "missing" in own and own.count("\n") == 1
     assert f"process {failing} failed" in other and other.count("\n") == 1

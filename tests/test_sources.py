@@ -171,7 +171,11 @@ def test_the_splits_are_said(folder, logger, caplog):
         expected = load_dataset("digits", validation=float(value), seed=5)
         assert setup.open_dataset(config).fingerprint() == expected.fingerprint()
         assert words in caplog.text
-    arguments = ["--config=configs/folder.py", f"--config.dataset.data_dir={folder}", "--config.dataset.image_size=8"]
+    arguments = [
+        "--config=configs/rnn_photos.py",
+        f"--config.dataset.data_dir={folder}",
+        "--config.dataset.image_size=8",
+    ]
     config, _ = main.parse([*arguments, "--config.dataset.augment=()"])
     setup.open_dataset(config)
     assert f"{folder}: train on train/, test on test/\n" in caplog.text
@@ -256,8 +260,6 @@ def test_folder_with_val_beside_test_has_a_validation_split(folder):
     assert (
         "dataset.validation is 1, but" in message and "val/ beside test/: set --config.dataset.validation=0" in message
     )
-    draw(folder / "val/dog/d.png", BLUE)
-    assert "validation classes without train images: dog" in error_of("folder", data_dir=str(folder))
 
 
 def test_folder_of_one_size_needs_no_image_size(folder):
@@ -301,8 +303,9 @@ def test_every_mode_becomes_rgb(folder, name, mode):
 
 @pytest.mark.filterwarnings("error")
 def test_palette_with_transparency(folder):
-    draw(folder / "train/ant/0.png", mode="P", transparency=bytes(range(256)))
-    np.testing.assert_allclose(load_dataset("folder", data_dir=str(folder)).train.images[0, 4, 4], RED, atol=6)
+    draw(folder / "train/ant/0.png", mode="P", transparency=bytes(range(256)))  # nearly all of it, on white
+    image = load_dataset("folder", data_dir=str(folder)).train.images[0]
+    np.testing.assert_allclose(image[4, 4], (255, 240, 240), atol=6)
 
 
 @pytest.mark.parametrize("name", ["0.png", "0.tif", "0.ppm"])
@@ -404,13 +407,12 @@ def empty(*paths):
     ("change", "expected"),
     [
         (remove("train"), "{root} has no directory train or Train"),
-        (remove("test"), "{root} has no directory test or Test or val or Val"),
+        (remove("test"), "{root} has no directory test or Test or val or Val or valid"),
         (remove("train/ant", "train/cat"), "{root}/train has no class folders"),
         (remove("test/ant", "test/cat"), "{root}/test has no class folders"),
         (remove("train/ant", "test/ant"), "only one class (cat)"),
         (empty("train/ant"), "{root}/train/ant has no images"),
         (empty("test/cat"), "{root}/test/cat has no images"),
-        (lambda root: draw(root / "test/dog/a.png"), "test classes without train images: dog"),
         (lambda root: shutil.rmtree(root), "{root} is not a directory"),
     ],
 )

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import folder as folder_config
+from configs import rnn_photos as folder_config
 from helpers import alive, checksums, children, wait_until
 from helpers import metrics as read_lines
 from programs import Program, in_float64, relative
@@ -48,7 +48,7 @@ def train(data, workdir, devices=1, **overrides):
 
 def arguments_of(data, workdir, **overrides):
     options = OPTIONS | {"dataset.data_dir": str(data)} | overrides
-    return ["--config", "configs/folder.py", "--workdir", str(workdir)] + [
+    return ["--config", "configs/rnn_photos.py", "--workdir", str(workdir)] + [
         f"--config.{name}={value}" for name, value in options.items()
     ]
 
@@ -234,7 +234,7 @@ def test_a_dead_worker_ends_the_run_and_a_signal_stops_it_and_neither_leaves_a_p
         os.killpg(process.pid, number)  # as a terminal and a batch system do, workers included
         out, errors = process.communicate(timeout=100)
         assert process.returncode == 128 + number, errors
-        assert "resuming from the checkpoint" in out and errors.startswith("stopped by signal"), errors
+        assert "resuming from the checkpoint" in out and errors.startswith("Stopped by SIG"), errors
         assert errors.count("\n") == 1
         assert len(workers) == 2 and not alive(workers)
     shutil.rmtree(tmp_path / "run")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from regnet_flax.analysis import plots
+from regnet_flax.analysis.plots.fonts import readable
 
 EXAMPLES = 16
 
@@ -17,13 +18,13 @@ def confusion_matrix(outcomes: np.ndarray, classes: int) -> np.ndarray:
     """How many examples of each class (row) were taken for each class (column).
 
     Args:
-      outcomes: int (N, 2), label and predicted class; −1 where there was no example.
+      outcomes: int (N, 2 or more), label and predicted class first; −1 where there was no example.
       classes: how many.
 
     Returns:
       int64 (classes, classes).
     """
-    labels, predicted = outcomes[outcomes[:, 0] >= 0].astype(np.int64).T
+    labels, predicted = outcomes[outcomes[:, 0] >= 0, :2].astype(np.int64).T
     return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
@@ -55,14 +56,17 @@ def per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[st
 def write_figures(
     directory: pathlib.Path, dataset: Any, outcomes: np.ndarray, title: str, seed: int, split: str = "test"
 ) -> list[dict[str, Any]]:
-    """Writes predictions.png, of 16 images chosen at random, and confusion.png, of all of them.
+    """Writes predictions.png, of 16 images, and confusion.png, of all of them.
+
+    The mistakes come first, those that the model is most certain of before others; images drawn at random fill up.
 
     Args:
       directory: made where it is not.
       dataset: its `class_names` and `images(split, indices)` are used.
-      outcomes: int (N, 2), label and predicted class of each image of the split; −1 for one that there is not.
+      outcomes: int (N, 3), label, predicted class and its probability in millionths of each image of the split; −1 for
+        one that there is not.
       title: above the pictures; the accuracy is added.
-      seed: fixes which images are shown.
+      seed: fixes which images are drawn.
       split: "test" or "validation".
 
     Returns:
@@ -73,10 +77,20 @@ def write_figures(
     confusion = confusion_matrix(outcomes, len(names))
     right, count = int(np.trace(confusion)), int(confusion.sum())
     title = f"{title}\n{right:,} of {count:,} {split} images right ({right / count:.2%})"
-    there = np.flatnonzero(outcomes[:, 0] >= 0)
-    chosen = np.random.default_rng(seed).choice(there, min(EXAMPLES, len(there)), replace=False)
-    labels, predicted = outcomes[chosen].T
+    chosen = _chosen(outcomes, seed)
+    labels, predicted, certainty = outcomes[chosen].T
     images = list(dataset.images(split, chosen))
-    plots.predictions(images, labels, predicted, names, directory / "predictions.png", title)
-    plots.confusion(confusion, names, directory / "confusion.png", title)
+    with readable(names):
+        plots.predictions(images, labels, predicted, names, directory / "predictions.png", title, certainty / 1e6)
+        plots.confusion(confusion, names, directory / "confusion.png", title)
     return per_class(confusion, names)
+
+
+def _chosen(outcomes: np.ndarray, seed: int) -> np.ndarray:
+    """The indices of the images to show."""
+    there = outcomes[:, 0] >= 0
+    wrong = np.flatnonzero(there & (outcomes[:, 0] != outcomes[:, 1]))
+    wrong = wrong[np.argsort(-outcomes[wrong, 2], kind="stable")][:EXAMPLES]
+    right = np.flatnonzero(there & (outcomes[:, 0] == outcomes[:, 1]))
+    drawn = np.random.default_rng(seed).choice(right, min(EXAMPLES - len(wrong), len(right)), replace=False)
+    return np.concatenate([wrong, drawn]).astype(np.int64)

@@ -72,8 +72,10 @@ class Result:
 
 def read(label: str, workdir: pathlib.Path) -> Result:
     """One model's result, from the config.json, results.json and metrics.jsonl of its workdir."""
-    config, results = (json.loads((workdir / f"{name}.json").read_text()) for name in ("config", "results"))
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    config, results = (
+        json.loads((workdir / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "results")
+    )
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     failed = results.get("failed", {})
     seeds = tuple(seed for seed in config.get("seeds", [config["seed"]]) if str(seed) not in failed)
     own = results.get("seeds") or {str(config["seed"]): results}

@@ -13,7 +13,7 @@ import numpy as np
 from regnet_flax.analysis import compare
 from regnet_flax.analysis.compare import Result
 from regnet_flax.analysis.plots import comparison
-from regnet_flax.files import duration, write_text
+from regnet_flax.files import dataset_title, duration, write_text
 
 MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
 _NUMBERS = 2  # the columns from here on are numbers, but for the last two
@@ -25,13 +25,18 @@ _CAPTIONS = {
 }
 
 
-def write(path: pathlib.Path, workdirs: Mapping[str, pathlib.Path], failed: Mapping[str, str] | None = None) -> None:
+def write(
+    path: pathlib.Path, workdirs: Mapping[str, pathlib.Path], failed: Mapping[str, str] | None = None
+) -> list[list[str]]:
     """Writes the report of finished runs, the first of which is the baseline.
 
     Args:
       path: the directory in which report.md, report.html and figures/ are written.
       workdirs: from each model's label to its workdir.
       failed: from the label of each model that did not end to the reason.
+
+    Returns:
+      The report's table, its head first.
     """
     results = [compare.read(label, workdir) for label, workdir in workdirs.items()]
     (path / FIGURES).mkdir(parents=True, exist_ok=True)
@@ -47,6 +52,7 @@ def write(path: pathlib.Path, workdirs: Mapping[str, pathlib.Path], failed: Mapp
     facts = _facts(results)
     write_text(path / MARKDOWN, _markdown(title, said, cells, notes, facts))
     write_text(path / HTML, _html(title, said, cells, notes, facts, pictures))
+    return cells
 
 
 def _seeds(results: Sequence[Result]) -> str:
@@ -56,7 +62,7 @@ def _seeds(results: Sequence[Result]) -> str:
 
 def _title(results: Sequence[Result]) -> str:
     count = f"{len(results)} models" if len(results) > 1 else "1 model"
-    return f"{count} on {results[0].config['dataset']['name']}, {_seeds(results)} each"
+    return f"{count} on {dataset_title(results[0].config['dataset'])}, {_seeds(results)} each"
 
 
 def _percent(values: Sequence[float]) -> str:

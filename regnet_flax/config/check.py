@@ -36,6 +36,11 @@ def image_shape(config: Any) -> tuple[tuple[int, int, int], int]:
     return (size, size, shape[-1]) if size else shape, config.dataset.num_classes or classes
 
 
+def eval_batch_size(config: Any) -> int:
+    """Images at a time where no gradient is wanted: by default as many as in training, which needs more memory."""
+    return config.eval.batch_size or max(1, config.train.batch_size // config.optimizer.accumulate_steps)
+
+
 def check_config(config: Any, devices: int = 1) -> None:
     """Raises ConfigError if any value is wrong in itself, or contradicts another; imports `model.plugins` first.
 
@@ -85,9 +90,20 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
         if steps != sorted(set(steps)):
             yield f"optimizer.boundaries is {boundaries}: put them in order, each once"
         if values.get("optimizer.schedule") == "step" and max(steps, default=0) > epochs * 1000:
-            yield f"optimizer.boundaries is {boundaries}: the run ends at train.epochs={epochs}"
+            fractions = (
+                (0.5, 0.75)
+                if len(boundaries) == 2
+                else tuple(round((place + 1) / (len(boundaries) + 1), 3) for place in range(len(boundaries)))
+            )
+            yield (
+                f"optimizer.boundaries is {boundaries}: the run ends at train.epochs={epochs}; set fractions of the "
+                f"run, such as --config.optimizer.boundaries='{fractions}'"
+            )
         if (warmup := values.get("optimizer.warmup_epochs", 0)) > epochs:
-            yield f"optimizer.warmup_epochs is {warmup}: the run ends at train.epochs={epochs}"
+            yield (
+                f"optimizer.warmup_epochs is {warmup}: the run ends at train.epochs={epochs}; set less, such as "
+                f"--config.optimizer.warmup_epochs={epochs / 10:g}"
+            )
     if values.get("optimizer.nesterov") and values.get("optimizer.momentum") == 0:
         yield "optimizer.nesterov is True: it needs optimizer.momentum above 0"
     name = values.get("optimizer.name", "sgd")
@@ -105,8 +121,9 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
         )
     if len(values.get("optimizer.betas", (0, 0))) != 2 or 1 in values.get("optimizer.betas", ()):
         yield f"optimizer.betas is {values['optimizer.betas']}: it must be two numbers below 1, such as (0.9, 0.999)"
-    if values.get("model.new_head") and values.get("model.init_from") == "":
-        yield "model.new_head is True: it needs model.init_from, a file of weights"
+    for field in ("model.new_head", "model.adapt_stem"):
+        if values.get(field) and values.get("model.init_from") == "":
+            yield f"{field} is True: it needs model.init_from, a file of weights"
     if values.get("dataset.name") == "folder" and values.get("dataset.data_dir") == "":
         yield "dataset.data_dir is '': name the directory of train/ and test/, with --config.dataset.data_dir=DIR"
     yield from _streaming_contradictions(values)

@@ -15,6 +15,7 @@ from typing import Any
 from regnet_flax.data import stream
 from regnet_flax.data.augment import AUGMENTATIONS, ERASE
 from regnet_flax.data.sources import SOURCES
+from regnet_flax.files import LOCAL, is_remote
 from regnet_flax.models.registry import OPTIONS, Option
 
 SCHEDULES = ("step", "cosine", "constant")
@@ -52,6 +53,10 @@ def _choice(*choices: str) -> Check:
 
 def _text(value: Any) -> str:
     return "" if isinstance(value, str) else "text"
+
+
+def _path(value: Any) -> str:
+    return _text(value) or (LOCAL if is_remote(value) else "")
 
 
 def _flag(value: Any) -> str:
@@ -137,17 +142,22 @@ FIELDS: dict[str, Field] = {
     ),
     "model.init_from": Field(
         "",
-        _text,
+        _path,
         "a .safetensors or .pth file of weights by PyTorch's names to start from, or to evaluate; a network with "
         "regulators takes a plain one's too, and starts as that network",
     ),
     "model.new_head": Field(False, _flag, "leave that file's head out, as for another number of classes"),
+    "model.adapt_stem": Field(
+        False,
+        _flag,
+        "take that file's weights of colour images for grey ones, summed over the channels, or the reverse",
+    ),
     # None: the model's own default.
     **{f"model.overrides.{name}": _override(option) for name, option in OPTIONS.items()},
     "dataset.name": Field("digits", _choice(*_DATA_SETS), f"one of {', '.join(_DATA_SETS)}"),
     "dataset.data_dir": Field(
         "",
-        _text,
+        _path,
         "TFDS's data_dir (\"\": TFDS's own default), or the folder with train/ and test/ (and val/)",
         may_change=True,
     ),
@@ -239,7 +249,12 @@ FIELDS: dict[str, Field] = {
         "of averages of weights and batch statistics, to be evaluated and exported; after t steps it is at most "
         "(1 + t) / (10 + t); 0: none",
     ),
-    "eval.batch_size": Field(500, _whole(1), "over all devices, rounded up to a multiple of them", may_change=True),
+    "eval.batch_size": Field(
+        0,
+        _whole(0),
+        "over all devices, rounded up to a multiple of them; 0: train.batch_size, so that it needs no more memory",
+        may_change=True,
+    ),
     "eval.every_epochs": Field(1, _whole(0), "0: never", may_change=True),
     "eval.checkpoint": Field(
         "best", _checkpoint, 'for --mode eval, predict and export: "best", "last" or a step', may_change=True
@@ -250,7 +265,7 @@ FIELDS: dict[str, Field] = {
     "checkpoint.keep_best": Field(
         1, _whole(0), "and those of the highest accuracy of the evaluated split", may_change=True
     ),
-    "predict.images": Field("", _text, "for --mode predict: a file, a folder, or a glob of them", may_change=True),
+    "predict.images": Field("", _path, "for --mode predict: a file, a folder, or a glob of them", may_change=True),
     "predict.top": Field(5, _whole(1), "classes shown for each image", may_change=True),
     "predict.json": Field(
         False,
@@ -277,7 +292,7 @@ FIELDS: dict[str, Field] = {
         may_change=True,
     ),
     "export.path": Field(
-        "", _text, '"": weights.safetensors, weights.pth or model.stablehlo in the workdir', may_change=True
+        "", _path, '"": weights.safetensors, weights.pth or model.stablehlo in the workdir', may_change=True
     ),
 }
 

@@ -16,7 +16,7 @@ from regnet_flax.errors import ConfigError
 logger = logging.getLogger("regnet_flax")
 
 # Of a run's config.json, what says nothing of what came of it, or is not a stranger's to say.
-_NOT_TAKEN = ("model.init_from", "model.new_head", "export.path")
+_NOT_TAKEN = ("model.init_from", "model.new_head", "model.adapt_stem", "export.path")
 
 
 def resolve(config: Any, dataset: Dataset | stream.StreamedDataset) -> Any:
@@ -31,6 +31,10 @@ def resolve(config: Any, dataset: Dataset | stream.StreamedDataset) -> Any:
         config.dataset.image_size = height
     config.dataset.num_classes = len(dataset.class_names)
     if not config.dataset.mean:
+        if not dataset.size("train"):
+            raise ConfigError(
+                f"dataset.mean is (): {dataset.name} has no training images to take it from; set it, and dataset.std"
+            )
         mean, std = dataset.statistics()
         # A channel that is the same everywhere has nothing to divide.
         config.dataset.mean, config.dataset.std = mean, tuple(value or 1.0 for value in std)
@@ -45,7 +49,7 @@ def fill_in(config: Any, stored: Mapping[str, Any]) -> None:
     """Gives a config the values of a run's config.json, which may be of an earlier version.
 
     What is no field any more is left out, with a warning if it was set. What the run began with and where it exported
-    to are not taken: "model.init_from", "model.new_head" and "export.path", which may be a stranger's.
+    to are not taken: "model.init_from" with its options, and "export.path", which may be a stranger's.
 
     Args:
       config: a nested config with every field, which is changed.
@@ -60,7 +64,9 @@ def fill_in(config: Any, stored: Mapping[str, Any]) -> None:
     _warn_of_unknown(values)
     kept = {name: values.get(name, field.default) for name, field in FIELDS.items() if name not in _NOT_TAKEN}
     with config.ignore_type():
-        config.update_from_flattened_dict(kept | {"model.init_from": "", "model.new_head": False})
+        config.update_from_flattened_dict(
+            kept | {"model.init_from": "", "model.new_head": False, "model.adapt_stem": False}
+        )
 
 
 def _warn_of_unknown(stored: Mapping[str, Any]) -> None:

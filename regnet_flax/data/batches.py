@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
@@ -32,6 +35,48 @@ class Records(Protocol):
     def identity(self) -> Iterable[bytes]:
         """What changes with the files, at the cost of listing them."""
         ...
+
+
+class FolderRecords:
+    """Image files in one folder a class.
+
+    Args:
+        root: the directory that holds the splits.
+        files: the paths of each class, classes in order.
+        labels: of each class.
+
+    Attributes:
+        labels: int32 (N,), of each file.
+    """
+
+    def __init__(self, root: Path, files: dict[str, list[str]], labels: dict[str, int]):
+        self._root = str(root)
+        # An array of bytes: a million paths as str would be slow to hand to worker processes, and large in each.
+        names = [os.fsencode(os.path.relpath(path, root)) for paths in files.values() for path in paths]
+        self._names = np.array(names, dtype=np.bytes_)
+        counts = [len(paths) for paths in files.values()]
+        self.labels = np.repeat(np.array([labels[name] for name in files], np.int32), counts)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self._root, os.fsdecode(self._names[index]))
+
+    def read(self, indices: Sequence[int]) -> list[tuple[str | IO[bytes], int, str]]:
+        return [(path := self._path(index), int(self.labels[index]), path) for index in indices]
+
+    def identity(self) -> Iterable[bytes]:
+        with ThreadPoolExecutor(32) as pool:  # network file systems answer slowly, but many at once
+            sizes = list(pool.map(lambda index: _size(self._path(index)), range(len(self))))
+        return self._names.tobytes(), self.labels.tobytes(), np.array(sizes, np.int64).tobytes()
+
+
+def _size(path: str) -> int:
+    try:
+        return os.path.getsize(path)
+    except OSError:  # a dangling link, which is named when it is to be decoded
+        return -1
 
 
 class Subset:
@@ -84,10 +129,12 @@ class _Batches:
     def _local(self) -> int:
         return self.batch_size // self.process_count
 
-    def _decode(self, file: str | IO[bytes], name: str, box: Callable[[int, int], photos.Box]) -> np.ndarray | str:
+    def _decode(
+        self, file: str | IO[bytes], name: str, box: Callable[[int, int], photos.Box], remarks: list[str]
+    ) -> np.ndarray | str:
         """The image, or "name: reason" where it does not decode."""
         try:
-            return photos.read_crop(file, self.image_size, box)
+            return photos.read_crop(file, self.image_size, box, remarks=remarks)
         except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file.
             if self.strict:
                 raise DataError(
@@ -106,7 +153,8 @@ class TrainBatches(_Batches):
     """Maps a step of the run to "images", uint8 (n, size, size, 3), "labels", int32 (n,), "examples" and "skipped".
 
     "examples", int32 (n,), are the indices that the augmentation keys are made of; "skipped" is a line for each
-    photograph that does not decode. In its place comes the next one in the data's order that does.
+    photograph that does not decode, and those of photos.REMARKS that hold. In the place of what does not decode comes
+    the next one in the data's order that does.
 
     Attributes:
         seed: of the run.
@@ -132,7 +180,7 @@ class TrainBatches(_Batches):
         # Drawn for the whole batch, so that the number of processes changes nothing.
         random = np.random.RandomState((self.seed, epoch, k)).random_sample((self.batch_size, photos.UNIFORMS))
         random = random[positions]
-        batch, skipped = self._empty(), []
+        batch, skipped, remarks = self._empty(), [], []
         for row, (index, record) in enumerate(
             zip(examples.tolist(), self.records.read(examples.tolist()), strict=True)
         ):
@@ -141,33 +189,34 @@ class TrainBatches(_Batches):
                 if attempt:
                     (record,) = self.records.read([(index + attempt) % size])
                 file, label, name = record
-                image = self._decode(file, name, box)
+                image = self._decode(file, name, box, remarks)
                 if not isinstance(image, str):
                     batch["images"][row], batch["labels"][row] = image, label
                     break
                 skipped.append(image)
             else:
                 raise DataError(f"{skipped[-1]}; nor do {len(skipped) - 1} images before it decode: check the data set")
-        return batch | {"examples": examples, "skipped": "\n".join(skipped)}
+        return batch | {"examples": examples, "skipped": "\n".join([*skipped, *sorted(set(remarks))])}
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalBatches(_Batches):
     """Maps k to "images", "labels" and "mask", bool (n,): the k-th batch in the data's order.
 
-    The mask is False beyond the last example and for a photograph that does not decode, which "skipped" names.
+    The mask is False beyond the last example and for a photograph that does not decode, which "skipped" names, beside
+    those of photos.REMARKS that hold.
     """
 
     def __call__(self, k: int) -> HostBatch:
         first = k * self.batch_size + self.process_index * self._local
         examples = range(first, max(first, min(first + self._local, len(self.records))))
-        batch, skipped = self._empty(), []
+        batch, skipped, remarks = self._empty(), [], []
         batch["mask"] = np.zeros(self._local, bool)
         box = functools.partial(photos.centre_box, size=self.image_size) if self.crop else photos.whole_box
         for row, (file, label, name) in enumerate(self.records.read(examples) if examples else ()):
-            image = self._decode(file, name, box)
+            image = self._decode(file, name, box, remarks)
             if isinstance(image, str):
                 skipped.append(image)
             else:
                 batch["images"][row], batch["labels"][row], batch["mask"][row] = image, label, True
-        return batch | {"skipped": "\n".join(skipped)}
+        return batch | {"skipped": "\n".join([*skipped, *sorted(set(remarks))])}

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from regnet_flax.data.photos import REMARKS
 from regnet_flax.data.sources import Dataset
 from regnet_flax.data.stream import Stream, StreamedDataset
 
@@ -239,7 +240,7 @@ class StreamFeed:
         for line in batch.pop("skipped").splitlines():
             if line not in self._reported:
                 self._reported.add(line)
-                logger.warning("left out %s", line)
+                logger.warning("%s", line if line in REMARKS else f"left out {line}")
         return {name: self._placement.divide(array) for name, array in batch.items()}
 
     def close(self) -> None:

@@ -1,16 +1,16 @@
-"""Photographs decoded, cropped and resized in one go, with Pillow."""
+"""Photographs decoded, made upright 8-bit RGB, cropped and resized, with Pillow."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
+import stat
 from collections.abc import Callable, Sequence
 from typing import IO
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
-
-from regnet_flax.data.folder import open_image, to_rgb
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the upright photograph
 
@@ -19,6 +19,119 @@ RATIO = (3 / 4, 4 / 3)  # width to height
 TRIES = 10
 UNIFORMS = 2 * TRIES + 2  # random numbers that a random crop takes
 CENTRE = 0.875  # of the shorter side that the test crop has: 224 of 256
+
+EXTENSIONS = (
+    *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".jp2"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"),
+)
+HEIC = (".heic", ".heif", ".hif")  # read where pillow-heif is installed
+# What is said once of images that are not shown as they stand in their files.
+TRANSPARENT = "some images have transparent parts, which are shown on white"
+DARK = (
+    "some images of 16 bits use the lowest 12 or fewer, and come out nearly black: multiply their values, by 16 for 12 "
+    "bits, and save them again"
+)
+REMARKS = (TRANSPARENT, DARK)
+
+
+@functools.cache
+def reads_heic() -> bool:
+    """Whether HEIC can be read, which Pillow is told here; pillow-heif is the extra [heic]."""
+    try:
+        import pillow_heif  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def extensions() -> tuple[str, ...]:
+    """The suffixes of the image files that can be read here, in lower case."""
+    return EXTENSIONS + (HEIC if reads_heic() else ())
+
+
+def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
+    """Pillow's Image.open, which refuses images of suspicious size instead of warning of them.
+
+    Raises:
+        Image.DecompressionBombError: more than Image.MAX_IMAGE_PIXELS pixels.
+        Exception: whatever else Pillow raises for a file that it cannot open.
+    """
+    if isinstance(file, (str, os.PathLike)) and os.fspath(file).lower().endswith(HEIC):
+        reads_heic()
+    # Turning Pillow's warning into an error would do so for the whole process.
+    image = Image.open(file)
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        image.close()
+        raise Image.DecompressionBombError(
+            f"{image.width}x{image.height} pixels, more than PIL.Image.MAX_IMAGE_PIXELS={limit}: shrink the image"
+        )
+    return image
+
+
+def read_image(path: str | os.PathLike, remarks: list[str] | None = None) -> Image.Image:
+    """Reads the first frame of an image file as upright 8-bit RGB.
+
+    Args:
+        path: an image of any size and mode; 16-bit grey is scaled to 8 bits, transparent parts are shown on white.
+        remarks: gets one of REMARKS where it holds of the image.
+
+    Returns:
+        The decoded image, mode "RGB", turned as its EXIF orientation says.
+
+    Raises:
+        Exception: whatever Pillow raises for a file it cannot decode; ValueError for floating-point pixels, and for
+            what is no regular file: a named pipe would wait for its other end.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("not a regular file")
+    with open_image(path) as image:
+        deep = _is_deep(image)
+        upright = ImageOps.exif_transpose(image)
+        _remark(upright, deep, remarks)
+        return to_rgb(upright)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether an image that is not loaded yet has 16 bits, which Pillow may cut to 8 when it loads it."""
+    return image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+
+
+def _remark(image: Image.Image, deep: bool, remarks: list[str] | None) -> None:
+    if remarks is None:
+        return
+    if _is_transparent(image):
+        remarks.append(TRANSPARENT)
+    if deep:
+        pixels = np.asarray(image)
+        highest = pixels.max() // 256 if image.mode.startswith("I") else pixels[..., :3].max()
+        if highest < 16 and pixels.any():
+            remarks.append(DARK)
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    if not image.has_transparency_data or image.mode.startswith("I"):
+        return False
+    alpha = (image if image.mode in ("RGBA", "LA") else image.convert("RGBA")).getchannel("A")
+    return alpha.getextrema() != (255, 255)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as 8-bit RGB; see read_image."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no fixed range")
+    if image.mode.startswith("I"):
+        # Pillow's own conversion clips at 255, which turns nearly all of a 16-bit image white.
+        image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 256).astype(np.uint8))
+    elif _is_transparent(image):
+        # What lies under transparent pixels is mostly black, and drawings may have their content in the alpha channel.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    elif image.mode == "P":
+        # Straight to RGB, Pillow warns about palettes with transparency.
+        image = image.convert("RGBA")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def random_box(width: int, height: int, uniforms: Sequence[float]) -> Box:
@@ -63,7 +176,11 @@ def whole_box(width: int, height: int) -> Box:
 
 
 def read_crop(
-    file: str | os.PathLike | IO[bytes], size: int, choose_box: Callable[[int, int], Box], draft: bool = True
+    file: str | os.PathLike | IO[bytes],
+    size: int,
+    choose_box: Callable[[int, int], Box],
+    draft: bool = True,
+    remarks: list[str] | None = None,
 ) -> np.ndarray:
     """Decodes a part of a photograph, resized to size × size with antialiasing (bilinear).
 
@@ -71,26 +188,30 @@ def read_crop(
     `size` pixels each way then.
 
     Args:
-      file: a photograph of any size and mode; see image_folder.read_image.
+      file: a photograph of any size and mode; see read_image.
       size: height and width of the result, in pixels.
       choose_box: from width and height of the upright photograph to the part, not empty.
       draft: whether to decode at a smaller size.
+      remarks: see read_image.
 
     Returns:
       uint8 (size, size, 3), RGB.
 
     Raises:
-      Exception: see image_folder.read_image.
+      Exception: see read_image.
     """
     with open_image(file) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         lies = orientation in (5, 6, 7, 8)  # on its side
         width, height = image.size[::-1] if lies else image.size
         left, top, right, bottom = choose_box(width, height)
+        deep = _is_deep(image)
         if draft:
             x, y = math.ceil(width * size / (right - left)), math.ceil(height * size / (bottom - top))
             image.draft(None, (y, x) if lies else (x, y))
-        upright = to_rgb(image if orientation == 1 else ImageOps.exif_transpose(image))
+        turned = image if orientation == 1 else ImageOps.exif_transpose(image)
+        _remark(turned, deep, remarks)
+        upright = to_rgb(turned)
         x, y = upright.width / width, upright.height / height
         box = left * x, top * y, min(right * x, upright.width), min(bottom * y, upright.height)
         return np.asarray(upright.resize((size, size), Image.Resampling.BILINEAR, box))

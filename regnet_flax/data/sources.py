@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from regnet_flax.data.folder import Split, check_memory, open_image, read_image_folder
+from regnet_flax.data.folder import Split, check_memory, read_image_folder
+from regnet_flax.data.folder.listing import is_divided, list_image_folder
+from regnet_flax.data.photos import open_image
 from regnet_flax.data.tfds import USE_FOLDERS, prepare_tfds
 from regnet_flax.errors import DataError, one_line
 
@@ -31,6 +33,7 @@ class Dataset:
         test: the test split.
         class_names: the name of each label.
         skipped: "path: reason" of each image file that could not be decoded.
+        notes: what else is to be said of the data, a line each; the first says which directory serves what.
         validation: the split that is evaluated while training, if it is not the test split.
     """
 
@@ -40,6 +43,7 @@ class Dataset:
     class_names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
     validation: Split | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -82,6 +86,7 @@ def load_dataset(
     strict: bool = False,
     validation: float = 0,
     seed: int = 0,
+    class_names: tuple[str, ...] = (),
 ) -> Dataset:
     """Reads a whole data set into memory.
 
@@ -93,6 +98,7 @@ def load_dataset(
         strict: an image file that does not decode is an error instead of being skipped.
         validation: training images that become the validation split; see hold_out. 0 holds none out.
         seed: fixes which these are, and the synthetic images.
+        class_names: see list_image_folder.
 
     Returns:
         The data set, in the same order at each call.
@@ -106,14 +112,14 @@ def load_dataset(
         hint = f"did you mean {' or '.join(close)}? " if close else ""
         raise DataError(f"unknown data set {name!r}: {hint}--config.dataset.name is one of {', '.join(SOURCES)}")
     options = {"data_dir": data_dir, "image_size": image_size, "num_classes": num_classes, "strict": strict}
-    dataset = SOURCES[name](**options, validation=validation, seed=seed)
+    dataset = SOURCES[name](**options, validation=validation, seed=seed, class_names=class_names)
     check_classes(name, num_classes, len(dataset.class_names))
     if image_size and image_size != dataset.train.images.shape[1]:
         count = len(dataset.train.images) + len(dataset.test.images)
         check_memory(name, count, (image_size, image_size, dataset.train.images.shape[3]))
         train, test = _resize(dataset.train, image_size), _resize(dataset.test, image_size)
         dataset = dataclasses.replace(dataset, train=train, test=test)
-    if validation:
+    if validation and (name != "folder" or is_divided(data_dir)):
         train = dataset.train
         kept, held = (
             Split(train.images[indices], train.labels[indices])
@@ -224,9 +230,13 @@ def _digits(**_) -> Dataset:
     return Dataset("digits", Split(images[train], labels[train]), Split(images[test], labels[test]), class_names)
 
 
-def _folder(*, data_dir: str, image_size: int, strict: bool, validation: float, **_) -> Dataset:
-    splits, class_names, skipped = read_image_folder(data_dir, image_size, strict, validation)
-    return Dataset("folder", **splits, class_names=class_names, skipped=skipped)
+def _folder(
+    *, data_dir: str, image_size: int, strict: bool, validation: float, seed: int, class_names: tuple[str, ...], **_
+) -> Dataset:
+    listing = list_image_folder(data_dir, validation, seed=seed, class_names=class_names)
+    splits, skipped, remarks = read_image_folder(listing, image_size, strict)
+    notes = listing.uses, *listing.notes, *remarks
+    return Dataset("folder", **splits, class_names=listing.class_names, skipped=tuple(skipped), notes=notes)
 
 
 def _synthetic(*, image_size: int, num_classes: int, seed: int, **_) -> Dataset:

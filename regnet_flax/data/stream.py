@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from regnet_flax.data import folder
-from regnet_flax.data.batches import EvalBatches, HostBatch, Records, Subset, TrainBatches
-from regnet_flax.data.folder import FolderRecords
+from regnet_flax.data.batches import EvalBatches, FolderRecords, HostBatch, Records, Subset, TrainBatches
+from regnet_flax.data.folder.listing import is_divided, list_image_folder
 from regnet_flax.data.sources import channel_statistics, check_classes, hold_out
 from regnet_flax.data.tfds import TfdsRecords, prepare_tfds
 from regnet_flax.errors import DataError, StreamError, one_line
@@ -65,6 +64,7 @@ class StreamedDataset:
     std: tuple[float, ...] = ()
     skipped: tuple[str, ...] = ()  # known while reading only
     validation: Records | None = None
+    notes: tuple[str, ...] = ()  # see sources.Dataset
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -177,7 +177,8 @@ class Stream(Iterator[Any]):
             batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
         batches = grain.experimental.ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=ON_DEVICES)
         # What is started here inherits the mask: a signal to all processes, such as Ctrl-C, is the run's to handle.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        handled = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
         try:
             self._iterator: Any = iter(batches)
             self._iterator.start_prefetch()
@@ -242,6 +243,7 @@ def open_stream(
     strict: bool = False,
     validation: float = 0,
     seed: int = 0,
+    class_names: tuple[str, ...] = (),
 ) -> StreamedDataset | None:
     """Opens a data set that is to be streamed.
 
@@ -256,6 +258,7 @@ def open_stream(
         strict: see StreamedDataset.
         validation: as for sources.load_dataset. The same photographs are held out, where all of them decode.
         seed: fixes which these are.
+        class_names: see list_image_folder.
 
     Returns:
         The data set; None if it is to be held in memory.
@@ -267,23 +270,32 @@ def open_stream(
     if name == "imagenet2012":
         dataset = _imagenet(data_dir, image_size or IMAGENET_SIZE, crop, strict)
     elif name == "folder" and in_memory != "always":
-        root, splits = folder.list_image_folder(data_dir, validation)
+        listing = list_image_folder(data_dir, validation, seed=seed, class_names=class_names)
+        splits = listing.splits
         count = sum(len(files) for classes in splits.values() for files in classes.values())
         if in_memory == "auto" and not crop and count * image_size**2 * 3 <= FOLDER_BYTES:
             return None
         if not image_size:
-            raise DataError(f"{root} is streamed: set --config.dataset.image_size, which its images are brought to")
-        class_names = tuple(splits["train"])
-        labels = {name: label for label, name in enumerate(class_names)}
-        records = {split: FolderRecords(root, classes, labels) for split, classes in splits.items()}
-        common = class_names, image_size, crop, strict
+            raise DataError(
+                f"{listing.root} is streamed: set --config.dataset.image_size, which its images are brought to"
+            )
+        labels = {name: label for label, name in enumerate(listing.class_names)}
+        records = {split: FolderRecords(listing.root, classes, labels) for split, classes in splits.items()}
         dataset = StreamedDataset(
-            name, records["train"], records["test"], *common, validation=records.get("validation")
+            name,
+            records["train"],
+            records["test"],
+            listing.class_names,
+            image_size,
+            crop,
+            strict,
+            validation=records.get("validation"),
+            notes=(listing.uses, *listing.notes),
         )
     else:
         return None
     check_classes(name, num_classes, len(dataset.class_names))
-    if validation:
+    if validation and (name != "folder" or is_divided(data_dir)):
         train = dataset.train
         labels = train.labels if isinstance(train, FolderRecords) else None  # TFDS's are not known without reading
         kept, held = hold_out(name, len(train), validation, seed, labels)

@@ -14,7 +14,7 @@ from regnet_flax.errors import DataError, one_line
 CONNECT_SECONDS = 10.0
 MANUAL = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 INSTALL = 'pip install "regnet-flax[tfds]"'
-USE_FOLDERS = "train from image folders, which need only Pillow, with --config configs/folder.py"
+USE_FOLDERS = "train from image folders, which need no TFDS, with --config configs/folder.py"
 
 
 def prepare_tfds(name: str, data_dir: str) -> Any:

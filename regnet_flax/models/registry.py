@@ -176,10 +176,11 @@ def create_model(
       num_classes: 0 gives pooled features.
       dtype: of the arithmetic, float32 or bfloat16; parameters, statistics and logits are float32.
       axis_name: the pmap or shard_map axis over which batch normalisation is synchronised.
-      ops: the arithmetic. "plain" is JAX's own; "cpu" has gradients that are fast on a CPU; "gpu" has the separable
-        ConvLSTM's step as Pallas kernels for a GPU, not yet measured on one, and slow elsewhere. Their results are
-        equal up to rounding. "auto", or None, is "cpu" on CPUs and "plain" elsewhere. An `Ops` of your own is taken
-        too.
+      ops: the arithmetic. "plain" is JAX's own; "cpu" has gradients that are fast on a CPU and, where there is a C++
+        compiler, the separable cells' steps as native operations, which run on CPUs only and which `jax.export`
+        refuses; "gpu" has the separable ConvLSTM's step as Pallas kernels for a GPU, not yet measured on one, and slow
+        elsewhere. Their results are equal up to rounding. "auto", or None, is "cpu" on CPUs and "plain" elsewhere. An
+        `Ops` of your own is taken too.
         "cpu" and "gpu" have reverse rules of their own, so forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`)
         ends in a TypeError, and so do second derivatives by "gpu"; Hessian-vector products as `jax.jvp` of `jax.grad`
         and gradients of gradients work by "cpu". For all else give "plain".
@@ -216,7 +217,8 @@ def check_model(
         given["ops"] = ops
     for key, value in given.items():
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1) or sorted(known & set(OPTIONS))
+            others = {"num_classes", "dtype", "axis_name", "ops", "devices"}
+            close = difflib.get_close_matches(key, known | others, n=1) or sorted(known & set(OPTIONS))
             hint = f"did you mean {', '.join(close)}?" if close else "leave it out"
             raise ValueError(f"model {name!r} has no option {key!r}: {hint}")
         if key in _FIXED and make.keywords.get(key, value) != value:

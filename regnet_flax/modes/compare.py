@@ -7,10 +7,11 @@ import gc
 import logging
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from rich.table import Table
 
 from regnet_flax.analysis import report
 from regnet_flax.command_line import Options
@@ -18,6 +19,7 @@ from regnet_flax.config.check import check_config
 from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError
 from regnet_flax.models.registry import parse_variant
 from regnet_flax.modes.train import train_and_evaluate
+from regnet_flax.training.display import say_table
 from regnet_flax.training.signals import StopSignals
 from regnet_flax.training.workdir import workdir_lock
 
@@ -71,8 +73,7 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
     with workdir_lock(path), StopSignals() as stop:
         for number, variant in enumerate(variants, 1):
             if stop.received is not None:
-                message = f"stopped by signal {stop.received} between two runs; the same command resumes from there"
-                raise Interrupted(stop.received, message)
+                raise Interrupted(stop.received, f"{stop.cause} between two runs; run the same command to resume.")
             logger.info("model %d of %d: %s", number, len(variants), label(variant))
             try:
                 train(variant_config(config, variant), path / folder(variant), seeds=seeds)
@@ -85,10 +86,18 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
             jax.clear_caches()
             gc.collect()
         if runs:
-            report.write(path, runs, failed)
+            say_table(_table(report.write(path, runs, failed)))
             logger.info("report: %s and %s", path / report.MARKDOWN, path / report.HTML)
     if failed:
         raise NonFiniteError(f"{len(failed)} of {len(variants)} models did not end: {'; '.join(failed)}")
+
+
+def _table(cells: Sequence[Sequence[str]]) -> Table:
+    head, *rows = cells
+    table = Table(*head)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def run(config: Any, options: Options) -> None:

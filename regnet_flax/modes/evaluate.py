@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import unicodedata
 from typing import Any
 
 import jax
@@ -11,10 +12,10 @@ import numpy as np
 
 from regnet_flax.analysis.by_class import write_figures
 from regnet_flax.command_line import Options
-from regnet_flax.config.check import check_config
+from regnet_flax.config.check import check_config, eval_batch_size
 from regnet_flax.config.resolve import resolve
 from regnet_flax.errors import ConfigError
-from regnet_flax.files import write_json
+from regnet_flax.files import dataset_title, write_json
 from regnet_flax.modes.setup import Dataset, load_weights, make_trainer, open_dataset, read_trained
 from regnet_flax.training import parallel, workdir
 
@@ -40,26 +41,29 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
     path, devices = pathlib.Path(path), devices or jax.devices()
     with parallel.together():
         check_config(config)
-        seeds: list[int] = []
+        record: dict[str, Any] = {}
         if not config.model.init_from:
             workdir.check_has_checkpoints(path)
-            seeds = (workdir.read_config(path) or {}).get("seeds", [])
-        dataset = open_dataset(config, seeds[0] if seeds else None)
+            record = workdir.read_config(path) or {}
+        seeds, names = record.get("seeds", []), record.get("class_names", [])
+        # Some systems store é as two characters.
+        names = tuple(unicodedata.normalize("NFC", name) for name in names)
+        dataset = open_dataset(config, seeds[0] if seeds else None, names)
     parallel.check_same("data set", dataset.fingerprint())
     with parallel.together():
-        if not config.model.init_from:
-            _check_classes(dataset, path)
+        if names:
+            _check_classes(dataset, names, path)
         config = resolve(config, dataset)
-        start = load_weights(config)
+        start = load_weights(config, dataset.image_shape[-1])
     trainer = make_trainer(config, dataset, devices, start=start)
     if config.model.init_from:
         step, variables = 0, trainer.initial_state().variables
     else:
         step, variables = read_trained(config, path, trainer.like.variables)
     size = dataset.size("test")
-    outcomes = np.empty((size, 2), np.int32)
+    outcomes = np.empty((size, 3), np.int32)
     try:
-        found = trainer.evaluate(variables, "test", size, config.eval.batch_size, outcomes=outcomes)
+        found = trainer.evaluate(variables, "test", size, eval_batch_size(config), outcomes=outcomes)
     finally:
         trainer.close()
     metrics: dict[str, Any] = {"step": step} | found
@@ -73,13 +77,12 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
         metrics["count"],
     )
     if parallel.is_primary():
-        title = f"{config.model.name} on {dataset.name}, {config.model.init_from or f'step {step}'}"
+        title = f"{config.model.name} on {dataset_title(config.dataset)}, {config.model.init_from or f'step {step}'}"
         _write(path, dataset, outcomes, metrics, title, config.seed)
     return metrics
 
 
-def _check_classes(dataset: Dataset, path: pathlib.Path) -> None:
-    trained = tuple((workdir.read_config(path) or {})["class_names"])
+def _check_classes(dataset: Dataset, trained: tuple[str, ...], path: pathlib.Path) -> None:
     if trained != dataset.class_names:
         raise ConfigError(
             f"{dataset.name} has the classes {', '.join(dataset.class_names)}, but {path} was trained on "

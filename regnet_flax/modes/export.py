@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -14,14 +13,14 @@ import jax.numpy as jnp
 
 from regnet_flax.command_line import Options
 from regnet_flax.data.augment import normalize
-from regnet_flax.errors import WeightsError
-from regnet_flax.files import replacing
+from regnet_flax.errors import WeightsError, WorkdirError
+from regnet_flax.files import replacing, write_json
 from regnet_flax.models.ops import PLAIN
 from regnet_flax.models.regnet import unstack_blocks
 from regnet_flax.modes import model_card
 from regnet_flax.port.torch import bottleneck_stride, to_torch
 from regnet_flax.port.weights import write_weights
-from regnet_flax.trained import Trained, with_config
+from regnet_flax.trained import Trained, description, with_config
 
 FILES = {"stablehlo": "model.stablehlo", "safetensors": "weights.safetensors", "torch": "weights.pth"}
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -42,15 +41,15 @@ def export_model(trained: Trained, workdir: str | pathlib.Path) -> pathlib.Path:
     Raises:
       WeightsError: the path's suffix is none of that format's, or PyTorch is needed and not installed.
     """
-    config, model, variables, step = trained.config, trained.model, trained.variables, trained.step
+    config, model, variables = trained.config, trained.model, trained.variables
     workdir, kind = pathlib.Path(workdir), config.export.format
     path = pathlib.Path(config.export.path) if config.export.path else workdir / FILES[kind]
     metadata = {
         "model": config.model.name,
         "num_classes": str(config.dataset.num_classes),
         "dataset": config.dataset.name,
-        "step": str(step),
-    }
+        "step": str(trained.step),
+    } | description(trained)
     if stride := bottleneck_stride(model):
         metadata["bottleneck_stride"] = stride
     if kind == "stablehlo":
@@ -60,14 +59,14 @@ def export_model(trained: Trained, workdir: str | pathlib.Path) -> pathlib.Path:
         with replacing(path) as part:
             part.write_bytes(program)
         beside = metadata | {"image_shape": list(trained.image_shape), "class_names": list(trained.class_names)}
-        path.with_name(path.name + ".json").write_text(json.dumps(beside, indent=2) + "\n")
+        write_json(path.with_name(path.name + ".json"), beside)
         said = f"for {', '.join(PLATFORMS)}"
     else:
         arrays = to_torch(variables, model)
         write_weights(path, arrays, metadata)
         said = f"{len(arrays)} arrays"
-    logger.info("%s: the model card", model_card.write(path, config, variables, step, workdir))
-    logger.info("%s: %s at step %d, %s", path, config.model.name, step, said)
+    logger.info("%s: the model card", model_card.write(path, trained, workdir))
+    logger.info("%s: %s, %s, %s", path, config.model.name, trained.source, said)
     return path
 
 
@@ -100,5 +99,15 @@ def stablehlo(
 
 
 def run(config: Any, options: Options) -> None:
-    """Exports the workdir's checkpoint `eval.checkpoint`; see `export_model`."""
-    export_model(with_config(config, options.workdir), options.workdir)
+    """Exports the workdir's checkpoint `eval.checkpoint`, or `model.init_from`; see `export_model`.
+
+    Raises:
+      WorkdirError: the file cannot be written where it is to be.
+    """
+    trained = with_config(config, options.workdir)
+    try:
+        export_model(trained, options.workdir)
+    except PermissionError as error:
+        raise WorkdirError(
+            f"{error.filename} cannot be written ({error.strerror}): name another place with --config.export.path=FILE"
+        ) from error

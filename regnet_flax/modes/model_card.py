@@ -11,7 +11,8 @@ from regnet_flax import __version__
 from regnet_flax.analysis.report import describe_optimizer
 from regnet_flax.analysis.summary import count_parameters
 from regnet_flax.config.check import model_options
-from regnet_flax.files import read_json
+from regnet_flax.files import dataset_title, read_json, write_text
+from regnet_flax.trained import Trained
 from regnet_flax.training.workdir import CONFIG, RESULTS, read_metrics
 
 NAME = "README.md"
@@ -97,39 +98,39 @@ the StableHLO program does that itself, the weights leave it to you.
 {load}"""
 
 
-def write(path: pathlib.Path, config: Any, variables: dict[str, Any], step: int, workdir: pathlib.Path) -> pathlib.Path:
+def write(path: pathlib.Path, trained: Trained, workdir: pathlib.Path) -> pathlib.Path:
     """Writes the card of an exported file: README.md beside it, or FILE.md if another README.md stands there.
 
     Args:
       path: the file.
-      config: the workdir's.
-      variables: "params" and "batch_stats".
-      step: of the checkpoint that they are of.
-      workdir: whose config.json, metrics.jsonl and results.json tell the rest.
+      trained: what was exported.
+      workdir: whose config.json, metrics.jsonl and results.json tell the rest, if it is a checkpoint's.
 
     Returns:
       The card.
     """
-    card, files = path.with_name(NAME), [path.name]
+    card, files, step = path.with_name(NAME), [path.name], trained.step
     if card.exists():
-        before = card.read_text(errors="replace")
+        before = card.read_text(encoding="utf-8", errors="replace")
         if not before.startswith(_HEAD):
             card = path.with_name(path.name + ".md")
-        elif before.startswith(f"{_HEAD}model: {config.model.name}\nstep: {step}\n"):
+        elif before.startswith(f"{_HEAD}model: {trained.config.model.name}\nstep: {step}\n"):
             listed = re.findall(r"^- (.+)$", before.split("---")[1], re.M)  # other forms of the same model
             files = sorted({*files, *(name for name in listed if path.with_name(name).exists())})
-    card.write_text(describe(config, variables, step, workdir, files))
+    write_text(card, describe(trained, workdir, files))
     return card
 
 
-def describe(config: Any, variables: dict[str, Any], step: int, workdir: pathlib.Path, files: Sequence[str]) -> str:
+def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> str:
     """The card's text, for the files of these names; see `write`."""
-    record, results = read_json(workdir / CONFIG), read_json(workdir / RESULTS)
+    config, step = trained.config, trained.step
+    record = {} if trained.weights else read_json(workdir / CONFIG) or {}
+    results = {} if trained.weights else read_json(workdir / RESULTS)
     data, train, sgd = config.dataset, config.train, config.optimizer
-    height, width, channels = record["image_shape"]
+    height, width, channels = trained.image_shape
     options = {name: value for name, value in model_options(config).items() if value is not None}
     written = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    names = record["class_names"]
+    names = trained.class_names
     values = {
         "shape": f"{height}, {width}, {channels}",
         "classes": len(names),
@@ -145,7 +146,7 @@ def describe(config: Any, variables: dict[str, Any], step: int, workdir: pathlib
         for named, text in ((programs, _STABLEHLO), (weights, _WEIGHTS))
         if named
     )
-    started = record["model"]["init_from"]
+    started = trained.weights or record["model"]["init_from"]
     augmentation = [*data.augment, *(f"{name} {train[name]:g}" for name in ("mixup", "cutmix") if train[name])]
     averaged = f"; averages of the weights over the steps, decay {sgd.ema_decay:g}" if sgd.ema_decay else ""
     fitted = "resized by a bilinear filter, as those of image folders were"
@@ -156,9 +157,9 @@ def describe(config: Any, variables: dict[str, Any], step: int, workdir: pathlib
         name=config.model.name,
         step=step,
         files="\n".join(f"- {file}" for file in files),
-        dataset=data.name,
+        dataset=dataset_title(data),
         version=__version__,
-        parameters=count_parameters(variables["params"]),
+        parameters=count_parameters(trained.variables["params"]),
         dtype=config.dtype,
         options=f", {written}" if written else "",
         height=height,
@@ -178,7 +179,7 @@ def describe(config: Any, variables: dict[str, Any], step: int, workdir: pathlib
         seed=config.seed,
         start=f"the weights of {pathlib.Path(started).name}" if started else "random weights",
         run=_run(results),
-        metrics=_metrics(read_metrics(workdir), results, config, step),
+        metrics=_metrics([] if trained.weights else read_metrics(workdir), results, config, trained.source),
         load=load,
         **values,
     )
@@ -204,8 +205,9 @@ def _run(results: dict[str, Any] | None) -> str:
     )
 
 
-def _metrics(lines: Sequence[dict[str, Any]], results: dict[str, Any] | None, config: Any, step: int) -> str:
+def _metrics(lines: Sequence[dict[str, Any]], results: dict[str, Any] | None, config: Any, source: str) -> str:
     seed, results = str(config.seed), results or {}
+    step = int(source.removeprefix("step ")) if source.startswith("step ") else -1
 
     def own(values: dict[str, Any]) -> dict[str, Any]:
         return values | values.get("seeds", {}).get(seed, {})
@@ -218,7 +220,7 @@ def _metrics(lines: Sequence[dict[str, Any]], results: dict[str, Any] | None, co
         if test["step"] == step:
             found, kind, split = test, "test", "test"
     if found is None:
-        return f"No images were evaluated at step {step}."
+        return f"No images were evaluated at {source}."
     rows = [
         ("accuracy", f"{found[f'{kind}_accuracy']:.2%}"),
         ("loss (cross-entropy, nats)", f"{found[f'{kind}_loss']:.4f}"),

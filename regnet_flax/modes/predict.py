@@ -9,19 +9,20 @@ import logging
 import os
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from regnet_flax.analysis import plots
+from regnet_flax.analysis.plots.fonts import readable
 from regnet_flax.command_line import Options
-from regnet_flax.data.folder import EXTENSIONS, read_image
+from regnet_flax.data.photos import extensions, read_image
 from regnet_flax.errors import ConfigError, DataError, one_line
 from regnet_flax.trained import Trained, with_config
 from regnet_flax.training import workdir
+from regnet_flax.training.display import say_table
 
 SHOWN = 16  # images in the picture
 THUMBNAIL = 256  # pixels of their longer side
@@ -43,31 +44,39 @@ def find_images(where: str) -> list[pathlib.Path]:
             "predict.images is '': name a file, a folder or a glob, with --config.predict.images=PATH_OR_GLOB"
         )
     path = pathlib.Path(where).expanduser()
-    found = [path] if path.exists() else map(pathlib.Path, glob.glob(str(path), recursive=True))
     files: set[pathlib.Path] = set()
-    for match in found:
+    for match in [path] if path.exists() else _glob(path):
         if match.is_dir():
-            files.update(file for file in match.rglob("*") if _is_image(file))
+            files.update(file for file in match.rglob("*") if _is_image(file, match))
         else:
             files.add(match)
     if not files:
-        kind = f"has no image files ({' '.join(EXTENSIONS)})" if path.is_dir() else "matches no file"
+        kind = f"has no image files ({' '.join(extensions())})" if path.is_dir() else "matches no file"
         raise ConfigError(f"predict.images is {where!r}, which {kind}: name a file, a folder or a glob")
     return sorted(files)
 
 
-def _is_image(file: pathlib.Path) -> bool:
-    return file.name.lower().endswith(EXTENSIONS) and not file.name.startswith(".") and file.is_file()
+def _glob(pattern: pathlib.Path) -> Iterator[pathlib.Path]:
+    """What matches; the leading folders that there are stand for themselves, brackets in their names included."""
+    base, parts = pathlib.Path(pattern.anchor or "."), list(pattern.parts[bool(pattern.anchor) :])
+    while len(parts) > 1 and (base / parts[0]).is_dir():
+        base /= parts.pop(0)
+    return (base / name for name in glob.glob(os.path.join(*parts), root_dir=base, recursive=True))
+
+
+def _is_image(file: pathlib.Path, folder: pathlib.Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and file.name.lower().endswith(extensions()) and file.is_file()
 
 
 def _read(
     files: Sequence[pathlib.Path], trained: Trained
 ) -> tuple[list[pathlib.Path], np.ndarray, list[np.ndarray], list[dict[str, str]]]:
     """The files that can be read, the model's inputs, thumbnails of the first, and the files that cannot, with why."""
-    readable, inputs, thumbnails, skipped = [], [], [], []
+    readable, inputs, thumbnails, skipped, remarks = [], [], [], [], []
     for file in files:
         try:
-            image = read_image(file)
+            image = read_image(file, remarks)
         except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file.
             skipped.append({"file": str(file), "reason": one_line(error)})
             logger.warning("left out %s: %s", file, skipped[-1]["reason"])
@@ -77,6 +86,8 @@ def _read(
         if len(thumbnails) < SHOWN:
             image.thumbnail((THUMBNAIL, THUMBNAIL))
             thumbnails.append(np.asarray(image))
+    for remark in sorted(set(remarks)):
+        logger.warning("%s", remark)
     if not readable:
         raise DataError(f"none of the {len(files)} files of predict.images can be read: check that they are images")
     return readable, np.stack(inputs), thumbnails, skipped
@@ -92,7 +103,8 @@ def predict_images(trained: Trained, path: str | os.PathLike) -> dict[str, Any]:
     Returns:
       "model"; "workdir"; "step"; "predictions", for each image that could be read its "file" and "top", the
       `predict.top` most probable classes, each with "class" and "probability"; "skipped", each with "file" and
-      "reason"; and "picture", the figure's path.
+      "reason"; "picture", the figure's path, None if it cannot be written; and "chosen", which weights are used and
+      why.
 
     Raises:
       ConfigError: `predict.images` names no file.
@@ -106,35 +118,56 @@ def predict_images(trained: Trained, path: str | os.PathLike) -> dict[str, Any]:
         [{"class": names[c], "probability": float(row[c])} for c in order]
         for row, order in zip(shares, best, strict=True)
     ]
-    picture = pathlib.Path(path) / workdir.FIGURES / "predict.png"
-    picture.parent.mkdir(parents=True, exist_ok=True)
+    picture: pathlib.Path | None = pathlib.Path(path) / workdir.FIGURES / "predict.png"
     more = f", the first {len(thumbnails)} of {len(files)} images" if len(files) > len(thumbnails) else ""
-    plots.probabilities(
-        thumbnails,
-        [file.name for file in files],
-        [[(entry["class"], entry["probability"]) for entry in top] for top in tops],
-        picture,
-        title=f"{config.model.name} at step {trained.step}{more}",
-    )
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        captions = [file.name for file in files]
+        with readable([*names, *captions[: len(thumbnails)]]):
+            plots.probabilities(
+                thumbnails,
+                captions,
+                [[(entry["class"], entry["probability"]) for entry in top] for top in tops],
+                picture,
+                title=f"{config.model.name}, {trained.source}{more}",
+            )
+    except OSError as error:  # as in a workdir that another user owns
+        logger.warning("%s cannot be written: %s", picture, error.strerror)
+        picture = None
     return {
         "model": config.model.name,
         "workdir": str(path),
         "step": trained.step,
+        "chosen": _chosen(trained, pathlib.Path(path)),
         "predictions": [{"file": str(file), "top": top} for file, top in zip(files, tops, strict=True)],
         "skipped": skipped,
-        "picture": str(picture),
+        "picture": str(picture) if picture else None,
     }
+
+
+def _chosen(trained: Trained, path: pathlib.Path) -> str:
+    """Which weights are used, and why these."""
+    which = trained.config.eval.checkpoint
+    if trained.weights or which not in ("best", "last"):
+        return trained.source
+    if which == "last":
+        return f"{trained.source}, the last checkpoint"
+    evaluations = [line for line in workdir.read_metrics(path) if "eval_accuracy" in line]
+    if not any(line["step"] == trained.step for line in evaluations):
+        return f"{trained.source}, the last checkpoint, since none was evaluated"
+    split = (workdir.read_config(path) or {}).get("evaluated", "test")
+    return f"{trained.source}, the best of {len(evaluations)} evaluations of the {split} split"
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Prints what predict_images returned: a table, or JSON."""
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json.dumps(result, indent=2))  # in ASCII, whatever the terminal's encoding
         return
     predictions = result["predictions"]
     files = [prediction["file"] for prediction in predictions]
     folder = os.path.commonpath([os.path.dirname(file) for file in files])
-    print(f"{result['model']} at step {result['step']}, {len(files)} images in {folder or '.'}")
+    print(f"{result['model']}, {result['chosen']}: {len(files)} images in {folder or '.'}")
     table = Table()
     table.add_column("image", overflow="fold")
     for rank in range(1, len(predictions[0]["top"]) + 1):
@@ -142,8 +175,9 @@ def show(result: dict[str, Any], as_json: bool) -> None:
     for file, prediction in zip(files, predictions, strict=True):
         cells = [f"{entry['class']} {entry['probability']:.1%}" for entry in prediction["top"]]
         table.add_row(os.path.relpath(file, folder or "."), *cells)
-    Console(markup=False, highlight=False, emoji=False).print(table)
-    logger.info("picture: %s", result["picture"])
+    say_table(table)
+    if result["picture"]:
+        logger.info("picture: %s", result["picture"])
 
 
 def run(config: Any, options: Options) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from regnet_flax.config.check import check_config, model_options
-from regnet_flax.data import augment, folder, mix, sources, stream
+from regnet_flax.data import augment, mix, sources, stream
 from regnet_flax.data.feeds import make_feed
 from regnet_flax.errors import ConfigError, WeightsError, WorkdirError
 from regnet_flax.files import duration
@@ -38,18 +39,20 @@ Dataset = sources.Dataset | stream.StreamedDataset
 logger = logging.getLogger("regnet_flax")
 
 
-def open_dataset(config: Any, seed: int | None = None) -> Dataset:
+def open_dataset(config: Any, seed: int | None = None, class_names: Sequence[str] = ()) -> Dataset:
     """The config's data set, in memory or to be streamed; logs its sizes, and which images could not be read.
 
     Args:
       config: a nested config with the fields of configs/base.py.
       seed: fixes what is held out and synthetic images; the config's by default. Seeds that train together share the
         first one's.
+      class_names: of a model to evaluate on an image folder, which needs no images to train on then.
     """
     began = time.monotonic()
     settings = config.dataset
     options = {name: settings[name] for name in ("data_dir", "image_size", "num_classes", "strict", "validation")}
     options["seed"] = config.seed if seed is None else seed
+    options["class_names"] = tuple(class_names)
     dataset = stream.open_stream(settings.name, in_memory=settings.in_memory, augment=settings.augment, **options)
     streamed = dataset is not None
     if dataset is None:
@@ -59,10 +62,8 @@ def open_dataset(config: Any, seed: int | None = None) -> Dataset:
             f"train.steps_per_call is {config.train.steps_per_call}: {dataset.name} is streamed, one batch per "
             "call, so it must be 1, or 0"
         )
-    if dataset.name == "folder":
-        directories = folder.split_directories(settings.data_dir)
-        uses = ", ".join(f"{split} on {directory.name}/" for split, directory in directories.items())
-        logger.info("%s: %s", directories["train"].parent, uses)
+    for number, note in enumerate(dataset.notes):
+        logger.log(logging.WARNING if number else logging.INFO, "%s", note)
     counted = f"{dataset.size('train')} training"
     if dataset.validation is not None:
         counted += f", {dataset.size('validation')} validation"
@@ -93,10 +94,14 @@ def build_model(config: Any, devices: Sequence[Any] | None = None, axis_name: st
     )
 
 
-def load_weights(config: Any) -> dict[str, Any] | None:
+def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
     """The variables in the file `model.init_from` of a resolved config; None where it names none.
 
     A file of a plain network's weights gives those of one with regulators but for the regulators themselves.
+
+    Args:
+      config: resolved.
+      channels: of the images; the file's may be of others with `model.adapt_stem`.
 
     Raises:
       WeightsError: the file cannot be read, or does not fit the model.
@@ -105,6 +110,10 @@ def load_weights(config: Any) -> dict[str, Any] | None:
     if not file:
         return None
     arrays, metadata = weights.read_weights(file)
+    if whole := [name for name, a in arrays.items() if a.dtype != np.float32 and not name.endswith(torch_port.IGNORED)]:
+        raise WeightsError(
+            f"{file}: {whole[0]} is {arrays[whole[0]].dtype}, as of quantised weights: save them as floats"
+        )
     model = build_model(config)
     plain, stride = torch_port.starts_from_plain(arrays, model), torch_port.bottleneck_stride(model)
     if stride:
@@ -132,8 +141,13 @@ def load_weights(config: Any) -> dict[str, Any] | None:
                 "" if plain else ": model.overrides.bottleneck_stride=3x3",
             )
     try:
+        if config.model.adapt_stem:
+            arrays = torch_port.adapt_stem(arrays, model, channels)
+        torch_port.check_stem(arrays, model, channels)
         read = torch_port.from_plain_torch if plain else torch_port.from_torch
         variables = read(arrays, model, new_head=config.model.new_head)  # pyright: ignore[reportArgumentType]
+    except torch_port.StemError as error:
+        raise WeightsError(f"{file}: {error}; model.adapt_stem=True adapts it") from error
     except ValueError as error:
         raise WeightsError(f"{file}: {error}; model.new_head=True leaves the head out") from error
     rest = [*(["the head"] if config.model.new_head else []), *(["the regulators"] if plain else [])]

@@ -14,10 +14,10 @@ import jax
 from regnet_flax.analysis import plots
 from regnet_flax.analysis.by_class import write_figures
 from regnet_flax.command_line import Options
-from regnet_flax.config.check import check_config, flatten
+from regnet_flax.config.check import check_config, eval_batch_size, flatten
 from regnet_flax.config.resolve import resolve
 from regnet_flax.errors import ConfigError, WorkdirError
-from regnet_flax.files import write_json
+from regnet_flax.files import dataset_title, write_json
 from regnet_flax.modes.setup import Dataset, load_weights, make_plan, make_trainer, open_dataset
 from regnet_flax.results import collect_results, report
 from regnet_flax.training import parallel, workdir
@@ -68,6 +68,7 @@ def train_and_evaluate(
     config, seeds = _settle_seeds(config, seeds)
     stored, results = _stored_run(config, path, seeds)
     if results:
+        _open_dataset(config, stored, path)  # whose results they are
         logger.info("%s holds a finished run", path)
         report(results, path)
         return results
@@ -77,7 +78,8 @@ def train_and_evaluate(
         dataset, fingerprint = _open_dataset(config, stored, path)
         with parallel.together():
             config = _complete_config(config, dataset, stored, path, seeds)
-            start = load_weights(config)
+            # A run that resumes needs its start no more, which may have been moved.
+            start = None if stored else load_weights(config, dataset.image_shape[-1])
         stop.check()
         with workdir.workdir_lock(path):
             _check_unchanged(stored, path)
@@ -93,7 +95,7 @@ def train_and_evaluate(
                 ends.callback(trainer.close)
                 plan = make_plan(config, dataset.size("train"))
                 split = dataset.evaluated
-                trainer.compile_ahead(split, dataset.size(split), config.eval.batch_size)
+                trainer.compile_ahead(split, dataset.size(split), eval_batch_size(config))
                 run = Run(config, path, trainer, plan, dataset, checkpoints, stop, profile)
                 run.run()
                 checkpoints.wait()
@@ -167,6 +169,7 @@ def _begin_workdir(config: Any, dataset: Dataset, fingerprint: str, path: pathli
         "class_names": list(dataset.class_names),
         "image_shape": list(dataset.image_shape),
         "streamed": workdir.is_streamed(dataset),
+        "evaluated": dataset.evaluated,
         "dataset_fingerprint": fingerprint,
     }
     if len(seeds) > 1:
@@ -199,7 +202,7 @@ def _finish(run: Run, config: Any, dataset: Dataset, checkpoints: Checkpoints, p
     results = None
     if parallel.is_primary():
         results = collect_results(run, config, path, test)
-        figures, title = path / workdir.FIGURES, f"{config.model.name} on {dataset.name}"
+        figures, title = path / workdir.FIGURES, f"{config.model.name} on {dataset_title(config.dataset)}"
         if len(run.seeds) > 1:
             title += f", seed {next(seed for seed in run.seeds if seed not in run.failed)}"
         figures.mkdir(exist_ok=True)

@@ -19,7 +19,7 @@ from regnet_flax.models.regnet import RegNet, stack_blocks, unstack_blocks
 from regnet_flax.models.regnety import RegNetY
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
-_IGNORED = "num_batches_tracked"
+IGNORED = "num_batches_tracked"
 # A batch normalisation divides by √(variance + epsilon).
 _IDENTITY_NORM = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0 - BatchNorm.epsilon}
 
@@ -66,6 +66,38 @@ def _torch_name(path: tuple[str, ...], modules: dict[str, str]) -> str:
         else:
             parts.append(modules.get(owner, owner))
     return ".".join([*parts, _LEAVES.get(leaf, leaf)])
+
+
+class StemError(ValueError):
+    """Weights are of images with another number of channels; the message is one line."""
+
+
+def _stem(model: nn.Module) -> str:
+    return "stem.0.weight" if isinstance(model, RegNetY) else "conv1.weight"
+
+
+def check_stem(state_dict: Mapping[str, np.ndarray], model: nn.Module, channels: int) -> None:
+    """Raises StemError if the weights are not of images with so many channels."""
+    name, stem = _stem(model), state_dict.get(_stem(model))
+    if stem is not None and stem.ndim == 4 and stem.shape[1] != channels:
+        wanted = (stem.shape[0], channels, *stem.shape[2:])
+        raise StemError(
+            f"{name} has shape {stem.shape}, for images of {stem.shape[1]} channels, not {wanted}, for {channels}"
+        )
+
+
+def adapt_stem(state_dict: Mapping[str, np.ndarray], model: nn.Module, channels: int) -> dict[str, np.ndarray]:
+    """Weights of colour images for grey ones, or the reverse; others are left alone.
+
+    Grey images give what they would with all three channels alike, and colour images what their mean would give.
+    """
+    name, arrays = _stem(model), dict(state_dict)
+    stem = arrays.get(name)
+    if stem is None or stem.ndim != 4 or {stem.shape[1], channels} != {1, 3}:
+        return arrays
+    summed = stem.sum(1, keepdims=True)
+    arrays[name] = summed if channels == 1 else np.repeat(summed / channels, channels, axis=1)
+    return arrays
 
 
 class _Entry(NamedTuple):
@@ -129,12 +161,12 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: nn.Module, *, new_he
     Raises:
       ValueError: entries are missing, left over or of another shape; the message lists them.
     """
-    found = {name: np.asarray(array) for name, array in state_dict.items() if not name.endswith(_IGNORED)}
+    found = {name: np.asarray(array) for name, array in state_dict.items() if not name.endswith(IGNORED)}
     if _module_names(model)["head"] == "linear" and "linear.weight" not in found:
         # A public notebook's name for the head.
         found = {name.replace("fc.", "linear.") if name.startswith("fc.") else name: a for name, a in found.items()}
     per_block = model.clone(scan=False) if hasattr(model, "scan") else model
-    stem = found.get("stem.0.weight" if isinstance(model, RegNetY) else "conv1.weight")
+    stem = found.get(_stem(model))
     channels = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
     images = jax.ShapeDtypeStruct((1, 32, 32, channels), jnp.float32)
     expected = jax.eval_shape(lambda key, x: per_block.init(key, x, train=False), jax.random.key(0), images)

@@ -5,19 +5,29 @@ They may come from strangers: nothing is unpickled but by PyTorch's own restrict
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import pathlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from regnet_flax.errors import WeightsError
+from regnet_flax.errors import WeightsError, printable
 from regnet_flax.files import replacing, write_json
 
-SUFFIXES = {".safetensors": "safetensors", ".pth": "torch", ".pt": "torch"}
-# Under which a training script's checkpoint holds the weights, and before which a parallel wrapper puts its name.
-_NESTED, _PREFIX = ("state_dict", "model_state_dict", "model", "net"), "module."
+# Of a file's name; PyTorch's first one is what exports have.
+SUFFIXES = {".safetensors": "safetensors"} | dict.fromkeys((".pth", ".pt", ".pth.tar", ".ckpt", ".bin"), "torch")
+# Under which a training script's checkpoint holds the weights: averaged ones first, which are what it evaluates.
+_NESTED = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "net")
+# What wrappers put before each name (data parallel and averaged models, PyTorch Lightning) or into it (torch.compile).
+_PREFIXES, _COMPILED = ("module.", "model.", "net."), "_orig_mod."
+_BESIDE_AVERAGES = "n_averaged"
+
+logger = logging.getLogger("regnet_flax")
 
 
 def _import_torch(path: pathlib.Path) -> Any:
@@ -29,20 +39,22 @@ def _import_torch(path: pathlib.Path) -> Any:
 
 
 def _check_suffix(path: pathlib.Path) -> str:
-    if path.suffix not in SUFFIXES:
+    kind = next((kind for suffix, kind in SUFFIXES.items() if path.name.endswith(suffix)), None)
+    if kind is None:
         raise WeightsError(f"{path} must end in {', '.join(SUFFIXES)}")
-    return SUFFIXES[path.suffix]
+    return kind
 
 
 def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """Reads a file of weights.
 
     Args:
-      file: a .safetensors file, or a .pth or .pt file that `torch.load(weights_only=True)` can read, of a state dict or
-        of a training script's checkpoint that holds one.
+      file: a .safetensors file, or one of PyTorch's that `torch.load(weights_only=True)` can read, of a state dict or
+        of a training script's checkpoint that holds one, averaged weights before others.
 
     Returns:
-      From names to arrays, float32 but for integers; and the metadata that write_weights gave it, {} for others.
+      From names to arrays, float32 but for integers, without what wrappers add to the names; and the metadata that
+      write_weights gave it, {} for others. What is left out or renamed is logged.
 
     Raises:
       WeightsError: there is no such file, it is damaged, or what reads it is not installed.
@@ -60,7 +72,7 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
         try:
             with safe_open(path, "numpy") as opened:
                 metadata = opened.metadata() or {}
-                found = {name: opened.get_tensor(name) for name in opened.keys()}
+                found = {name: np.asarray(opened.get_tensor(name)) for name in opened.keys()}
         except (SafetensorError, OSError, TypeError) as error:
             raise WeightsError(f"{path} is no whole .safetensors file: {str(error).splitlines()[0]}") from error
     else:
@@ -68,17 +80,49 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and storage errors of any kind, on a file that may be anything
-            reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-            raise WeightsError(f"{path} cannot be read as weights alone: {reason}") from error
-        loaded = next((loaded[name] for name in _NESTED if _is_nested(loaded, name)), loaded)
+            raise WeightsError(_unreadable(path, error, torch)) from error
+        nests = [name for name in _NESTED if _is_nested(loaded, name)]
+        if nests:
+            others = f", not {', '.join(nests[1:])}" if len(nests) > 1 else ""
+            logger.info("%s: the weights of %s%s", path, nests[0], others)
+            loaded = loaded[nests[0]]
         if not isinstance(loaded, Mapping) or not all(torch.is_tensor(value) for value in loaded.values()):
             raise WeightsError(f"{path} holds no state dict: save model.state_dict() with torch.save")
         found = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in loaded.items()}
         metadata = _read_beside(path)
-    found = {n: a.astype(np.float32) if np.issubdtype(a.dtype, np.floating) else a for n, a in found.items()}
-    if found and all(name.startswith(_PREFIX) for name in found):
-        found = {name.removeprefix(_PREFIX): array for name, array in found.items()}
-    return found, metadata
+    # NumPy does not count bfloat16 and the 8-bit types among its floating ones.
+    found = {n: a.astype(np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a for n, a in found.items()}
+    return _unwrapped(found, path), metadata
+
+
+def _unwrapped(found: dict[str, np.ndarray], path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays by the names that the model itself gives them."""
+    arrays = {name: array for name, array in found.items() if name != _BESIDE_AVERAGES}
+    removed = [_BESIDE_AVERAGES] if len(arrays) < len(found) else []
+    if any(_COMPILED in name for name in arrays):
+        arrays = {name.replace(_COMPILED, ""): array for name, array in arrays.items()}
+        removed.append(_COMPILED)
+    while arrays and (prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in arrays)), "")):
+        arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
+        removed.append(prefix)
+    if removed:
+        logger.info("%s: without %s in the names", path, ", ".join(removed))
+    return arrays
+
+
+def _unreadable(path: pathlib.Path, error: Exception, torch: Any) -> str:
+    """Why a file of PyTorch's cannot be read without running code, on one line."""
+    found = {match[1] for match in re.finditer(r"GLOBAL ([\w.]+)", str(error))}
+    with contextlib.suppress(Exception):  # it may be no archive at all
+        found.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    if found:
+        return (
+            f"{path} cannot be read as weights alone: it also holds {', '.join(sorted(found))}, and reading that may "
+            "run code. If you trust the file, save its weights by themselves: "
+            f"torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'weights.pth')"
+        )
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return printable(f"{path} cannot be read as weights alone: {lines[0][:120] if lines else type(error).__name__}")
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:
@@ -87,7 +131,7 @@ def _beside(path: pathlib.Path) -> pathlib.Path:
 
 def _read_beside(path: pathlib.Path) -> dict[str, str]:
     try:
-        found = json.loads(_beside(path).read_text())
+        found = json.loads(_beside(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -103,9 +147,9 @@ def write_weights(
     """Writes a file of weights, whole or not at all.
 
     Args:
-      file: a .safetensors, .pth or .pt file; its directory is made.
+      file: its name ends in one of SUFFIXES; its directory is made.
       arrays: from names to arrays.
-      metadata: kept in a .safetensors file; as FILE.json beside a .pth file, which has no place for it.
+      metadata: kept in a .safetensors file; as FILE.json beside a file of PyTorch's, which has no place for it.
 
     Raises:
       WeightsError: another suffix, or what writes it is not installed.

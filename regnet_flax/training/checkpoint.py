@@ -76,7 +76,7 @@ class _StateWithSums(TrainState):
 
 def _has_sums(state: pathlib.Path) -> bool:
     with contextlib.suppress(OSError, ValueError, KeyError):
-        return "('sums', 'loss')" in json.loads((state / "_METADATA").read_text())["tree_metadata"]
+        return "('sums', 'loss')" in json.loads((state / "_METADATA").read_text(encoding="utf-8"))["tree_metadata"]
     return False
 
 
@@ -134,7 +134,7 @@ class Checkpoints:
         # Orbax reads every step's metrics when it starts, and would end in the first error.
         for path in self.directory.glob(f"[0-9]*/{METRICS}/{METRICS}"):
             try:
-                float(json.loads(path.read_text())[METRIC])
+                float(json.loads(path.read_text(encoding="utf-8"))[METRIC])
             except (OSError, ValueError, KeyError, TypeError):
                 logger.warning("checkpoint %s has damaged metrics, and does not count for the best", path.parts[-3])
                 path.rename(path.with_name(DAMAGED))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import inspect
-import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -15,24 +17,49 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from regnet_flax.files import duration
 
+COLUMNS = 100
+
 logger = logging.getLogger("regnet_flax")
 
 
 def describe(line: dict[str, Any], total_steps: int, epochs: int, left: float | None, split: str = "test") -> str:
-    """One line of metrics.jsonl, whose evaluation is of `split`, as a person reads it."""
-    parts = [f"epoch {line['epoch']:.4g}/{epochs}", f"step {line['step']}/{total_steps}"]
+    """One line of metrics.jsonl, whose evaluation is of `split`, as a person reads it; of COLUMNS at most.
+
+    What there is no room for is left out, the least important first; metrics.jsonl has all of it.
+    """
+    parts = {"epoch": f"epoch {line['epoch']:.4g}/{epochs}", "step": f"step {line['step']}/{total_steps}"}
     if "train_loss" in line:
-        parts.append(f"train loss {line['train_loss']:.4f}, accuracy {line['train_accuracy']:.2%}")
+        parts["train"] = f"train loss {line['train_loss']:.4f}, acc. {line['train_accuracy']:.2%}"
     if "eval_loss" in line:
-        top5 = f", top-5 {line['eval_top5_accuracy']:.2%}" if "eval_top5_accuracy" in line else ""
-        parts.append(f"{split} loss {line['eval_loss']:.4f}, accuracy {line['eval_accuracy']:.2%}{top5}")
+        short = "val" if split == "validation" else split
+        parts["eval"] = f"{short} loss {line['eval_loss']:.4f}, acc. {line['eval_accuracy']:.2%}"
+        if "eval_top5_accuracy" in line:
+            parts["top5"] = f"top-5 {line['eval_top5_accuracy']:.2%}"
     if "learning_rate" in line:
-        parts.append(f"rate {line['learning_rate']:.3g}")
+        parts["rate"] = f"rate {line['learning_rate']:.3g}"
     if line.get("images_per_second"):
-        parts.append(f"{line['images_per_second']:,.0f} images/s")
+        parts["speed"] = f"{line['images_per_second']:,.0f} images/s"
     if left is not None:
-        parts.append(f"{duration(left)} left")
-    return " · ".join(parts)
+        parts["left"] = f"{duration(left)} left"
+    for name in ("rate", "speed", "top5", "step", "left"):
+        if len(" · ".join(parts.values())) > COLUMNS:
+            parts.pop(name, None)
+    return " · ".join(parts.values())
+
+
+def say_table(table: Any) -> None:
+    """Prints a rich table: as wide as the terminal allows, and elsewhere one line for each of its rows."""
+    width = None if sys.stdout.isatty() else 10_000
+    Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False).print(table)
+
+
+def outlive_output(error: OSError) -> None:
+    """Sends what is said from now on nowhere if whoever read it is gone, as after `| head`; else raises the error."""
+    if error.errno not in (errno.EPIPE, errno.EIO):
+        raise error
+    # What the stream still holds would end in an error when the program does.
+    with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 _started: list[Progress] = []
@@ -41,9 +68,12 @@ _started: list[Progress] = []
 def working(what: str) -> None:
     """Says on a terminal, until the next call, what the program does before its first step; "" ends it."""
     if _started:
-        _started.pop().stop()
-    console = Console(file=sys.stdout)
-    if what and console.is_terminal:
+        try:
+            _started.pop().stop()
+        except OSError as error:  # the terminal was closed
+            outlive_output(error)
+    if what and sys.stdout.isatty():
+        console = Console(file=sys.stdout)
         progress = Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
         progress.add_task(what, total=None)
         progress.start()
@@ -57,7 +87,10 @@ class _AboveTheBar(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         style = "yellow" if record.levelno >= logging.WARNING else None
-        self._console.print(self.format(record), style=style, highlight=False, markup=False, soft_wrap=True)
+        try:
+            self._console.print(self.format(record), style=style, highlight=False, markup=False, soft_wrap=True)
+        except OSError as error:  # the terminal was closed
+            outlive_output(error)
 
 
 class RunDisplay:
@@ -91,7 +124,8 @@ class RunDisplay:
             console=Console(file=sys.stdout),
             transient=True,
         )
-        self._live = self._progress.console.is_terminal and parallel.is_primary()
+        # Not the console's is_terminal, which FORCE_COLOR and TTY_COMPATIBLE make true of a file.
+        self._live = sys.stdout.isatty() and parallel.is_primary()
         self._task = self._progress.add_task(
             "", total=total_steps, completed=step, epoch=self._epoch(), rate="", left="", doing="compiling"
         )
@@ -109,7 +143,10 @@ class RunDisplay:
 
     def __exit__(self, *_: object) -> None:
         if self._live:
-            self._progress.stop()
+            try:
+                self._progress.stop()
+            except OSError as error:
+                outlive_output(error)
             logger.removeHandler(self._handler)
             for handler in self._replaced:
                 logger.addHandler(handler)
@@ -162,8 +199,6 @@ def log_to_console(level: int = logging.INFO) -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_orbax(sys.unraisablehook)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # A file's name may have characters that a terminal cannot show.
-        sys.stdout.reconfigure(errors="backslashreplace")
     if not console_handlers():
         logger.addHandler(_Stdout(level))
     logger.setLevel(logging.INFO)
@@ -181,4 +216,7 @@ def _without_orbax(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
 class _Stdout(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
-        print(prefix + self.format(record), flush=True)
+        try:
+            print(prefix + self.format(record), flush=True)
+        except OSError as error:
+            outlive_output(error)

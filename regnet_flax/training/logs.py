@@ -33,7 +33,7 @@ class MetricsLog:
         path = workdir / METRICS
         lines = [line for line in read_metrics(workdir) if line["step"] <= step]
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self._file = open(path, "a")
+        self._file = open(path, "a", encoding="utf-8")
         try:
             self._events = _Events(workdir, step + 1)
         except ImportError:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
+from regnet_flax.config.check import eval_batch_size
 from regnet_flax.environment import environment
 from regnet_flax.errors import Interrupted, NonFiniteError
 from regnet_flax.training import parallel, workdir
@@ -159,6 +160,9 @@ class Run:
                 running.clear()
             elif self._saves_here():
                 self._save()
+            if self._stop.take_save():
+                self._save()
+                logger.info("saved at step %d, as SIGUSR1 asks", self.step)
 
     @property
     def _images_per_step(self) -> int:
@@ -227,18 +231,18 @@ class Run:
     def _evaluate(self, variables: Any, split: str, outcomes: np.ndarray | None = None) -> dict[str, Any]:
         size = self._dataset.size(split)
         try:
-            return self._trainer.evaluate(variables, split, size, self._config.eval.batch_size, self._poll, outcomes)
+            return self._trainer.evaluate(variables, split, size, eval_batch_size(self._config), self._poll, outcomes)
         except _Stop:
             self._interrupt()
 
     def outcomes(self, variables: Any, split: str) -> tuple[dict[str, Any], np.ndarray]:
-        """The metrics of a split; and label and predicted class of each image, by the first seed that did not fail.
+        """The metrics of a split; and what eval_step's "outcomes" has of each image, by the first seed not failed.
 
         Returns:
-          See Trainer.evaluate; int32 (size, 2).
+          See Trainer.evaluate; int32 (size, 3).
         """
         several = (len(self.seeds),) if len(self.seeds) > 1 else ()
-        outcomes = np.empty((*several, self._dataset.size(split), 2), np.int32)
+        outcomes = np.empty((*several, self._dataset.size(split), 3), np.int32)
         metrics = self._evaluate(variables, split, outcomes)
         if not several:
             return metrics, outcomes
@@ -288,9 +292,7 @@ class Run:
         assert self._stop.received is not None
         self._save()
         self._checkpoints.wait()
-        message = (
-            f"stopped by signal {self._stop.received} saved at step {self.step}; the same command resumes from there"
-        )
+        message = f"{self._stop.cause}. Saved at step {self.step}; run the same command to resume."
         raise Interrupted(self._stop.received, message)
 
 

@@ -13,12 +13,15 @@ from regnet_flax.errors import Interrupted
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT ask the run to stop at the next step; a second one stops it at once.
+    """While entered, SIGTERM, SIGINT and SIGHUP ask the run to stop at the next step, and SIGUSR1 to save and go on.
+
+    A second SIGTERM or SIGINT stops it at once; a second SIGHUP does not, since a terminal that closes may send two.
+    SIGHUP stays ignored where it is, as under nohup.
 
     Python runs its handlers between bytecodes of the main thread, which is none while XLA compiles, and takes two
     signals for one meanwhile. So a thread counts them, by the bytes that the interpreter writes for each as it comes.
     With several processes a signal to one of them stops all at the same step: JAX takes SIGTERM itself, which SIGINT is
-    passed on as, and agrees with the others.
+    passed on as, and agrees with the others; SIGUSR1 does nothing there.
 
     Attributes:
       received: the signal that was received, None before.
@@ -28,7 +31,14 @@ class StopSignals:
         self.received: int | None = None
         self._previous: dict[int, object] = {}
         self._polls = 0
+        self._save_asked = False
         self._counted, self._first, self._handled = threading.Event(), 0, 0
+
+    @property
+    def cause(self) -> str:
+        """Such as "Stopped by SIGTERM"; once a signal was received."""
+        assert self.received is not None
+        return f"Stopped by {signal.Signals(self.received).name}"
 
     def poll(self) -> bool:
         """Whether to stop now; every process has to ask at the same places."""
@@ -41,11 +51,20 @@ class StopSignals:
             return False
         return self.received is not None
 
+    def take_save(self) -> bool:
+        """Whether SIGUSR1 asked to save since this was called last."""
+        asked, self._save_asked = self._save_asked, False
+        return asked and jax.process_count() == 1
+
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is not threading.main_thread():  # a notebook's worker: nothing can be caught
             return self
         # A handler of ours for SIGTERM would take the place of JAX's.
-        for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,):
+        numbers = [signal.SIGTERM] if jax.process_count() == 1 else []
+        numbers += [signal.SIGINT, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        for number in numbers:
             self._previous[number] = signal.signal(number, self._handle)
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
@@ -69,7 +88,12 @@ class StopSignals:
             number = byte[0]
             if number not in self._previous:  # another's, such as SIGCHLD
                 continue
+            if number == signal.SIGUSR1:
+                self._save_asked = True
+                continue
             if self._first:
+                if number == signal.SIGHUP:
+                    continue
                 os._exit(128 + number)
             self._first = number
             if jax.process_count() == 1:
@@ -77,6 +101,8 @@ class StopSignals:
             self._counted.set()
 
     def _handle(self, number: int, _: object) -> None:
+        if number == signal.SIGUSR1 or (number == signal.SIGHUP and self._handled):
+            return
         self._handled += 1
         if self._handled > 1:
             os._exit(128 + number)
@@ -87,4 +113,4 @@ class StopSignals:
     def check(self) -> None:
         """Raises Interrupted if a signal came before there was anything to save."""
         if self.received is not None:
-            raise Interrupted(self.received, f"stopped by signal {self.received} before the first step")
+            raise Interrupted(self.received, f"{self.cause} before the first step; run the same command to start again")

@@ -210,7 +210,8 @@ def eval_step(
 
     Returns:
       "loss", float32; "correct" and "count", int32; "correct_top5" where there are more than five classes; and no sum,
-      "outcomes", int32 (N, 2): label and predicted class of each example of all devices' parts, −1 for padding.
+      "outcomes", int32 (N, 3): of each example of all devices' parts the label, the predicted class and its
+      probability in millionths; −1 for padding.
     """
     logits = apply_fn(variables, batch["images"], train=False)
     labels, mask = batch["labels"], batch["mask"]
@@ -223,7 +224,8 @@ def eval_step(
     if logits.shape[-1] > 5:
         top5 = lax.top_k(logits, 5)[1]
         sums["correct_top5"] = (mask & (top5 == labels[:, None]).any(-1)).sum(dtype=jnp.int32)
-    outcomes = jnp.where(mask[:, None], jnp.stack([labels, predicted], -1), -1)
+    certainty = jnp.round(1e6 * jax.nn.softmax(logits).max(-1)).astype(jnp.int32)
+    outcomes = jnp.where(mask[:, None], jnp.stack([labels, predicted, certainty], -1), -1)
     if axis_name:
         sums, outcomes = lax.psum(sums, axis_name), lax.all_gather(outcomes, axis_name, tiled=True)
     return sums | {"outcomes": outcomes}

@@ -261,8 +261,8 @@ class Trainer:
           size: examples in the split.
           batch_size: examples a batch, rounded up to a multiple of the devices; the last may be short.
           poll: called after each batch with the examples done so far.
-          outcomes: int (size, 2) or, with several seeds, (seeds, size, 2), is filled with each example's label and
-            predicted class, −1 where there is none.
+          outcomes: int (size, n) or, with several seeds, (seeds, size, n), is filled with the first n numbers that
+            eval_step has of each example, −1 where there is none.
 
         Returns:
           "loss" and "accuracy", means over the examples, "top5_accuracy" where there are more than five classes, and
@@ -288,7 +288,7 @@ class Trainer:
             found.append(mean_metrics(parts, f"none of the {size} {split} images decodes: check that they are images"))
             if outcomes is not None:
                 whole = np.concatenate([np.asarray(part["outcomes"]) for part in parts])[:size]
-                (outcomes[index] if several else outcomes)[:] = whole
+                (outcomes[index] if several else outcomes)[:] = whole[:, : outcomes.shape[-1]]
         return {name: np.array([m[name] for m in found]) for name in found[0]} if several else found[0]
 
     def close(self) -> None:

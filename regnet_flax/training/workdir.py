@@ -7,13 +7,14 @@ import fcntl
 import logging
 import os
 import pathlib
+import socket
 from collections.abc import Iterator
 from typing import Any
 
 from regnet_flax.config.resolve import changed_fields
 from regnet_flax.data import sources, stream
 from regnet_flax.errors import ConfigError, WorkdirError
-from regnet_flax.files import read_json, read_json_lines
+from regnet_flax.files import LOCAL, is_remote, read_json, read_json_lines
 from regnet_flax.models.ops import current_options
 from regnet_flax.training import parallel
 
@@ -108,9 +109,11 @@ def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _primary_lock(workdir: pathlib.Path) -> Iterator[None]:
+    if is_remote(workdir):
+        raise WorkdirError(f"--workdir is {str(workdir)!r}: it must be {LOCAL}")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(workdir / ".lock", "a+")
+        file = open(workdir / ".lock", "a+", encoding="utf-8")
     except FileExistsError as error:
         raise WorkdirError(f"--workdir {workdir} is a file: name a directory") from error
     except OSError as error:
@@ -127,10 +130,48 @@ def _primary_lock(workdir: pathlib.Path) -> Iterator[None]:
                 f"another run (process {owner}) is training in {workdir}: "
                 "wait for it, stop it, or name another --workdir"
             ) from error
+        except OSError as error:  # a network's or cloud's file system may have no locks
+            logger.warning("%s has no locks (%s): a file names the run that trains there", workdir, error.strerror)
+            with _owned(workdir / ".owner"):
+                yield
+            return
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def _owned(path: pathlib.Path) -> Iterator[None]:
+    """Holds a file that names this machine and process, unless it names others that may still run."""
+    host = socket.gethostname()
+    with contextlib.suppress(OSError, ValueError):
+        before, _, pid = path.read_text(encoding="utf-8").rpartition(" ")
+        if before == host and not _runs(int(pid)):
+            path.unlink()  # it was killed
+    try:
+        with open(path, "x", encoding="utf-8") as file:
+            file.write(f"{host} {os.getpid()}")
+    except FileExistsError as error:
+        owner = path.read_text(encoding="utf-8", errors="replace").strip()
+        raise WorkdirError(
+            f"another run (machine and process {owner}) is training in {path.parent}: wait for it, or, if it ended, "
+            f"delete {path}"
+        ) from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def refuse_changes(
@@ -178,7 +219,10 @@ def stored_config(path: pathlib.Path) -> dict[str, Any] | None:
 def check_has_checkpoints(path: pathlib.Path) -> None:
     """Raises WorkdirError if there is nothing to evaluate."""
     if not saved_steps(path) or not (path / CONFIG).is_file():
-        raise WorkdirError(f"there is no checkpoint in {path}: train first, or name the run with --workdir")
+        raise WorkdirError(
+            f"there is no checkpoint in {path}: train first, or name the run with --workdir, or a file of weights with "
+            "--config.model.init_from"
+        )
 
 
 def refuse_other_data(

@@ -12,20 +12,33 @@ from typing import Any
 
 import numpy as np
 
+from regnet_flax.analysis.plots.axes import log_scale, whole_epochs
 from regnet_flax.errors import printable
+from regnet_flax.interrupt import is_program
 
 TRAIN, TEST, DROP = "#1f77b4", "#d62728", "#999999"
 RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
 def pyplot() -> Any:
-    import matplotlib
+    """pyplot, which writes files wherever it runs.
 
-    # A notebook, or whoever has drawn before, has chosen how to show figures.
-    if "MPLBACKEND" not in os.environ and "matplotlib.pyplot" not in sys.modules:
+    A notebook, or whoever has drawn before, has chosen how to show figures. But a program that a notebook starts
+    inherits MPLBACKEND, the name of what may not be installed for it.
+    """
+    if "matplotlib.pyplot" in sys.modules:
+        return sys.modules["matplotlib.pyplot"]
+    backend = os.environ.pop("MPLBACKEND", None)  # an unknown name would end the import
+    try:
+        import matplotlib
+        from matplotlib import pyplot
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    try:
+        pyplot.switch_backend("Agg" if is_program() or not backend else backend)
+    except (ImportError, ValueError):
         matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     return pyplot
 
 
@@ -65,26 +78,29 @@ def curves(
             if epochs:
                 axes.plot(epochs, values, color=color, label=label, marker=marker(epochs), linewidth=1.5)
         if metric == "loss" and axes.lines:
-            axes.set_yscale("log")
+            log_scale(axes)
         last = max((line["epoch"] for line in lines), default=0)
         for index, epoch in enumerate(epoch for epoch in drops if epoch <= last):
             label = "learning rate drops" if index == 0 else None
             axes.axvline(epoch, color=DROP, linestyle=":", linewidth=1, label=label)
         axes.set_xlabel("epoch")
+        whole_epochs(axes)
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
             axes.legend()
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
-    epochs, values = _column(lines, "eval_accuracy")
-    if values:
+    _, values = _column(lines, "eval_accuracy")
+    if values:  # beside the axes, where no line is
         accuracy.annotate(
             f"{values[-1]:.2%}",
-            (epochs[-1], values[-1]),
-            xytext=(-4, -14),
+            (1, values[-1]),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
             textcoords="offset points",
-            ha="right",
+            va="center",
             color=TEST,
+            annotation_clip=False,
         )
     figure.suptitle(title)
     figure.savefig(path, dpi=120)
@@ -109,7 +125,7 @@ def losses(curves: dict[str, Sequence[float]], path: pathlib.Path, title: str = 
             [abs(a - b) for a, b in zip(values, reference, strict=True)], label=f"|{name} − {first}|", linewidth=1
         )
     for axes in (overlaid, apart):
-        axes.set_yscale("log")
+        log_scale(axes)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend()
@@ -151,6 +167,7 @@ def predictions(
     class_names: Sequence[str],
     path: pathlib.Path,
     title: str = "",
+    shares: Sequence[float] = (),
 ) -> None:
     """Some test images under the class that a model gives them, green where it is right, and the true one where not.
 
@@ -161,11 +178,12 @@ def predictions(
       class_names: of the labels.
       path: the picture to write.
       title: above it.
+      shares: the probabilities of the classes given, which are shown too.
     """
     plt = pyplot()
     texts = []
-    for label, guess in zip(labels, predicted, strict=True):
-        text = _wrapped(class_names[guess], 20)
+    for index, (label, guess) in enumerate(zip(labels, predicted, strict=True)):
+        text = _wrapped(class_names[guess], 20) + (f" {shares[index]:.0%}" if len(shares) else "")
         texts.append(text if guess == label else f"{text}\n{_wrapped('true: ' + class_names[label], 20)}")
     columns, side, line = min(4, len(images)), 2.0, 0.17  # an image's side and a line of text, in inches
     rows = [texts[i : i + columns] for i in range(0, len(texts), columns)]
@@ -258,7 +276,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path
     # The square root shows the few that are taken for another class.
     shown = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="auto")
     bar = figure.colorbar(shown, shrink=0.8, format=PercentFormatter(1.0), ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
-    bar.set_label("share of the true class")
+    bar.set_label("share of the true class (square-root scale)")
     if counted:
         size = float(np.clip(side * 26 / classes, 5, 10))
         for (row, column), count in np.ndenumerate(matrix):
@@ -270,9 +288,11 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path
         names = [_wrapped(name, 18, lines=2 if counted else 1) for name in class_names]
         room = side / classes * 72 / size * 1.6  # letters that fit into a column
         axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > room else 0, fontsize=size)
-        axes.set_yticks(range(classes), names, fontsize=size)
+        recalls = [f"{name}  {matrix[i, i] / max(1, matrix[i].sum()):.0%}" for i, name in enumerate(names)]
+        found = [recall if matrix[i].any() else f"{names[i]}  –" for i, recall in enumerate(recalls)]
+        axes.set_yticks(range(classes), found, fontsize=size)
     axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class")
+    axes.set_ylabel("true class, and how many of it are found (recall)" if named else "true class")
     if not counted:
         figure.text(1.01, 0.5, _most_confused(matrix, class_names), va="center", linespacing=1.7)
     figure.suptitle(title)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from regnet_flax.analysis.plots import marker, pyplot
+from regnet_flax.analysis.plots.axes import log_scale, whole_epochs
 
 # Okabe and Ito's colours, told apart by people who see fewer; the dark page's are lighter.
 _LIGHT = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
@@ -69,13 +70,14 @@ def compared_curves(
             mean = curves["error"][1].mean(0)
             ends.append(mean[len(mean) // 2 :].max())
             starts.append(mean.max())
-        loss.set_yscale("log")
+        log_scale(loss)
         loss.set_ylabel("training loss (cross-entropy, nats)")
         error.set_ylabel(f"{split} error (%)")
         # The first epochs are far above what tells the models apart.
         error.set_ylim(0, min(max(starts), 2.5 * max(ends)) * 1.05 or 1)
         for axes in (loss, error):
             axes.set_xlabel("epoch")
+            whole_epochs(axes)
             axes.grid(alpha=0.3)
         _finish(plt, figure, error, list(runs), path)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from regnet_flax.models.ops import cells, cpu, cpu_batch_norm, plain
+from regnet_flax.models.ops import cells, cpu, cpu_batch_norm, native, plain
 
 Array = jax.Array
 # An array, or what a back end hands from one of its functions to another in its place; `shape` and `dtype` are its own.
@@ -80,9 +80,9 @@ CPU = Ops(
     concatenate=cpu.concatenate,
     array=cpu.array,
     separable=cpu.separable,
-    rnn_step=cpu.rnn_step,
-    gru_step=cpu.gru_step,
-    lstm_step=cpu.lstm_step,
+    rnn_step=native.rnn_step,
+    gru_step=native.gru_step,
+    lstm_step=native.lstm_step,
 )
 GPU = dataclasses.replace(PLAIN, name="gpu", lstm_step=_gpu_lstm_step)
 BACK_ENDS = {ops.name: ops for ops in (PLAIN, CPU, GPU)}

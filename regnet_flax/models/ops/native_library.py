@@ -1,0 +1,127 @@
+"""The library of native operations: built when it is first needed, kept in the user's cache, registered with XLA.
+
+It is built then, and not when the package is installed, because its headers come with jaxlib: so a wheel stays pure
+Python, installing needs neither a compiler nor jaxlib, and an editable installation does the same. It finds the best
+instructions of the processor when it runs, so machines may share a cache. Without a compiler the operations are off,
+which is logged once, and the arithmetic is JAX's.
+
+The environment: REGNET_FLAX_NATIVE=0 turns it off; CXX names the compiler, CXXFLAGS more of its flags.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import time
+
+import jax.ffi
+import jaxlib.version
+import platformdirs
+
+logger = logging.getLogger("regnet_flax")
+
+SOURCES = pathlib.Path(__file__).parent / "cpp"
+TARGETS = [f"regnet_flax_{cell}_{way}" for cell in ("rnn", "gru", "lstm") for way in ("forward", "backward")]
+# NaN and infinities are kept. Products and sums are contracted, which -std=c++17 alone would turn off.
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast"]
+FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-pthread", "-DNDEBUG", "-w"]
+TIME_LIMIT = 120  # seconds
+_LOCK = threading.Lock()  # a run traces its programs in threads
+
+
+class _OffError(Exception):
+    """Why there is no library."""
+
+
+def available() -> bool:
+    """Whether the native operations are registered with XLA; the first call builds the library if need be.
+
+    Why they are not, where they are not, is logged once. Nothing is raised. Threads may call it at once.
+    """
+    with _LOCK:
+        return _registered()
+
+
+@functools.cache
+def _registered() -> bool:
+    try:
+        path = _library()
+        _register(path)
+    except (_OffError, OSError, AttributeError, RuntimeError) as error:
+        logger.info("native operations are off: %s", error)
+        return False
+    logger.info("native operations: %s", path)
+    return True
+
+
+def _register(path: pathlib.Path) -> None:
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)  # it is damaged; the next run builds it again
+        raise
+    if not library.regnet_flax_supported():
+        raise _OffError("this processor has no AVX2")
+    for target in TARGETS:
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, target)), platform="cpu")
+
+
+def _library() -> pathlib.Path:
+    """The library's file, built if there is none."""
+    if os.environ.get("REGNET_FLAX_NATIVE", "") == "0":
+        raise _OffError("REGNET_FLAX_NATIVE is 0")
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    parts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
+    parts += [*compiler, *flags, jaxlib.version.__version__, platform.system(), platform.machine()]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    path = cache_directory() / f"{key}.so"
+    if not path.exists():
+        if not shutil.which(compiler[0]):
+            raise _OffError(f"there is no C++ compiler {compiler[0]!r}: install one, or name it in CXX")
+        _build([*compiler, *flags, "-I", jax.ffi.include_dir(), str(SOURCES / "calls.cc")], path)
+    return path
+
+
+def cache_directory() -> pathlib.Path:
+    """Where libraries are kept.
+
+    Raises:
+      RuntimeError: there is no home directory.
+    """
+    return platformdirs.user_cache_path("regnet_flax") / "native"
+
+
+def _build(command: list[str], path: pathlib.Path) -> None:
+    """Compiles into a file of its own, which then takes its place: processes that build at once do not meet."""
+    start = time.monotonic()
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number, part = tempfile.mkstemp(suffix=".so", dir=path.parent)
+        os.close(number)
+        done = subprocess.run([*command, "-o", part], capture_output=True, text=True, timeout=TIME_LIMIT)
+        if done.returncode:
+            said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
+            raise _OffError(f"{command[0]} failed: {said}")
+        os.replace(part, path)
+    except subprocess.TimeoutExpired:
+        raise _OffError(f"{command[0]} took more than {TIME_LIMIT} s") from None
+    except OSError as error:
+        raise _OffError(f"they cannot be built in {path.parent}: {error}") from error
+    finally:
+        if part:
+            with contextlib.suppress(OSError):
+                os.unlink(part)
+    logger.info("native operations: built by %s in %.1f s", command[0], time.monotonic() - start)

@@ -1,0 +1,251 @@
+"""README.md and the pages of docs/: their commands are understood, their code runs, their links lead somewhere."""
+
+import contextlib
+import importlib
+import pathlib
+import re
+import shlex
+import sys
+import tarfile
+import tomllib
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import ROOT, failures, run_program
+from regnet_flax import main
+from regnet_flax.config.check import check_config
+from regnet_flax.data.augment import AUGMENTATIONS
+from regnet_flax.data.sources import SOURCES
+from regnet_flax.models.registry import MODELS
+from regnet_flax.models.regnet import BLOCKS, CELLS
+from regnet_flax.models.regulators import REGULATORS
+
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+WRITTEN = [README, *PAGES, ROOT / "CONTRIBUTING.md"]
+OTHERS = ("CHANGELOG.md", "benchmarks/README.md", "tests/BREAKS.md", "tests/FAULTS.md", "tests/README.md")
+LINKING = [*WRITTEN, *(ROOT / name for name in OTHERS)]
+TABLES = (AUGMENTATIONS, BLOCKS, CELLS, MODELS, REGULATORS, SOURCES)
+FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+# What makes snippets small, and CIFAR's commands run without CIFAR.
+SMALL = {'create_model("regnet20_convlstm"': 'create_model("regnet8_convlstm", width=4', "8, 32, 32": "8, 8, 8"}
+SHORT = [
+    *("--config.train.max_steps=2", "--config.train.batch_size=16"),
+    *("--config.model.overrides.width=4", "--config.model.overrides.unroll=1"),
+]
+
+
+class Block(NamedTuple):
+    language: str
+    title: str
+    code: str
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def blocks(path, language):
+    found = [Block(language, title or "", code) for language, title, code in FENCE.findall(path.read_text())]
+    return [block for block in found if block.language == language]
+
+
+def commands(path):
+    """The arguments of every run of the program, each as a list."""
+    text = "\n".join(block.code for block in blocks(path, "sh")).replace("\\\n", " ").replace("$rate", "0.05")
+    lines = [shlex.split(line, comments=True) for line in text.splitlines() if "regnet_flax.main" in line]
+    return [line[line.index("regnet_flax.main") + 1 :] for line in lines]
+
+
+def modules(path):
+    """The modules that a page has its reader write, as (file, code)."""
+    return [(block.title, block.code) for block in blocks(path, "python") if is_new(block)]
+
+
+def is_new(block):
+    """Whether it is titled with a file to write; with one of the repository, it quotes that."""
+    return block.title and not (ROOT / block.title).exists()
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(monkeypatch, tmp_path):
+    """What is registered, imported and written is gone after a test, which runs in a directory of its own."""
+    before, loaded = [(table, dict(table)) for table in TABLES], set(sys.modules)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
+    importlib.invalidate_caches()
+    yield
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
+    for name in set(sys.modules) - loaded:
+        if name.startswith(("my_", "mine")):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """What a reader has by then: trained runs, and pictures."""
+    with tarfile.open(ROOT / "tests" / "stored" / "lone.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "lone").rename(tmp_path / "runs" / "digits-regnet20_convlstm-0")
+    (tmp_path / "runs" / "folder-regnet20_convlstm-0").symlink_to("digits-regnet20_convlstm-0")
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 10), np.uint8))
+    for name in ("DIGIT.png", "PHOTO.jpg"):
+        picture.save(tmp_path / name)
+    for split, count in (("train", 20), ("test", 4)):
+        for label in ("ants", "bees"):
+            folder = tmp_path / "DIR" / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                picture.rotate(number).save(folder / f"{number}.png")
+    return tmp_path
+
+
+def run_snippets(path, replaced=()):
+    """Runs a page's code from top to bottom, as one program."""
+    space = {"__name__": "__main__"}
+    for block in blocks(path, "python"):
+        if block.title and not is_new(block):
+            continue
+        code = block.code
+        for old, new in dict(replaced).items():
+            code = code.replace(old, new)
+        if block.title:
+            pathlib.Path(block.title).write_text(code)
+        else:
+            exec(compile(code, f"{name_of(path)}: {code.splitlines()[0]}", "exec"), space)
+    return space
+
+
+def test_the_readme_is_short():
+    text = README.read_text()
+    assert len(text.splitlines()) <= 150 and len(text.split()) <= 1500
+
+
+def test_every_command_is_understood():
+    """Flags, fields, values, configs and models; nothing is trained."""
+    seen = 0
+    with failures() as case:
+        for path in WRITTEN:
+            for file, code in modules(path):
+                pathlib.Path(file).write_text(code)
+            for arguments in commands(path):
+                seen += 1
+                with case(f"{name_of(path)}: {shlex.join(arguments)}"):
+                    if arguments in (["--help"], ["--helpfields"]):
+                        assert main.main(arguments) == 0
+                        continue
+                    config, _ = main.parse(arguments)
+                    config.dataset.data_dir = config.dataset.data_dir or "DIR"
+                    check_config(config)
+    assert seen > 40
+
+
+def test_other_commands_name_what_there_is():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    with failures() as case:
+        for path in WRITTEN:
+            text = "\n".join(block.code for block in blocks(path, "sh"))
+            for names in re.findall(r'(?:-e |")\.\[([\w,]+)\]', path.read_text()):
+                with case(f"{name_of(path)}: .[{names}]"):
+                    assert set(names.split(",")) <= extras.keys()
+            for file in re.findall(r"(?<![\w/])(?:tests|benchmarks|notebooks|configs)/[\w/*{},]+\.\w+", text):
+                with case(f"{name_of(path)}: {file}"):
+                    assert list(ROOT.glob(file))
+
+
+def slug(heading):
+    """The anchor of a heading, as GitHub and mkdocs make it."""
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.replace("`", "").lower())).strip("-")
+
+
+def anchors(path):
+    lines = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE).splitlines()
+    headings = {slug(line.lstrip("# ")) for line in lines if line.startswith("#")}
+    return headings | {line.removeprefix("::: ") for line in lines if line.startswith("::: ")}
+
+
+def test_every_link_leads_somewhere():
+    seen = 0
+    with failures() as case:
+        for path in LINKING:
+            for target in LINK.findall(path.read_text()):
+                if target.startswith(("http:", "https:")):
+                    continue
+                seen += 1
+                file, _, anchor = target.partition("#")
+                with case(f"{name_of(path)}: {target}"):
+                    there = (path.parent / file).resolve() if file else path
+                    assert there.exists() and there.is_relative_to(ROOT)
+                    assert not anchor or anchor in anchors(there)
+    assert seen > 100
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    assert [name for page in PAGES if (name := str(page.relative_to(ROOT / "docs"))) not in text] == []
+
+
+def test_quoted_code_is_that_of_the_package():
+    """A block that is titled with a file has lines of it, in their order; docstrings may be left out."""
+    seen = 0
+    with failures() as case:
+        for path in WRITTEN:
+            for block in blocks(path, "python"):
+                if not block.title or is_new(block):
+                    continue
+                seen += 1
+                left = iter((ROOT / block.title).read_text().splitlines())
+                with case(f"{name_of(path)}: {block.title}"):
+                    missing = [line for line in block.code.splitlines() if line.strip() and line not in left]
+                    assert not missing
+    assert seen > 8
+
+
+def test_the_readmes_code_runs(files):
+    space = run_snippets(README, SMALL)
+    assert space["logits"].shape == (8, 10) and "batch_stats" in space["updates"]
+    assert space["probabilities"].shape == (1, 10)
+    # The cell that it shows is one that the program takes.
+    done = run_program("--mode=summary", *commands(README)[-1], check=0)
+    assert "regnet20_leaky" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_the_pages_code_runs(page, files):
+    if any("model.stablehlo" in block.code for block in blocks(page, "python")):
+        workdir = "runs/digits-regnet20_convlstm-0"
+        run_program(
+            "--mode=export", f"--workdir={workdir}", "--config.export.format=stablehlo",
+            "--config.export.path=model.stablehlo", check=0,
+        )  # fmt: skip
+    # On the page about nn.scan, a stage needs blocks to scan.
+    run_snippets(page, {} if page.stem == "scan" else SMALL)
+
+
+@pytest.mark.slow
+def test_the_readmes_commands_run(files):
+    """The first to its end, the others for two steps, CIFAR's with images of another data set."""
+    first, *rest = commands(README)
+    done = run_program(*first, "--workdir=runs/first", check=0)
+    accuracy = re.search(r"test accuracy ([\d.]+) % at the end", done.stdout + done.stderr)
+    assert accuracy and float(accuracy[1]) > 98
+    for file, code in modules(README):
+        pathlib.Path(file).write_text(code)
+    jax.config.update("jax_disable_most_optimizations", True)  # two steps take less than compiling them
+    with failures() as case, contextlib.ExitStack() as stack:
+        stack.callback(jax.config.update, "jax_disable_most_optimizations", False)
+        for number, arguments in enumerate(rest):
+            more = [] if "predict" in arguments else [*SHORT, f"--workdir=runs/{number}"]
+            if any("cifar10" in argument for argument in arguments):
+                more.append("--config.dataset.name=synthetic")
+            with case(shlex.join(arguments)):
+                run_program(*arguments, *more, check=0)
