@@ -153,8 +153,8 @@ def _of_file(config: Any, record: dict[str, Any] | None) -> Trained:
     arrays, metadata = read_weights(file)
     if starts_from_plain(arrays, build_model(config)):
         raise ConfigError(
-            f"model.init_from is {file}, which has no regulators: {config.model.name} can be trained from it; to use it "
-            "as it is, name the plain network as model.name"
+            f"model.init_from is {file}, which has no regulators: {config.model.name} can be trained from it; "
+            "to use it as it is, give the plain network's model.name"
         )
     known = record or described(metadata)
     if known:
