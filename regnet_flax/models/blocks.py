@@ -61,7 +61,7 @@ class Block(nn.Module):
     Attributes:
       features: n, the width of the 3×3 convolution.
       outputs: channels of the block's output; 0 stands for n, or 4n of a bottleneck.
-      groups: of the 3×3 convolution of a bottleneck.
+      groups: of the 3×3 convolutions; a bottleneck has one.
       strides: by which the block reduces height and width.
       cell: makes the block's regulator, given `name` or `parent`; None for a plain ResNet block.
       norm: makes a batch normalisation, given `name`, and `relu` where a ReLU follows.
@@ -99,22 +99,19 @@ class Block(nn.Module):
     preactivated: ClassVar[bool] = False
 
     @nn.compact
-    def __call__(
-        self, carry: tuple[Value, State], shared: Any = None, norms: Any = None
-    ) -> tuple[tuple[Array, State], None]:
+    def __call__(self, carry: tuple[Value, State], shared: Any = None) -> tuple[tuple[Array, State], None]:
         """One block.
 
         Args:
-          carry: X1, (N, height, width, channels), and the regulator's state of the block before, () without one. Last
-            in the state, where there are `norms`, are their running statistics.
+          carry: X1, (N, height, width, channels), and the regulator's state of the block before, () without one. A
+            stage's own batch normalisations of the state are last in it: a dict from names to their variables.
           shared: the parameters of the stage's shared regulator; None makes the block's own.
-          norms: the parameters of the stage's normalisations of the state, by name; None makes the block's own.
 
         Returns:
           (X1 of the next block, the new state), and None, as `nn.scan` asks.
         """
         x, state = carry
-        y, state = self.branch(x, state, shared, norms)
+        y, state = self.branch(x, state, shared)
         y, state = self.rescale(y, state, shared)
         y = self.ops.add_relu(self._shortcut(x), y)
         self.sow("intermediates", "output", y)
@@ -125,7 +122,7 @@ class Block(nn.Module):
         """Whether the branch has a regulator in it."""
         return self.cell is not None
 
-    def branch(self, x: Value, state: State, shared: Any, norms: Any) -> tuple[Array, State]:
+    def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
         """The residual branch, up to its last batch normalisation."""
         raise NotImplementedError
 
@@ -136,10 +133,8 @@ class Block(nn.Module):
             y = SqueezeExcite(dtype=self.dtype, initial=self.initial, name="se")(y)
         return y, state
 
-    def conv(
-        self, x: Value, features: int, size: int, strides: int, name: str, dilation: int = 1, groups: int = 1
-    ) -> Array:
-        init = INITIALIZERS[self.initial].conv
+    def conv(self, x: Value, features: int, size: int, strides: int, name: str, dilation: int = 1) -> Array:
+        init, groups = INITIALIZERS[self.initial].conv, self.groups if size == 3 else 1
         options = {"strides": strides, "dilation": dilation, "dtype": self.dtype, "ops": self.ops}
         return Conv(features, (size, size), init, feature_group_count=groups, **options, name=name)(x)
 
@@ -147,17 +142,9 @@ class Block(nn.Module):
         return self.norm(name=name)(x)
 
     def conv_bn_relu(
-        self,
-        x: Value,
-        features: int,
-        size: int,
-        strides: int,
-        conv: str,
-        bn: str,
-        dilation: int = 1,
-        groups: int = 1,
+        self, x: Value, features: int, size: int, strides: int, conv: str, bn: str, dilation: int = 1
     ) -> Value:
-        return self.norm(name=bn, relu=True).value(self.conv(x, features, size, strides, conv, dilation, groups))
+        return self.norm(name=bn, relu=True).value(self.conv(x, features, size, strides, conv, dilation))
 
     def run_cell(self, x: Array, state: State, shared: Any) -> tuple[Regulator, State, Gates]:
         """One step of the block's cell, or of the stage's with the parameters `shared`."""
@@ -169,10 +156,10 @@ class Block(nn.Module):
         cell = self.cell(**options, parent=None)
         return cell, *cell.apply({"params": shared}, x, state)  # pyright: ignore[reportReturnType]
 
-    def regulate(self, x: Value, state: State, shared: Any, norms: Any) -> State:
-        statistics = None
-        if norms is not None:
-            *rest, statistics = state
+    def regulate(self, x: Value, state: State, shared: Any) -> State:
+        norms: Any = None
+        if state and isinstance(state[-1], dict):
+            *rest, norms = state
             state = tuple(rest)
         seen = self.ops.array(x)
         self.sow("intermediates", "regulated", seen)
@@ -181,22 +168,21 @@ class Block(nn.Module):
         new = []
         for name, array in zip(cell.state_names, state, strict=True):
             if norm := normalized.get(name):
-                array, statistics = self._normalize_state(norm, array, norms, statistics)
+                array, norms = self._normalize_state(norm, array, norms)
             new.append(array)
         state = tuple(new)
         self.sow("intermediates", "gates", gates)
         self.sow("intermediates", "state", state)
-        return state if norms is None else (*state, statistics)  # pyright: ignore[reportReturnType]
+        return state if norms is None else (*state, norms)
 
-    def _normalize_state(self, name: str, array: Array, norms: Any, statistics: Any) -> tuple[Array, Any]:
-        """ReLU(BN(·)) of the block's own or, with the parameters `norms`, of the stage's, and its new statistics."""
+    def _normalize_state(self, name: str, array: Array, norms: Any) -> tuple[Array, Any]:
+        """ReLU(BN(·)), the block's own or one of the stage's `norms`, and these with its new running statistics."""
         if norms is None:
             return self.norm(name=name, relu=True)(array), None
         alone = {"axis_name": None} if self.is_initializing() else {}  # there may be no axis of that name yet
         norm = self.norm(relu=True, parent=None, **alone)
-        variables = {"params": norms[name], "batch_stats": statistics[name]}
-        y, updated = norm.apply(variables, array, mutable=["batch_stats"])
-        return y, statistics | {name: updated["batch_stats"]}
+        y, updated = norm.apply(norms[name], array, mutable=["batch_stats"])
+        return y, norms | {name: norms[name] | {"batch_stats": updated["batch_stats"]}}
 
     def fuse(self, x: Value, h: Array) -> Value:
         """ReLU(BN(W * [X, H])), or H itself."""
@@ -231,11 +217,11 @@ def zero_padded(x: Array, strides: int, features: int) -> Array:
 class BasicBlock(Block):
     """Two 3×3 convolutions; with a regulator, a 1×1 convolution between them fuses X2 with H."""
 
-    def branch(self, x: Value, state: State, shared: Any, norms: Any) -> tuple[Array, State]:
+    def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
         n, (before, after) = self.features, self.dilations
         x = self.conv_bn_relu(x, n, 3, self.strides, "conv1", "bn1", before)
         if self.regulated:
-            state = self.regulate(x, state, shared, norms)
+            state = self.regulate(x, state, shared)
             x = self.fuse(x, state[0])
         return self.bn(self.conv(x, n, 3, 1, "conv2", after), "bn2"), state
 
@@ -249,14 +235,14 @@ class BottleneckBlock(Block):
 
     expansion = 4
 
-    def branch(self, x: Value, state: State, shared: Any, norms: Any) -> tuple[Array, State]:
+    def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
         n, (before, after) = self.features, self.dilations
         first, second, dilation = (self.strides, 1, after) if self.stride_at == "1x1" else (1, self.strides, before)
         x = self.conv_bn_relu(x, n, 1, first, "conv1", "bn1")
         if self.regulated:
             seen = x if second == 1 else self.ops.array(x)[:, ::second, ::second]
-            state = self.regulate(seen, state, shared, norms)
-        x = self.conv_bn_relu(x, n, 3, second, "conv2", "bn2", dilation, self.groups)
+            state = self.regulate(seen, state, shared)
+        x = self.conv_bn_relu(x, n, 3, second, "conv2", "bn2", dilation)
         if self.regulated:
             x = self.fuse(x, state[0])
         return self.bn(self.conv(x, self.width, 1, 1, "conv3"), "bn3"), state

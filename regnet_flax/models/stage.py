@@ -47,7 +47,7 @@ class Stage(nn.Module):
         """From (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, the block's channels)."""
         block_type, options = self.block.func, self.block.keywords
         carry: tuple[Value, Any] = (x, ())
-        shared, norms, statistics = None, None, {}
+        shared, statistics = None, {}
         if options["cell"] is not None:
             cell = options["cell"](parent=None)
             n, height, width, _ = x.shape
@@ -62,14 +62,14 @@ class Stage(nn.Module):
                 shared = self.param("regulator", lambda key: cell.init(key, state[0], state).get("params", {}))
             if self.share_norm:
                 norms, statistics = self._norms(normalized_states(options["normalize_state"], cell.state_names), state)
-                carry = (x, (*state, {name: variable.value for name, variable in statistics.items()}))
+                carry = (x, (*state, norms))
 
         one = nn.remat(block_type) if self.remat else block_type
-        carry, _ = one(**options, strides=self.strides, dilations=self.dilations, name="block1")(carry, shared, norms)
+        carry, _ = one(**options, strides=self.strides, dilations=self.dilations, name="block1")(carry, shared)
         alike = options | {"dilations": self.dilations[1:] * 2}
         if not self.scan:
             for index in range(2, self.length + 1):
-                carry, _ = one(**alike, name=f"block{index}")(carry, shared, norms)
+                carry, _ = one(**alike, name=f"block{index}")(carry, shared)
         elif self.length > 1:
             # A loop keeps XLA from merging the recomputation with the first computation, so nothing else need.
             unroll = min(self.unroll or self.length, self.length - 1)
@@ -83,16 +83,19 @@ class Stage(nn.Module):
                 length=self.length - 1,
                 unroll=unroll,
             )
-            carry, _ = blocks(**alike, name="blocks")(carry, shared, norms)
+            carry, _ = blocks(**alike, name="blocks")(carry, shared)
         if not (options["norm"].keywords["use_running_average"] or self.is_initializing()):
             for name, variable in statistics.items():
-                variable.value = carry[1][-1][name]
+                variable.value = carry[1][-1][name]["batch_stats"]
         return carry[0]
 
     def _norms(self, names: Mapping[str, str], state: State) -> tuple[dict[str, Any], dict[str, nn.Variable]]:
-        """The parameters and the running statistics of the stage's batch normalisations of the state, by name."""
+        """The variables of the stage's batch normalisations of the state, and its running statistics, by name."""
         norm = self.block.keywords["norm"](use_running_average=True, parent=None)
         made = norm.init(jax.random.key(0), state[0])  # ones and zeros
-        params = {name: self.param(name, lambda key: made["params"]) for name in names.values()}
-        statistics = {name: self.variable("batch_stats", name, lambda: made["batch_stats"]) for name in names.values()}
-        return params, statistics
+        norms, statistics = {}, {}
+        for name in names.values():
+            statistics[name] = self.variable("batch_stats", name, lambda: made["batch_stats"])
+            params = self.param(name, lambda key: made["params"])
+            norms[name] = {"params": params, "batch_stats": statistics[name].value}
+        return norms, statistics

@@ -27,23 +27,21 @@ class PreactBlock(Block):
     preactivated = True
 
     @nn.compact
-    def __call__(
-        self, carry: tuple[Value, State], shared: Any = None, norms: Any = None
-    ) -> tuple[tuple[Array, State], None]:
+    def __call__(self, carry: tuple[Value, State], shared: Any = None) -> tuple[tuple[Array, State], None]:
         """One block; see Block."""
         x, state = carry
         a = self.norm(name="bn1", relu=True).value(self.ops.array(x))
-        y, state = self.branch(a, state, shared, norms)
+        y, state = self.branch(a, state, shared)
         y, state = self.rescale(y, state, shared)
         y = self._around(x, a) + y
         self.sow("intermediates", "output", y)
         return (y, state), None
 
-    def branch(self, x: Value, state: State, shared: Any, norms: Any) -> tuple[Array, State]:
+    def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
         n, (before, after) = self.features, self.dilations
         x = self.conv_bn_relu(x, n, 3, self.strides, "conv1", "bn2", before)
         if self.regulated:
-            state = self.regulate(x, state, shared, norms)
+            state = self.regulate(x, state, shared)
             x = self.fuse(x, state[0])
         return self.conv(x, n, 3, 1, "conv2", after), state
 
