@@ -95,7 +95,7 @@ def files(tmp_path):
         tar.extractall(tmp_path, filter="data")
     (tmp_path / "runs").mkdir()
     (tmp_path / "lone").rename(tmp_path / "runs" / "digits-regnet20_convlstm-0")
-    (tmp_path / "runs" / "folder-regnet20_convlstm-0").symlink_to("digits-regnet20_convlstm-0")
+    (tmp_path / "runs" / "folder-DIR-regnet20_convlstm-0").symlink_to("digits-regnet20_convlstm-0")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 10), np.uint8))
     for name in ("DIGIT.png", "PHOTO.jpg"):
         picture.save(tmp_path / name)
