@@ -103,6 +103,7 @@ def test_sigterm_while_it_loads_and_compiles_with_nothing_saved_yet(uninterrupte
     assert_ends_alike(tmp_path / "compile", uninterrupted)
 
 
+@pytest.mark.thorough
 def test_a_second_signal_stops_it_at_once_while_xla_compiles(tmp_path, fault):
     """Whose compilation, with all optimisations, would take ten times as long as is waited here."""
     arguments = ["--config.model.name=regnet8_convlstm", "--workdir", tmp_path / "run"]

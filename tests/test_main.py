@@ -155,6 +155,7 @@ def stop(workdir, number, step):
     return process.returncode, out
 
 
+@pytest.mark.thorough
 def test_stopped_by_two_signals_in_turn_it_ends_as_if_by_none(uninterrupted, tmp_path, program, fault):
     workdir, going_on = tmp_path / "run", "resuming from the checkpoint"
     code, out = stop(workdir, signal.SIGTERM, 4)

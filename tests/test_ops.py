@@ -153,6 +153,7 @@ def two_devices():
     return Mesh(np.array(jax.devices()[:2]), ("batch",))
 
 
+@pytest.mark.thorough
 def test_gpu():
     """Its LSTM is all that it has of its own: by vmap, within shard_map; test_ops_gpu has it without either."""
     own = [field.name for field in dataclasses.fields(GPU) if getattr(GPU, field.name) != getattr(PLAIN, field.name)]

@@ -121,7 +121,7 @@ def gradients(model, variables, images):
     "name, options",
     [
         pytest.param("regnet14_convlstm", {}, marks=pytest.mark.thorough),
-        ("regnet14_convgru", {"unroll": 1}),
+        pytest.param("regnet14_convgru", {"unroll": 1}, marks=pytest.mark.thorough),
         pytest.param("regnet14_convrnn", {"kernel": "dense", "remat": True}, marks=pytest.mark.thorough),
     ],
 )

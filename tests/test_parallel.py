@@ -77,6 +77,7 @@ def test_any_number_of_devices_trains_to_the_same_state(devices, one_device):
     np.testing.assert_array_equal(outcomes[:, 0], np.arange(21) % 10)
 
 
+@pytest.mark.thorough
 def test_local_statistics_and_gradients_are_means_over_the_devices():
     """Against each device's half of the batch, trained on alone; the half's own statistics normalise it."""
     fields = {"train.batch_norm": "local", "model.name": "resnet8"}

@@ -108,6 +108,7 @@ def two(tmp_path_factory):
     return workdir, finish(start(workdir), 0)
 
 
+@pytest.mark.thorough
 def test_two_processes_train_to_the_parameters_of_one(two, tmp_path):
     workdir, _ = two
     expected = loop.train_and_evaluate(tiny_config(**FIELDS), tmp_path, devices=jax.devices()[:4])
@@ -127,6 +128,7 @@ def test_two_processes_train_to_the_parameters_of_one(two, tmp_path):
         assert line == pytest.approx(other, rel=1e-2, abs=0.01)
 
 
+@pytest.mark.thorough
 def test_only_process_0_writes(two):
     workdir, ((first, _), (second, errors)) = two
     assert "test accuracy" in first and (second, errors) == ("", "")

@@ -232,6 +232,7 @@ def test_in_bfloat16_parameters_statistics_and_sums_stay_float32():
     assert "bf16[8,8,8,4] = conv_general_dilated" in arithmetic
 
 
+@pytest.mark.thorough
 def test_in_bfloat16_statistics_are_sums_of_float32():
     """A mean of 4,096 values summed in bfloat16 would stop growing at 256."""
     model = create_model("resnet8", num_classes=4, width=4, dtype=jnp.bfloat16)
@@ -247,6 +248,7 @@ def test_in_bfloat16_statistics_are_sums_of_float32():
 # Traces
 
 
+@pytest.mark.thorough
 def test_a_trace_of_a_few_steps(short, tmp_path):
     config = tiny_config(**{"train.max_steps": 9, "eval.every_epochs": 0})
     loop.train_and_evaluate(config, tmp_path, devices=jax.devices()[:1], profile=True)

@@ -20,7 +20,7 @@ from regnet_flax.training.optimizer import build_optimizer
 ROOT = pathlib.Path(main.__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
 RECIPES = [name for name in CONFIGS if not name.startswith("compare_")]
-LEFT_OUT = ("cifar100", "rnn_cifar10", "digits")
+LEFT_OUT = ("cifar100", "rnn_cifar10", "digits", "imagenet", "rnn_regnety_cifar10", "proj_cifar10")
 KEPT = ("dataset.augment", "dataset.mean", "dataset.std", "optimizer.", "train.epochs", "seed", "dtype")
 
 

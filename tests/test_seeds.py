@@ -110,7 +110,9 @@ def programs(model):
         return {together: make_program(SEEDS, together, **{"model.name": model}) for together in ("always", "never")}
 
 
-@pytest.mark.parametrize("together, devices", [("always", 1), ("never", 1), ("always", 2)])
+@pytest.mark.parametrize(
+    "together, devices", [("always", 2), ("never", 1), pytest.param("always", 1, marks=pytest.mark.thorough)]
+)
 def test_each_seed_trains_as_it_would_alone(together, devices, model, lone, programs):
     with jax.enable_x64(True):
         program = (
@@ -141,6 +143,7 @@ def test_the_initial_state_is_bitwise_that_of_a_lone_run():
             jax.tree.map(np.testing.assert_array_equal, take_seed(states, index), make_program(seed).initial_state())
 
 
+@pytest.mark.thorough
 def test_several_steps_a_call_are_the_same_steps():
     with jax.enable_x64(True):
         program = make_program(SEEDS, "always", **{"train.steps_per_call": 3})
@@ -300,6 +303,7 @@ def test_a_seed_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypat
     assert "resnet8: the loss or a gradient is not finite at step 3 of seed 1" in text and "of the one seed 4" in text
 
 
+@pytest.mark.thorough
 def test_where_all_seeds_diverge_the_run_ends(tmp_path, monkeypatch):
     spoil(monkeypatch, [0, 1])
     with pytest.raises(NonFiniteError, match=r"at step 3 of seed 4, .*the last good checkpoint is step 2"):

@@ -326,6 +326,7 @@ def test_imagenet_is_read_as_tfds_wrote_it(imagenet):
     assert_same(read(make, range(3), workers=1), [{k: np.array(v) for k, v in make(i).items()} for i in range(3)])
 
 
+@pytest.mark.thorough
 def test_imagenet_trains_as_tfds_wrote_it(imagenet, tmp_path):
     fields = {"model.name": "resnet8", "model.overrides.width": 4, "dataset.data_dir": imagenet}
     fields |= {

@@ -106,7 +106,9 @@ def last_line(capsys, having=""):
     return [line for line in capsys.readouterr().out.splitlines() if having in line and line][-1]
 
 
-@pytest.mark.parametrize("kind, suffix", [("safetensors", ".safetensors"), ("torch", ".pth")])
+@pytest.mark.parametrize(
+    "kind, suffix", [("safetensors", ".safetensors"), pytest.param("torch", ".pth", marks=pytest.mark.thorough)]
+)
 def test_exported_and_evaluated_again(kind, suffix, trained, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main.main(["--mode=eval", "--workdir", str(trained), "--config.eval.checkpoint=last"]) == 0
