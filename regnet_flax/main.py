@@ -26,6 +26,7 @@ MODES = {
     "summary": "regnet_flax.modes.summary",
     "models": "regnet_flax.modes.summary",
     "benchmark": "regnet_flax.modes.benchmark",
+    "analyze": "regnet_flax.modes.analyze",
     "compare": "regnet_flax.modes.compare",
     "export": "regnet_flax.modes.export",
 }

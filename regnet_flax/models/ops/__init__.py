@@ -80,6 +80,7 @@ CPU = Ops(
     concatenate=cpu.concatenate,
     array=cpu.array,
     separable=cpu.separable,
+    # C++ where there is a library, otherwise those of cpu.py.
     rnn_step=native.rnn_step,
     gru_step=native.gru_step,
     lstm_step=native.lstm_step,
