@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from regnet_flax import command_line, compilation_cache, xla_flags
+from regnet_flax import command_line, xla_flags
 from regnet_flax.errors import Error, Interrupted, UsageError
 from regnet_flax.training.display import log_to_console, outlive_output, working
 
@@ -57,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
         return
     working("starting")
     xla_flags.set_defaults()
-    compilation_cache.set_defaults()
+    xla_flags.keep_compiled()
     config, options = parse(argv)
 
     level = logging.INFO
