@@ -5,13 +5,14 @@ python benchmarks/models_table.py --write
 """
 
 import argparse
+import itertools
 import pathlib
 import re
 import sys
 
 from regnet_flax import create_model, list_models
 from regnet_flax.analysis.summary import summarize
-from regnet_flax.models.registry import CIFAR_DEPTHS, IMAGENET_STAGES
+from regnet_flax.models.families.names import OTHERS, RESNETS
 from regnet_flax.models.regulators import REGULATORS
 
 PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "models.md"
@@ -36,10 +37,14 @@ def table(names):
     """The table's lines; names outside the families of many depths get a row each."""
     lines = [f"| | plain | {' | '.join(f'`_{cell}`' for cell in REGULATORS)} |", "| --- " * 5 + "|"]
     left = set(names)
-    for depth in (*CIFAR_DEPTHS, *IMAGENET_STAGES):
-        for prefix in ("", "se_"):
-            row = [f"{prefix}resnet{depth}", *(f"{prefix}regnet{depth}_{name}" for name in REGULATORS)]
-            lines.append(f"| `{row[0]}`, `{prefix}regnet{depth}` | {' | '.join(map(cell, row))} |")
+    for family in (RESNETS, *OTHERS):
+        if not family.regulated:
+            continue
+        for size, prefix in itertools.product(family.listed, ("", "se_")):
+            plain, regulated = f"{prefix}{family.plain}{size}", f"{prefix}{family.regulated}{size}"
+            row = [plain, *(f"{regulated}_{name}" for name in REGULATORS)]
+            shown = f"`{plain}`" if plain == regulated else f"`{plain}`, `{regulated}`"
+            lines.append(f"| {shown} | {' | '.join(map(cell, row))} |")
             left -= set(row)
     lines += ["", "| | parameters · multiply-adds | images | classes |", "| --- " * 4 + "|"]
     for name in (name for name in names if name in left):

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MIRRORED = (
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"),
     *("benchmarks/*.py", "benchmarks/README.md", "benchmarks/results/**/*", "configs/*.py", "notebooks/*.ipynb"),
-    *("regnet_flax/**/*.py", "tests/*.py", "tests/*.md"),
+    *("regnet_flax/**/*.py", "regnet_flax/models/ops/cpp/*", "tests/*.py", "tests/*.md", "docs/*.py"),
 )
 LINK = re.compile(r"(\]\()([^)\s#:]+)")
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
@@ -40,7 +40,7 @@ def on_page_markdown(markdown, page, config, files):
         target = posixpath.normpath(posixpath.join(folder, match[2]))
         if target.startswith("../"):
             target = f"repo/{target.removeprefix('../')}"
-        elif target.startswith("repo/docs/"):
+        elif target.startswith("repo/docs/") and target.endswith(".md"):
             target = target.removeprefix("repo/docs/")
         else:
             return match[0]

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from regnet_flax import command_line, compilation_cache, xla_flags
+from regnet_flax import command_line, xla_flags
 from regnet_flax.errors import Error, Interrupted, UsageError
 from regnet_flax.training.display import log_to_console, outlive_output, working
 
@@ -26,6 +26,7 @@ MODES = {
     "summary": "regnet_flax.modes.summary",
     "models": "regnet_flax.modes.summary",
     "benchmark": "regnet_flax.modes.benchmark",
+    "analyze": "regnet_flax.modes.analyze",
     "compare": "regnet_flax.modes.compare",
     "export": "regnet_flax.modes.export",
 }
@@ -56,7 +57,7 @@ def run(argv: Sequence[str]) -> None:
         return
     working("starting")
     xla_flags.set_defaults()
-    compilation_cache.set_defaults()
+    xla_flags.keep_compiled()
     config, options = parse(argv)
 
     level = logging.INFO

@@ -23,6 +23,7 @@ from regnet_flax.data.augment import normalize
 from regnet_flax.data.photos import read_image
 from regnet_flax.errors import ConfigError, DataError, WorkdirError, one_line
 from regnet_flax.modes.setup import build_model, load_trained, load_weights, open_dataset
+from regnet_flax.port.torch import starts_from_plain
 from regnet_flax.port.weights import read_weights
 from regnet_flax.training.workdir import failed_seeds, read_config
 
@@ -149,7 +150,12 @@ def _of_file(config: Any, record: dict[str, Any] | None) -> Trained:
     file = config.model.init_from
     if config.model.new_head:
         raise ConfigError(f"model.new_head is True: without the head of {file} there is no class to predict")
-    metadata = read_weights(file)[1]
+    arrays, metadata = read_weights(file)
+    if starts_from_plain(arrays, build_model(config)):
+        raise ConfigError(
+            f"model.init_from is {file}, which has no regulators: {config.model.name} can be trained from it; "
+            "to use it as it is, give the plain network's model.name"
+        )
     known = record or described(metadata)
     if known:
         names, shape = tuple(known["class_names"]), tuple(known["image_shape"])

@@ -277,7 +277,7 @@ def make_block(kind, regulator, options):
 
     style, stride_at = options.get("style", torch_reference.PAPER), options.get("bottleneck_stride", "1x1")
     fields = {"regulator": regulator, "kernel": options["kernel"], "share_regulator": options["shared"]}
-    fields |= {"normalize_state": style.norm_h, "replace": not style.fuse}
+    fields |= {"normalize_state": "h" if style.norm_h else "none", "replace": not style.fuse}
     model = RegNet(stage_sizes=(1,), block=kind, width=n, stem="cifar", **fields)
 
     def make(train, dtype):
@@ -290,7 +290,7 @@ def make_block(kind, regulator, options):
             norm=batch_norm(train, dtype),
             strides=strides,
             cell=cell,
-            normalize_state=style.norm_h,
+            normalize_state="h" if style.norm_h else "none",
             replace=not style.fuse,
             squeeze_excite=options["se"],
             shortcut=options["shortcut"],

@@ -136,6 +136,8 @@ def test_the_papers_imagenet_recipe_and_a_modern_one():
         0.1,
         0.9999,
     )
+    assert modern.dataset.augment == ("random_resized_crop", "flip", "trivialaugment", "erase")
+    assert (modern.train.mixup, modern.train.cutmix, modern.optimizer.decayed) == (0.2, 1.0, "kernels")
     with pytest.raises(ValueError, match="configs/imagenet.py:resnet50,modern"):
         get_config("resnet50,newest")
 

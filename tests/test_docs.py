@@ -32,7 +32,7 @@ LINKING = [*WRITTEN, *(ROOT / name for name in OTHERS)]
 TABLES = (AUGMENTATIONS, BLOCKS, CELLS, MODELS, REGULATORS, SOURCES)
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# What makes snippets small, and CIFAR's commands run without CIFAR.
+# What makes snippets small, and commands short.
 SMALL = {'create_model("regnet20_convlstm"': 'create_model("regnet8_convlstm", width=4', "8, 32, 32": "8, 8, 8"}
 SHORT = [
     *("--config.train.max_steps=2", "--config.train.batch_size=16"),
@@ -95,7 +95,7 @@ def files(tmp_path):
         tar.extractall(tmp_path, filter="data")
     (tmp_path / "runs").mkdir()
     (tmp_path / "lone").rename(tmp_path / "runs" / "digits-regnet20_convlstm-0")
-    (tmp_path / "runs" / "folder-regnet20_convlstm-0").symlink_to("digits-regnet20_convlstm-0")
+    (tmp_path / "runs" / "folder-DIR-regnet20_convlstm-0").symlink_to("digits-regnet20_convlstm-0")
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 10), np.uint8))
     for name in ("DIGIT.png", "PHOTO.jpg"):
         picture.save(tmp_path / name)
@@ -233,7 +233,7 @@ def test_the_pages_code_runs(page, files):
 
 @pytest.mark.slow
 def test_the_readmes_commands_run(files):
-    """The first to its end, the others for two steps, CIFAR's with images of another data set."""
+    """The first to its end, the others for two steps, CIFAR's without its images as a summary."""
     first, *rest = commands(README)
     done = run_program(*first, "--workdir=runs/first", check=0)
     accuracy = re.search(r"test accuracy ([\d.]+) % at the end", done.stdout + done.stderr)
@@ -246,6 +246,6 @@ def test_the_readmes_commands_run(files):
         for number, arguments in enumerate(rest):
             more = [] if "predict" in arguments else [*SHORT, f"--workdir=runs/{number}"]
             if any("cifar10" in argument for argument in arguments):
-                more.append("--config.dataset.name=synthetic")
+                more.append("--mode=summary")
             with case(shlex.join(arguments)):
                 run_program(*arguments, *more, check=0)

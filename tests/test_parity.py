@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+import torch_networks
 import torch_reference
 from comparison import (
     BATCH,
@@ -31,10 +32,13 @@ from comparison import (
     reference,
 )
 from regnet_flax import create_model
-from regnet_flax.models.registry import MODELS
+from regnet_flax.models import registry
 from regnet_flax.port.torch import from_torch, to_torch
 from regnet_flax.training.optimizer import make_optimizer, make_schedule
 from regnet_flax.training.step import create_train_state, train_step
+
+# Those of test_networks.py are compared there.
+MODELS = {name: make for name, make in registry.MODELS.items() if torch_networks.reference(name) is None}
 
 SHORT = {"width": 4, "stage_sizes": (3, 1)}  # the first stage's scan has two steps, the second stage has no scan
 FAST = [  # trained without --slow

@@ -69,7 +69,9 @@ def test_list_models():
     assert list_models("*56*gru*") == ["regnet56_convgru", "se_regnet56_convgru"]
     for name in list_models():
         model = create_model(name)
-        if isinstance(model, RegNet) and "_rnn20" not in name and "_proj" not in name:
+        if name.startswith(("wrn", "se_wrn")) or "next" in name:
+            assert (model.regulator or name) in name and model.squeeze_excite == name.startswith("se_")
+        elif isinstance(model, RegNet) and "_rnn20" not in name and "_proj" not in name:
             assert (model.regulator or "resnet") in name and model.squeeze_excite == name.startswith("se_")
 
 

@@ -336,7 +336,7 @@ def test_imagenet_trains_as_tfds_wrote_it(imagenet, tmp_path):
     }
     fields |= {"train.batch_size": 8, "train.epochs": 1, "eval.batch_size": 3, "optimizer.schedule": "constant"}
     fields |= {"dataset.mean": "()", "dataset.std": "()", "dataset.workers": 0}
-    run = ["--config", ROOT / "configs/folder.py", "--workdir", tmp_path / "run"]
+    run = ["--config", ROOT / "configs/rnn_photos.py", "--workdir", tmp_path / "run"]
     done = run_program(*run, *(f"--config.{name}={value}" for name, value in fields.items()), check=0)
     assert "imagenet2012: 24 training and 7 test images of 1000 classes, 16×16×3, streamed" in done.stdout
     assert done.stderr == ""

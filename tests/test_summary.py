@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
+import torch_networks
 import torch_reference
 from regnet_flax import create_model, list_models, main
 from regnet_flax.analysis.summary import summarize, table
@@ -124,10 +125,12 @@ def test_counts_are_those_of_torch(name, options, size):
     assert shapes
 
 
+# Those of test_networks.py are compared there.
+EVERY = [name for name in list_models() if torch_networks.reference(name) is None]
 SUMMARISED = ["resnet110", "se_regnet20_convgru", "regnet18_convlstm", "resnet_rnn20_convrnn", "regnety_400mf"]
 
 
-@pytest.mark.parametrize("names", [SUMMARISED, pytest.param(list_models(), marks=pytest.mark.thorough)], ids=len)
+@pytest.mark.parametrize("names", [SUMMARISED, pytest.param(EVERY, marks=pytest.mark.thorough)], ids=len)
 def test_summary_of_every_model(names, capsys):
     """`--mode summary` at the recipe's input size: the parameters are the reference's, the stages halve the image."""
     for name in names:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -28,6 +29,7 @@ class BlockFeatures:
       state: the regulator's by name, "H" and, of an LSTM, "C", as the next block is given it, (N, height, width, n);
         {} without a regulator.
       gates: its activations by name, in the order of the cell's `gate_names`, (N, height, width, n); likewise.
+      regulated: what the regulator is given, X2 in the paper, (N, height, width, n); None without one.
     """
 
     stage: int
@@ -35,6 +37,7 @@ class BlockFeatures:
     output: Array
     state: dict[str, Array]
     gates: dict[str, Array]
+    regulated: Array | None = None
 
     @property
     def name(self) -> str:
@@ -53,18 +56,24 @@ def inspect(model: nn.Module, variables: dict[str, Any], images: Any) -> list[Bl
     Returns:
       The blocks, in the order in which they run.
     """
-    apply = jax.jit(lambda variables, x: model.apply(variables, x, train=False, mutable=["intermediates"]))
-    _, updates = apply(variables, images)
-    found = unstack_blocks(jax.device_get(updates["intermediates"]))
+    found = sown_blocks(jax.device_get(_intermediates(model, variables, images)))
+    return [_block(*place, sown, getattr(model, "regulator", None)) for place, sown in found.items()]
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _intermediates(model: nn.Module, variables: Any, images: Any) -> Any:
+    _, updates = model.apply(variables, images, train=False, mutable=["intermediates"])
+    return updates["intermediates"]
+
+
+def sown_blocks(intermediates: Mapping[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
+    """What a model's blocks have sown, by (stage, block), each from 1, in the order in which they run."""
+    found = unstack_blocks(intermediates)
     # RegNetY's blocks are not inside their stages, but named stage1_block1 and so on.
     found |= {f"{stage}_{name}": sown for stage, tree in found.items() for name, sown in tree.items()}
     matches = {name: re.fullmatch(r"stage(\d+)_block(\d+)", name) for name in found}
-    blocks = [
-        _block(int(match[1]), int(match[2]), found[name], getattr(model, "regulator", None))
-        for name, match in matches.items()
-        if match
-    ]
-    return sorted(blocks, key=lambda block: (block.stage, block.block))
+    blocks = {(int(match[1]), int(match[2])): found[name] for name, match in matches.items() if match}
+    return dict(sorted(blocks.items()))
 
 
 def _block(stage: int, block: int, sown: dict[str, Any], regulator: str | None) -> BlockFeatures:
@@ -74,7 +83,8 @@ def _block(stage: int, block: int, sown: dict[str, Any], regulator: str | None) 
         cell, ((values,), (arrays,)) = CELLS[regulator], (sown["gates"], sown["state"])
         gates = {name: _float32(values[name]) for name in cell.gate_names}
         state = {name: _float32(array) for name, array in zip(cell.state_names, arrays, strict=True)}
-    return BlockFeatures(stage, block, _float32(sown["output"][0]), state, gates)
+    regulated = _float32(sown["regulated"][0]) if gates else None
+    return BlockFeatures(stage, block, _float32(sown["output"][0]), state, gates, regulated)
 
 
 def _float32(array: Any) -> Array:

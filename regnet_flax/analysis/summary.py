@@ -14,6 +14,7 @@ import numpy as np
 from rich.table import Table
 
 from regnet_flax.models.blocks import Block
+from regnet_flax.models.families.rlanet import RLANet
 from regnet_flax.models.layers import Conv
 from regnet_flax.models.regnet import RegNet
 from regnet_flax.models.regulators import Regulator
@@ -60,7 +61,7 @@ def _multiply_adds(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> i
     if isinstance(module, nn.Dense):
         return math.prod(output.shape[1:]) * inputs[0].shape[-1]
     if isinstance(module, Regulator):
-        return math.prod(inputs[0].shape[1:3]) * module.multiply_adds
+        return math.prod(inputs[0].shape[1:-1]) * module.multiply_adds
     return 0
 
 
@@ -113,9 +114,10 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Part]
       image_shape: (height, width, channels).
     """
     lengths: dict[str, int] = {}
-    if isinstance(model, RegNet):
+    if isinstance(model, (RegNet, RLANet)):
         lengths = {f"stage{stage}": length for stage, length in enumerate(model.stage_sizes, start=1)}
-        model = model.clone(scan=False, stage_sizes=tuple(min(2, length) for length in model.stage_sizes))
+        alone: dict[str, Any] = {"scan": False} if isinstance(model, RegNet) else {}
+        model = model.clone(stage_sizes=tuple(min(2, length) for length in model.stage_sizes), **alone)
     parts: dict[str, Part] = {}
     for (name, block), part in _trace(model, image_shape).items():
         times = lengths[name] - 1 if block == "block2" else 1

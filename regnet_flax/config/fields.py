@@ -141,7 +141,10 @@ FIELDS: dict[str, Field] = {
         may_change=True,
     ),
     "model.init_from": Field(
-        "", _path, "a .safetensors or .pth file of weights by PyTorch's names to start from, or to evaluate"
+        "",
+        _path,
+        "a .safetensors or .pth file of weights by PyTorch's names to start from, or to evaluate; a network with "
+        "regulators takes a plain one's too, and starts as that network",
     ),
     "model.new_head": Field(False, _flag, "leave that file's head out, as for another number of classes"),
     "model.adapt_stem": Field(

@@ -5,17 +5,17 @@ A block maps the carry (X, state) of the block before it to its own, so that a s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from regnet_flax.models.initializers import INITIALIZERS
+from regnet_flax.models.initializers import INITIALIZERS, identity_of_first
 from regnet_flax.models.layers import BatchNorm, Conv
 from regnet_flax.models.ops import PLAIN, Ops, Value
-from regnet_flax.models.regulators import Regulator, State
+from regnet_flax.models.regulators import Gates, Regulator, State
 
 Array = jax.Array
 
@@ -49,47 +49,62 @@ class SqueezeExcite(nn.Module):
         return (x.astype(wide) * weights[:, None, None, :]).astype(self.dtype)
 
 
+def normalized_states(choice: str, state_names: Sequence[str]) -> dict[str, str]:
+    """The names of the batch normalisations of a state by the arrays that go through one; see `Block`."""
+    names = {"h": state_names[:1], "hc": state_names, "none": ()}[choice]
+    return {name: f"bn_{name.lower()}" for name in names}
+
+
 class Block(nn.Module):
     """What both blocks have in common: the layers' make, the shortcut and the regulator.
 
     Attributes:
       features: n, the width of the 3×3 convolution.
+      outputs: channels of the block's output; 0 stands for n, or 4n of a bottleneck.
+      groups: of the 3×3 convolutions; a bottleneck has one.
       strides: by which the block reduces height and width.
       cell: makes the block's regulator, given `name` or `parent`; None for a plain ResNet block.
       norm: makes a batch normalisation, given `name`, and `relu` where a ReLU follows.
-      normalize_state: whether H goes through ReLU(BN(·)) on its way.
+      normalize_state: what of the state goes through ReLU(BN(·)) on its way: "h", H; "hc", all of it; or "none".
       replace: whether H takes the place of X2, instead of being fused with it.
       squeeze_excite: whether squeeze-and-excitation follows the last batch normalisation.
       shortcut: "B", a 1×1 convolution where the shape changes, or "A", no parameters: subsampled, then zero-padded.
       stride_at: the bottleneck's convolution that carries the stride, "1x1" or "3x3".
       dtype: of the convolutions and activations.
       initial: initial values, a name in INITIALIZERS.
+      fuse_init: where the fusing convolution starts, "he" (`initial`'s) or "identity", [identity, 0].
       dilations: of the 3×3 convolutions before the place of the stride, its own too, and of those after it.
       ops: the arithmetic.
     """
 
     features: int
     norm: Callable[..., BatchNorm]
+    outputs: int = 0
+    groups: int = 1
     strides: int = 1
     cell: Callable[..., Regulator] | None = None
-    normalize_state: bool = True
+    normalize_state: str = "h"
     replace: bool = False
     squeeze_excite: bool = False
     shortcut: str = "B"
     stride_at: str = "1x1"
     dtype: Any = jnp.float32
     initial: str = "paper"
+    fuse_init: str = "he"
     dilations: tuple[int, int] = (1, 1)
     ops: Ops = PLAIN
 
-    expansion = 1
+    expansion: ClassVar[int] = 1
+    # Whether the network has neither batch normalisation nor ReLU after its stem, and both before its head.
+    preactivated: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, carry: tuple[Value, State], shared: Any = None) -> tuple[tuple[Array, State], None]:
         """One block.
 
         Args:
-          carry: X1, (N, height, width, channels), and the regulator's state of the block before, () without one.
+          carry: X1, (N, height, width, channels), and the regulator's state of the block before, () without one. A
+            stage's own batch normalisations of the state are last in it: a dict from names to their variables.
           shared: the parameters of the stage's shared regulator; None makes the block's own.
 
         Returns:
@@ -97,20 +112,31 @@ class Block(nn.Module):
         """
         x, state = carry
         y, state = self.branch(x, state, shared)
-        if self.squeeze_excite:
-            y = SqueezeExcite(dtype=self.dtype, initial=self.initial, name="se")(y)
+        y, state = self.rescale(y, state, shared)
         y = self.ops.add_relu(self._shortcut(x), y)
         self.sow("intermediates", "output", y)
         return (y, state), None
+
+    @property
+    def regulated(self) -> bool:
+        """Whether the branch has a regulator in it."""
+        return self.cell is not None
 
     def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
         """The residual branch, up to its last batch normalisation."""
         raise NotImplementedError
 
+    def rescale(self, y: Array, state: State, shared: Any) -> tuple[Array, State]:
+        """What becomes of the branch's output before it is added: squeeze-and-excitation, if anything."""
+        del shared
+        if self.squeeze_excite:
+            y = SqueezeExcite(dtype=self.dtype, initial=self.initial, name="se")(y)
+        return y, state
+
     def conv(self, x: Value, features: int, size: int, strides: int, name: str, dilation: int = 1) -> Array:
-        init = INITIALIZERS[self.initial].conv
+        init, groups = INITIALIZERS[self.initial].conv, self.groups if size == 3 else 1
         options = {"strides": strides, "dilation": dilation, "dtype": self.dtype, "ops": self.ops}
-        return Conv(features, (size, size), init, **options, name=name)(x)
+        return Conv(features, (size, size), init, feature_group_count=groups, **options, name=name)(x)
 
     def bn(self, x: Array, name: str) -> Array:
         return self.norm(name=name)(x)
@@ -120,35 +146,72 @@ class Block(nn.Module):
     ) -> Value:
         return self.norm(name=bn, relu=True).value(self.conv(x, features, size, strides, conv, dilation))
 
-    def regulate(self, x: Value, state: State, shared: Any) -> State:
+    def run_cell(self, x: Array, state: State, shared: Any) -> tuple[Regulator, State, Gates]:
+        """One step of the block's cell, or of the stage's with the parameters `shared`."""
         assert self.cell is not None
         options = {"dilation": self.dilations[1]}
         if shared is None:
-            state, gates = self.cell(**options, name="regulator")(self.ops.array(x), state)
-        else:
-            cell = self.cell(**options, parent=None)
-            state, gates = cell.apply({"params": shared}, self.ops.array(x), state)
-        h = self.norm(name="bn_h", relu=True)(state[0]) if self.normalize_state else state[0]
+            cell = self.cell(**options, name="regulator")
+            return cell, *cell(x, state)
+        cell = self.cell(**options, parent=None)
+        return cell, *cell.apply({"params": shared}, x, state)  # pyright: ignore[reportReturnType]
+
+    def regulate(self, x: Value, state: State, shared: Any) -> State:
+        norms: Any = None
+        if state and isinstance(state[-1], dict):
+            *rest, norms = state
+            state = tuple(rest)
+        seen = self.ops.array(x)
+        self.sow("intermediates", "regulated", seen)
+        cell, state, gates = self.run_cell(seen, state, shared)
+        normalized = normalized_states(self.normalize_state, cell.state_names)
+        new = []
+        for name, array in zip(cell.state_names, state, strict=True):
+            if norm := normalized.get(name):
+                array, norms = self._normalize_state(norm, array, norms)
+            new.append(array)
+        state = tuple(new)
         self.sow("intermediates", "gates", gates)
-        self.sow("intermediates", "state", (h, *state[1:]))
-        return (h, *state[1:])
+        self.sow("intermediates", "state", state)
+        return state if norms is None else (*state, norms)
+
+    def _normalize_state(self, name: str, array: Array, norms: Any) -> tuple[Array, Any]:
+        """ReLU(BN(·)), the block's own or one of the stage's `norms`, and these with its new running statistics."""
+        if norms is None:
+            return self.norm(name=name, relu=True)(array), None
+        alone = {"axis_name": None} if self.is_initializing() else {}  # there may be no axis of that name yet
+        norm = self.norm(relu=True, parent=None, **alone)
+        y, updated = norm.apply(norms[name], array, mutable=["batch_stats"])
+        return y, norms | {name: norms[name] | {"batch_stats": updated["batch_stats"]}}
 
     def fuse(self, x: Value, h: Array) -> Value:
         """ReLU(BN(W * [X, H])), or H itself."""
         if self.replace:
             return h
-        return self.conv_bn_relu(self.ops.concatenate(x, h), self.features, 1, 1, "conv_fuse", "bn_fuse")
+        init = identity_of_first if self.fuse_init == "identity" else INITIALIZERS[self.initial].conv
+        conv = Conv(self.features, (1, 1), init, dtype=self.dtype, ops=self.ops, name="conv_fuse")
+        return self.norm(name="bn_fuse", relu=True).value(conv(self.ops.concatenate(x, h)))
+
+    @property
+    def width(self) -> int:
+        """Channels of the output."""
+        return self.outputs or self.features * self.expansion
 
     def _shortcut(self, x: Value) -> Array:
-        features = self.features * self.expansion
+        features = self.width
         if self.strides == 1 and x.shape[-1] == features:
             return self.ops.array(x)
         if self.shortcut == "A":
-            if features < x.shape[-1]:
-                raise ValueError(f"shortcut 'A' cannot go from {x.shape[-1]} to {features} channels: use 'B'")
-            x = self.ops.array(x)[:, :: self.strides, :: self.strides]
-            return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+            return zero_padded(self.ops.array(x), self.strides, features)
         return self.bn(self.conv(x, features, 1, self.strides, "shortcut_conv"), "shortcut_bn")
+
+
+def zero_padded(x: Array, strides: int, features: int) -> Array:
+    """He's shortcut without parameters: every `strides`-th row and column of x, and zeros for further channels."""
+    if features < x.shape[-1]:
+        raise ValueError(f"shortcut 'A' cannot go from {x.shape[-1]} to {features} channels: use 'B'")
+    x = x[:, ::strides, ::strides]
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
 
 
 class BasicBlock(Block):
@@ -157,14 +220,18 @@ class BasicBlock(Block):
     def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
         n, (before, after) = self.features, self.dilations
         x = self.conv_bn_relu(x, n, 3, self.strides, "conv1", "bn1", before)
-        if self.cell is not None:
+        if self.regulated:
             state = self.regulate(x, state, shared)
             x = self.fuse(x, state[0])
         return self.bn(self.conv(x, n, 3, 1, "conv2", after), "bn2"), state
 
 
 class BottleneckBlock(Block):
-    """1×1, 3×3 and 1×1 convolutions, the last to 4n channels; with a regulator, another 1×1 fuses X3 with H."""
+    """1×1, 3×3 and 1×1 convolutions, the last to 4n channels; with a regulator, another 1×1 fuses X3 with H.
+
+    Where the 3×3 convolution carries the stride, the regulator sees X2 at that stride, which is what X2 would be if the
+    first 1×1 carried it.
+    """
 
     expansion = 4
 
@@ -172,9 +239,10 @@ class BottleneckBlock(Block):
         n, (before, after) = self.features, self.dilations
         first, second, dilation = (self.strides, 1, after) if self.stride_at == "1x1" else (1, self.strides, before)
         x = self.conv_bn_relu(x, n, 1, first, "conv1", "bn1")
-        if self.cell is not None:
-            state = self.regulate(x, state, shared)
+        if self.regulated:
+            seen = x if second == 1 else self.ops.array(x)[:, ::second, ::second]
+            state = self.regulate(seen, state, shared)
         x = self.conv_bn_relu(x, n, 3, second, "conv2", "bn2", dilation)
-        if self.cell is not None:
+        if self.regulated:
             x = self.fuse(x, state[0])
-        return self.bn(self.conv(x, n * self.expansion, 1, 1, "conv3"), "bn3"), state
+        return self.bn(self.conv(x, self.width, 1, 1, "conv3"), "bn3"), state

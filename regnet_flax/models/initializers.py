@@ -39,6 +39,12 @@ class Initializers:
     bias: Callable[[int], Initializer]
 
 
+def identity_of_first(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
+    """[identity, 0], of shape (1, 1, 2n, n): a 1×1 convolution that takes the first n of 2n channels as they are."""
+    del key, out_sharding
+    return jnp.eye(*shape[-2:], dtype=dtype or jnp.float32).reshape(shape)
+
+
 _torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # uniform in ±1/√fan_in
 
 INITIALIZERS = {

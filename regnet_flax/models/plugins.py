@@ -20,9 +20,10 @@ def register_regulator(name: str) -> Callable[[Cell], Cell]:
     """Makes a regulator of your own known by name, as the decorator of its class.
 
     Every depth then has a model with it, such as "regnet20_mycell" and "se_regnet50_mycell", for `create_model`,
-    `list_models` and configs; exports, `--mode summary`, `--mode compare` and `analysis.features` know it too. A cell
-    gives `gate_names`, `state_names` and `step`; see `Regulator`. A cell with other weights than those of gates
-    overrides `__call__`, and a cell that does not use each weight once per pixel overrides `multiply_adds`.
+    `list_models` and configs, and so have the other families, such as "wrn28_10_mycell", which are not listed;
+    exports, `--mode summary`, `--mode compare` and `analysis.features` know it too. A cell gives `gate_names`,
+    `state_names` and `step`; see `Regulator`. A cell with other weights than those of gates overrides
+    `__call__`, and a cell that does not use each weight once per pixel overrides `multiply_adds`.
 
         import jax.numpy as jnp
         from flax import linen as nn

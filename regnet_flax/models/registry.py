@@ -15,17 +15,11 @@ import jax.numpy as jnp
 
 from regnet_flax.models import ops as ops_lib
 from regnet_flax.models.backbone import chosen
+from regnet_flax.models.families.names import OTHERS, RESNETS
+from regnet_flax.models.families.rlanet import RLANet
 from regnet_flax.models.regnet import RegNet
 from regnet_flax.models.regnety import RegNetY
 from regnet_flax.models.regulators import REGULATORS
-
-CIFAR_DEPTHS = (20, 32, 44, 56, 110)
-IMAGENET_STAGES = {
-    18: ("basic", (2, 2, 2, 2)),
-    34: ("basic", (3, 4, 6, 3)),
-    50: ("bottleneck", (3, 4, 6, 3)),
-    101: ("bottleneck", (3, 4, 23, 3)),
-}
 
 
 class Option(NamedTuple):
@@ -49,45 +43,50 @@ OPTIONS = {
         ("separable", "dense"),
     ),
     "share_regulator": Option(bool, "one for all blocks of a stage, or one each"),
+    "regulator_grouping": Option(
+        str,
+        'what separable regulators put together: "pairs", X[c] with H[c], or "contiguous", neighbours in [X, H]',
+        ("pairs", "contiguous"),
+    ),
+    "normalize_state": Option(
+        str,
+        'what of the state goes through ReLU(BN(·)): "h", H; "hc", an LSTM\'s C too; or "none"',
+        ("h", "hc", "none"),
+    ),
+    "share_state_norm": Option(bool, "one batch normalisation of the state for all blocks of a stage, or one each"),
     "regulated_stages": Option(tuple, "such as (1, 2); None: all"),
     "shortcut": Option(str, '"B", a 1×1 convolution, or "A", without parameters', ("A", "B")),
     "width": Option(int, "channels of the first stage"),
     "bottleneck_stride": Option(str, '"1x1", or "3x3" as torchvision has it (ResNets only)', ("1x1", "3x3")),
     "init": Option(str, 'initial values: "paper" or "torch"', ("paper", "torch")),
+    "fuse_init": Option(
+        str,
+        'where the convolutions that fuse X with H start: "he", or "identity", which leaves H out at first',
+        ("he", "identity"),
+    ),
     "unroll": Option(int, "blocks per step of nn.scan; None: all on a CPU, 1 elsewhere"),
     "remat": Option(bool, "recompute each block in the backward pass, to save memory"),
     "ops": Option(str, 'the arithmetic: "auto", "plain", "cpu" or "gpu"; see create_model', ops_lib.CHOICES),
 }
 # What may be given in Python, and not in a config.
 _BACKBONE = ("features", "frozen_batch_stats")
+_KNOWN: dict[Any, tuple[str, ...]] = {
+    RegNet: (*OPTIONS, "scan", "output_stride"),
+    RegNetY: (),
+    RLANet: ("width", "bottleneck_stride", "init"),
+}
+# What a model that gives it always has.
+_FIXED = ("kernel", "share_regulator", "normalize_state")
 _EXAMPLE = "regnet20_convlstm kernel=dense regulated_stages=(1, 2)"
 
 
-def _fields(depth: int, regulator: str | None, squeeze_excite: bool) -> dict[str, Any]:
-    fields = {"regulator": regulator, "squeeze_excite": squeeze_excite}
-    if depth in IMAGENET_STAGES:
-        block, sizes = IMAGENET_STAGES[depth]
-        return fields | {"stage_sizes": sizes, "block": block, "stem": "imagenet", "width": 64}
-    return fields | {"stage_sizes": ((depth - 2) // 6,) * 3}
-
-
-def _name(depth: int, regulator: str | None, squeeze_excite: bool) -> str:
-    name = f"regnet{depth}_{regulator}" if regulator else f"resnet{depth}"
-    return f"se_{name}" if squeeze_excite else name
-
-
 def family(regulators: Iterable[str | None]) -> dict[str, functools.partial[nn.Module]]:
-    """The models of all depths with each of these regulators, None for none, by name."""
-    return {
-        _name(depth, regulator, squeeze_excite): functools.partial(RegNet, **_fields(depth, regulator, squeeze_excite))
-        for depth in (*CIFAR_DEPTHS, *IMAGENET_STAGES)
-        for squeeze_excite in (False, True)
-        for regulator in regulators
-    }
+    """The ResNets of all depths with each of these regulators, None for none, by name."""
+    return {name: functools.partial(RegNet, **fields) for name, fields in RESNETS.names(regulators)}
 
 
 MODELS = family((None, *REGULATORS))
-_PROJECTS = {"share_regulator": False, "kernel": "dense", "normalize_state": False, "initial": "torch"}
+_PROJECTS = {"share_regulator": False, "kernel": "dense", "normalize_state": "none", "initial": "torch"}
 _PROJ = _PROJECTS | {"regulator": "convlstm"}
 _RNN = _PROJECTS | {"replace": True, "stage_sizes": (3, 3, 3)}
 MODELS |= {
@@ -97,27 +96,30 @@ MODELS |= {
     "resnet_rnn20_convgru": functools.partial(RegNet, **_RNN, regulator="replacing_convgru"),
     "regnety_400mf": functools.partial(RegNetY),
 }
+MODELS |= {
+    name: functools.partial(RegNet, **fields) for others in OTHERS for name, fields in others.names((None, *REGULATORS))
+}
+MODELS |= {
+    "rla_resnet50": functools.partial(RLANet),
+    "rla_resnet101": functools.partial(RLANet, stage_sizes=(3, 4, 23, 3)),
+}
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The registered names that match a shell pattern, such as "*gru*"; other depths 6m+2 are accepted by name too."""
+    """The registered names that match a shell pattern, such as "*gru*"; other sizes are accepted by name too."""
     return fnmatch.filter(MODELS, pattern)
 
 
 def _resolve(name: str) -> functools.partial[nn.Module]:
     if name in MODELS:
         return MODELS[name]
-    family = "|".join(REGULATORS)
-    if match := re.fullmatch(rf"(se_)?(?:resnet(\d+)|regnet(\d+)_({family}))", name):
-        depth = int(match[2] or match[3])
-        if depth >= 8 and depth % 6 == 2:
-            return functools.partial(RegNet, **_fields(depth, match[4], bool(match[1])))
-        below = max(8, depth - (depth - 2) % 6)
-        nearest = " or ".join(str(d) for d in (below, below + 6))
-        raise ValueError(
-            f"unknown model {name!r}: a CIFAR network has depth 6m+2 (nearest: {nearest}), "
-            f"an ImageNet network {', '.join(map(str, IMAGENET_STAGES))}"
-        )
+    for family in (RESNETS, *OTHERS):
+        try:
+            fields = family.parse(name, REGULATORS)
+        except ValueError as error:
+            raise ValueError(f"unknown model {name!r}: {error}") from None
+        if fields is not None:
+            return functools.partial(RegNet, **fields)
     close = difflib.get_close_matches(name, MODELS, n=3, cutoff=0.3)
     raise ValueError(f"unknown model {name!r}: the closest names are {', '.join(close) or ', '.join(list(MODELS)[:3])}")
 
@@ -169,7 +171,8 @@ def create_model(
     """Makes a model by name.
 
     Args:
-      name: one of `list_models()`, or any CIFAR depth 6m+2, such as "regnet14_convlstm".
+      name: one of `list_models()`, or one of its families of another size: any CIFAR depth 6m+2, such as
+        "regnet14_convlstm" and "preact_resnet56", 6m+4 of wide ones, "wrn16_4", "resnext50_16x8d", "wide_resnet50_4".
       num_classes: 0 gives pooled features.
       dtype: of the arithmetic, float32 or bfloat16; parameters, statistics and logits are float32.
       axis_name: the pmap or shard_map axis over which batch normalisation is synchronised.
@@ -183,9 +186,10 @@ def create_model(
         and gradients of gradients work by "cpu". For all else give "plain".
       devices: those that will run the model, for what depends on their platform: "auto", and whether a stage's blocks
         are unrolled. None is JAX's default device.
-      **options: kernel, share_regulator, regulated_stages, shortcut, width, bottleneck_stride, init (RegNet's
-        `initial`), unroll, remat, scan, features, output_stride and frozen_batch_stats; see RegNet. None leaves the
-        default: the model's, and for unroll all blocks on a CPU, where a loop is somewhat slower, and 1 elsewhere.
+      **options: kernel, share_regulator, regulator_grouping, normalize_state, share_state_norm, regulated_stages,
+        shortcut, width, bottleneck_stride, init (RegNet's `initial`), fuse_init, unroll, remat, scan, features,
+        output_stride and frozen_batch_stats; see RegNet. None leaves the default: the model's, and for unroll all
+        blocks on a CPU, where a loop is somewhat slower, and 1 elsewhere.
 
     Returns:
       A Flax module; `model.init(key, images, train=False)` makes its variables, and `model.stage_info` tells the
@@ -204,10 +208,10 @@ def create_model(
 
 def check_model(
     name: str, num_classes: int = 10, *, ops: str | ops_lib.Ops | None = "auto", **options: Any
-) -> RegNet | RegNetY:
+) -> RegNet | RegNetY | RLANet:
     """The model of `create_model`, with its errors and without its devices: what depends on them is not decided."""
     make = _resolve(name)
-    known = {*OPTIONS, "scan", "output_stride", *_BACKBONE} if make.func is RegNet else {"ops", *_BACKBONE}
+    known = {*_KNOWN[make.func], "ops", *_BACKBONE}
     given = {key: value for key, value in options.items() if value is not None}
     if ops is not None and not isinstance(ops, ops_lib.Ops):
         given["ops"] = ops
@@ -217,7 +221,7 @@ def check_model(
             close = difflib.get_close_matches(key, known | others, n=1) or sorted(known & set(OPTIONS))
             hint = f"did you mean {', '.join(close)}?" if close else "leave it out"
             raise ValueError(f"model {name!r} has no option {key!r}: {hint}")
-        if key in ("kernel", "share_regulator") and make.keywords.get(key, value) != value:
+        if key in _FIXED and make.keywords.get(key, value) != value:
             raise ValueError(f"{key} is {value!r}: in {name} it is always {make.keywords[key]!r}")
         choices = OPTIONS[key].choices if key in OPTIONS else ()
         if choices and value not in choices:
@@ -238,8 +242,14 @@ def check_model(
         if wrong:
             raise ValueError(f"regulated_stages has {wrong[0]!r}: the stages of {name} are 1 to {stages}")
         fields["regulated_stages"] = tuple(given["regulated_stages"])
-    if fields.get("bottleneck_stride") == "3x3" and fields.get("regulator"):
+    if fields.get("bottleneck_stride", "1x1") == "3x3" != make.keywords.get("bottleneck_stride") and fields.get(
+        "regulator", "dia"
+    ) not in (None, "dia"):
         raise ValueError(f"bottleneck_stride '3x3' is for ResNets: in {name}, X2 must have the size of H; use '1x1'")
+    if fields.get("share_state_norm") and fields.get("normalize_state") == "none":
+        raise ValueError("share_state_norm is True: with normalize_state 'none' there is nothing to share")
+    if fields.get("replace") and fields.get("fuse_init") == "identity":
+        raise ValueError(f"fuse_init is 'identity': {name} has H in the place of X and fuses nothing; leave it out")
     model: Any = make.func(**fields, num_classes=num_classes)
     wanted = chosen(model.features, model.stage_info)
     if not isinstance(model.features, bool):

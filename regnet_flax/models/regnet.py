@@ -12,82 +12,26 @@ import jax.numpy as jnp
 
 from regnet_flax.models.backbone import StageInfo, chosen
 from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock
+from regnet_flax.models.families.dianet import DIALSTM, DIABasicBlock, DIABlock, DIABottleneckBlock
+from regnet_flax.models.families.preact import PreactBlock
 from regnet_flax.models.initializers import INITIALIZERS
 from regnet_flax.models.layers import BatchNorm, Conv
 from regnet_flax.models.ops import PLAIN, Ops, Value
-from regnet_flax.models.regulators import REGULATORS, ReplacingConvGRU, check_cell
+from regnet_flax.models.regulators import REGULATORS, ReplacingConvGRU
+from regnet_flax.models.stage import Stage
 
 Array = jax.Array
 
-# The paper's, and a public project's.
-CELLS = REGULATORS | {"replacing_convgru": ReplacingConvGRU}
-BLOCKS: dict[str, type[Block]] = {"basic": BasicBlock, "bottleneck": BottleneckBlock}
+# The paper's, a public project's, and DIANet's.
+CELLS = REGULATORS | {"replacing_convgru": ReplacingConvGRU, "dia": DIALSTM}
+BLOCKS: dict[str, type[Block]] = {
+    "basic": BasicBlock,
+    "bottleneck": BottleneckBlock,
+    "preact": PreactBlock,
+    "dia_basic": DIABasicBlock,
+    "dia_bottleneck": DIABottleneckBlock,
+}
 STEM_STRIDES = {"cifar": 1, "cifar_pool": 2, "imagenet": 4}
-
-
-class Stage(nn.Module):
-    """A run of blocks of one spatial size, with one regulator running through them.
-
-    The first block, which may change stride and width, stands alone (`block1`); the others are alike and run under
-    `nn.scan`, their variables stacked on a leading axis (`blocks`), or in a Python loop (`block2`, `block3`, …).
-
-    Attributes:
-      block: makes a block, given `name` and, for the first, `strides`.
-      length: how many blocks.
-      strides: of the first.
-      dilations: of the 3×3 convolutions before the place of the stride, its own too, and of those after it.
-      shared: whether one regulator (`regulator`) serves all blocks, or each has its own.
-      scan, unroll, remat: see RegNet.
-    """
-
-    block: functools.partial[Block]
-    length: int
-    strides: int
-    dilations: tuple[int, int]
-    shared: bool
-    scan: bool
-    unroll: int | None
-    remat: bool
-
-    @nn.compact
-    def __call__(self, x: Value) -> Array:
-        """From (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, the block's channels)."""
-        block_type, options = self.block.func, self.block.keywords
-        carry, shared = (x, ()), None
-        if options["cell"] is not None:
-            cell = options["cell"](parent=None)
-            n, height, width, _ = x.shape
-            shape = (n, -(-height // self.strides), -(-width // self.strides), options["features"])
-            state = cell.initial_state(shape, options["dtype"])
-            carry = (x, state)
-            if self.is_initializing():
-                check_cell(cell, state, shared=self.shared)
-            if self.shared:
-                # Made here and passed to every block: a cell handed over as a submodule of the scanned block would
-                # silently be given one copy per step.
-                shared = self.param("regulator", lambda key: cell.init(key, state[0], state).get("params", {}))
-
-        one = nn.remat(block_type) if self.remat else block_type
-        carry, _ = one(**options, strides=self.strides, dilations=self.dilations, name="block1")(carry, shared)
-        alike = options | {"dilations": self.dilations[1:] * 2}
-        if not self.scan:
-            for index in range(2, self.length + 1):
-                carry, _ = one(**alike, name=f"block{index}")(carry, shared)
-        elif self.length > 1:
-            # A loop keeps XLA from merging the recomputation with the first computation, so nothing else need.
-            unroll = min(self.unroll or self.length, self.length - 1)
-            rolled = unroll < self.length - 1
-            repeated = nn.remat(block_type, prevent_cse=not rolled) if self.remat else block_type
-            blocks = nn.scan(
-                repeated,
-                variable_axes={"params": 0, "batch_stats": 0, "intermediates": 0},
-                split_rngs={"params": True},
-                in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
-                length=self.length - 1,
-                unroll=unroll,
-            )
-            carry, _ = blocks(**alike, name="blocks")(carry, shared)
-        return carry[0]
 
 
 class RegNet(nn.Module):
@@ -96,20 +40,27 @@ class RegNet(nn.Module):
     Attributes:
       stage_sizes: the number of blocks of each stage.
       num_classes: 0 gives the pooled features.
-      block: "basic" or "bottleneck".
+      block: a key of BLOCKS.
       stem: "cifar", a 3×3 convolution; "cifar_pool", that and a 3×3 max-pool at stride 2; or "imagenet", 7×7 at stride
         2 and that max-pool.
-      width: channels of the stem and n of the first stage; n doubles from stage to stage.
-      regulator: a key of CELLS; None is plain ResNet, and the next five have no effect then.
+      width: n of the first stage; n doubles from stage to stage.
+      stem_width: channels of the stem; None is `width`.
+      groups, width_per_group: of the bottlenecks' 3×3 convolutions, as torchvision has them: their channels are
+        n · width_per_group / 64, rounded down, times groups.
+      regulator: a key of CELLS; None is plain ResNet, and the next seven have no effect then.
       kernel: of the regulators, "separable" or "dense".
+      regulator_grouping: what separable regulators put together, "pairs" or "contiguous"; see Regulator.
       share_regulator: one regulator for all blocks of a stage, or one each; the state is passed on in both.
       regulated_stages: the stages, from 1, that have a regulator; None is all.
       normalize_state, replace: see Block.
+      share_state_norm: one batch normalisation of the state for all blocks of a stage, or one each.
       squeeze_excite: whether each block ends in squeeze-and-excitation.
       shortcut: "B", a 1×1 convolution where the shape changes, or "A", without parameters.
-      bottleneck_stride: the convolution of a bottleneck that carries the stride, "1x1" (He et al. 2015) or, without
-        regulators only, "3x3" (torchvision).
+      bottleneck_stride: the convolution of a bottleneck that carries the stride, "1x1" (He et al. 2015) or "3x3"
+        (torchvision).
       initial: initial values, "paper" or "torch".
+      fuse_init: where the convolutions that fuse X with H start: "he", as `initial` has it, or "identity",
+        [identity, 0], which takes X and leaves H out.
       scan: run a stage's blocks under `nn.scan`; False is a Python loop over blocks named one by one.
       unroll: blocks per step of the scan; None is all of them.
       remat: recompute each block in the backward pass instead of keeping what is in it.
@@ -127,16 +78,22 @@ class RegNet(nn.Module):
     block: str = "basic"
     stem: str = "cifar"
     width: int = 16
+    stem_width: int | None = None
+    groups: int = 1
+    width_per_group: int = 64
     regulator: str | None = None
     kernel: str = "separable"
+    regulator_grouping: str = "pairs"
     share_regulator: bool = True
     regulated_stages: tuple[int, ...] | None = None
-    normalize_state: bool = True
+    normalize_state: str = "h"
+    share_state_norm: bool = False
     replace: bool = False
     squeeze_excite: bool = False
     shortcut: str = "B"
     bottleneck_stride: str = "1x1"
     initial: str = "paper"
+    fuse_init: str = "he"
     scan: bool = True
     unroll: int | None = None
     remat: bool = False
@@ -161,7 +118,7 @@ class RegNet(nn.Module):
         bound = self.output_stride or stride * 2 ** len(self.stage_sizes)
         if bound < stride or (bound // stride).bit_count() != 1 or bound % stride:
             raise ValueError(f"output_stride is {bound}: it must be {stride}, the stem's, or {stride} × 2, × 4 or more")
-        stages = [StageInfo("stem", self.width, stride)]
+        stages = [StageInfo("stem", self.stem_width or self.width, stride)]
         for stage in range(1, len(self.stage_sizes) + 1):
             if stage > 1 and stride < bound:
                 stride *= 2
@@ -199,8 +156,11 @@ class RegNet(nn.Module):
             ops=self.ops,
         )
         size, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
-        conv = Conv(self.width, (size, size), init.conv, strides, dtype=self.dtype, ops=self.ops, name="conv1")
-        x = norm(name="bn1", relu=True).value(conv(images.astype(self.dtype)))
+        channels, preactivated = infos[0].channels, BLOCKS[self.block].preactivated
+        conv = Conv(channels, (size, size), init.conv, strides, dtype=self.dtype, ops=self.ops, name="conv1")
+        x: Value = conv(images.astype(self.dtype))
+        if not preactivated:
+            x = norm(name="bn1", relu=True).value(x)
         if self.stem != "cifar":
             x = nn.max_pool(self.ops.array(x), (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
 
@@ -215,6 +175,7 @@ class RegNet(nn.Module):
                 strides=info.stride // before.stride,
                 dilations=(before.dilation, info.dilation),
                 shared=self.share_regulator,
+                share_norm=self.share_state_norm,
                 scan=self.scan,
                 unroll=self.unroll,
                 remat=self.remat,
@@ -224,6 +185,8 @@ class RegNet(nn.Module):
                 outputs[info.name] = x
         if wanted:
             return outputs
+        if preactivated:
+            x = norm(name="bn_last", relu=True).value(x)
         pooled = self.ops.array(x).mean((1, 2), dtype=wide)
         if not self.num_classes:
             return pooled
@@ -237,13 +200,24 @@ class RegNet(nn.Module):
 
     def _block(self, stage: int, norm: functools.partial[BatchNorm]) -> functools.partial[Block]:
         """Makes the blocks of a stage."""
-        n = self.width * 2 ** (stage - 1)
-        common = {"features": n, "dtype": self.dtype, "initial": self.initial, "ops": self.ops}
+        n, block = self.width * 2 ** (stage - 1), BLOCKS[self.block]
+        outputs = n * block.expansion
+        n = max(1, n * self.width_per_group // 64) * self.groups
+        common = {"dtype": self.dtype, "initial": self.initial, "ops": self.ops}
         cell = None
         if self.regulator is not None and self._regulates(stage):
-            cell = functools.partial(CELLS[self.regulator], kernel=self.kernel, **common)
+            cell = functools.partial(
+                CELLS[self.regulator],
+                features=outputs if issubclass(block, DIABlock) else n,
+                kernel=self.kernel,
+                grouping=self.regulator_grouping,
+                **common,
+            )
         return functools.partial(
-            BLOCKS[self.block],
+            block,
+            features=n,
+            outputs=outputs,
+            groups=self.groups,
             norm=norm,
             cell=cell,
             normalize_state=self.normalize_state,
@@ -251,6 +225,7 @@ class RegNet(nn.Module):
             squeeze_excite=self.squeeze_excite,
             shortcut=self.shortcut,
             stride_at=self.bottleneck_stride,
+            fuse_init=self.fuse_init,
             **common,
         )
 

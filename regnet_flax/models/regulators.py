@@ -55,6 +55,8 @@ class Regulator(nn.Module):
       dtype: of the arithmetic between X, H and the gates' sums, which are float32 or wider, and of the new state.
       initial: initial values, a name in INITIALIZERS.
       dilation: the distance between the taps of its 3×3 convolutions.
+      grouping: what the separable form's grouped 1×1 convolution puts together: "pairs", X[c] with H[c], or
+        "contiguous", neighbours among all of [X, H], so that X[2c] is with X[2c + 1], and then H with H.
       ops: the arithmetic.
 
     Raises:
@@ -66,6 +68,7 @@ class Regulator(nn.Module):
     dtype: Any = jnp.float32
     initial: str = "paper"
     dilation: int = 1
+    grouping: str = "pairs"
     ops: Ops = PLAIN
 
     gate_names: ClassVar[tuple[str, ...]] = ()
@@ -132,6 +135,11 @@ class Regulator(nn.Module):
             return kernel.reshape(3, 3, 2 * n, gates, n), bias.reshape(gates, n)
         raise ValueError(f"kernel is {self.kernel!r}: it must be 'separable' or 'dense'")
 
+    @property
+    def in_one_step(self) -> bool:
+        """Whether `ops` has this cell's whole step."""
+        return self.kernel == "separable" and self.grouping == "pairs"
+
     def conv3x3(self, x: Array, kernel: Array) -> Array:
         """A convolution at stride 1 with padding 1."""
         return self.ops.conv(x, kernel, (1, 1), ((1, 1), (1, 1)))
@@ -139,6 +147,9 @@ class Regulator(nn.Module):
     def convolve(self, x: Array, h: Array, weights: tuple[Array, ...], first: int, last: int) -> list[Array]:
         """W[x, h] + b for the gates from `first` up to `last`, not included, in float32 or wider."""
         if self.kernel == "separable":
+            if self.grouping == "contiguous":
+                both = jnp.concatenate([x, h], -1)
+                x, h = both[..., 0::2], both[..., 1::2]
             return cells.separable_sums(self.ops.separable, x, h, weights, first, last)
         kernel, bias = (w[..., first:last, :] for w in weights)
         kernel = kernel.astype(self.dtype).reshape(3, 3, 2 * self.features, -1)
@@ -169,7 +180,7 @@ class ConvRNN(Regulator):
     gate_names = ("h",)
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
-        if self.kernel == "separable":
+        if self.in_one_step:
             return self.ops.rnn_step(x, state, weights)
         return cells.rnn(lambda h, *gates: self.convolve(x, h, weights, *gates), state)
 
@@ -180,7 +191,7 @@ class ConvGRU(Regulator):
     gate_names = ("z", "r", "h")
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
-        if self.kernel == "separable":
+        if self.in_one_step:
             return self.ops.gru_step(x, state, weights)
         return cells.gru(lambda h, *gates: self.convolve(x, h, weights, *gates), state)
 
@@ -195,7 +206,7 @@ class ConvLSTM(Regulator):
     state_names = ("H", "C")
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
-        if self.kernel == "separable":
+        if self.in_one_step:
             return self.ops.lstm_step(x, state, weights)
         return cells.lstm(lambda h, *gates: self.convolve(x, h, weights, *gates), state)
 

@@ -18,7 +18,7 @@ from regnet_flax.files import replacing, write_json
 from regnet_flax.models.ops import PLAIN
 from regnet_flax.models.regnet import unstack_blocks
 from regnet_flax.modes import model_card
-from regnet_flax.port.torch import to_torch
+from regnet_flax.port.torch import bottleneck_stride, to_torch
 from regnet_flax.port.weights import write_weights
 from regnet_flax.trained import Trained, description, with_config
 
@@ -50,8 +50,8 @@ def export_model(trained: Trained, workdir: str | pathlib.Path) -> pathlib.Path:
         "dataset": config.dataset.name,
         "step": str(trained.step),
     } | description(trained)
-    if getattr(model, "block", "") == "bottleneck":
-        metadata["bottleneck_stride"] = getattr(model, "bottleneck_stride", "")
+    if stride := bottleneck_stride(model):
+        metadata["bottleneck_stride"] = stride
     if kind == "stablehlo":
         if path.suffix != pathlib.Path(FILES[kind]).suffix:
             raise WeightsError(f"{path} must end in .stablehlo, or name another --config.export.format")

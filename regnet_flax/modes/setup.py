@@ -97,6 +97,8 @@ def build_model(config: Any, devices: Sequence[Any] | None = None, axis_name: st
 def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
     """The variables in the file `model.init_from` of a resolved config; None where it names none.
 
+    A file of a plain network's weights gives those of one with regulators but for the regulators themselves.
+
     Args:
       config: resolved.
       channels: of the images; the file's may be of others with `model.adapt_stem`.
@@ -113,10 +115,19 @@ def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
             f"{file}: {whole[0]} is {arrays[whole[0]].dtype}, as of quantised weights: save them as floats"
         )
     model = build_model(config)
-    stride = getattr(model, "bottleneck_stride", "")
-    if getattr(model, "block", "") == "bottleneck":
+    plain, stride = torch_port.starts_from_plain(arrays, model), torch_port.bottleneck_stride(model)
+    if stride:
         recorded = metadata.get("bottleneck_stride", stride)
-        if recorded != stride:
+        if recorded != stride and plain:
+            logger.warning(
+                "%s is of bottlenecks with the stride in the %s convolution, and %s has it in the %s: it takes the "
+                "weights, and computes something else at first",
+                file,
+                recorded,
+                config.model.name,
+                stride,
+            )
+        elif recorded != stride:
             raise WeightsError(
                 f"{file} is of bottlenecks with the stride in the {recorded} convolution: "
                 f"set model.overrides.bottleneck_stride={recorded}"
@@ -124,20 +135,23 @@ def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
         if "bottleneck_stride" not in metadata:
             logger.warning(
                 "%s does not say where its bottlenecks have their stride; it is taken to be the %s convolution "
-                "(torchvision's ResNets: model.overrides.bottleneck_stride=3x3)",
+                "(torchvision's have it in the 3x3%s)",
                 file,
                 stride,
+                "" if plain else ": model.overrides.bottleneck_stride=3x3",
             )
     try:
         if config.model.adapt_stem:
             arrays = torch_port.adapt_stem(arrays, model, channels)
         torch_port.check_stem(arrays, model, channels)
-        variables = torch_port.from_torch(arrays, model, new_head=config.model.new_head)
+        read = torch_port.from_plain_torch if plain else torch_port.from_torch
+        variables = read(arrays, model, new_head=config.model.new_head)  # pyright: ignore[reportArgumentType]
     except torch_port.StemError as error:
         raise WeightsError(f"{file}: {error}; model.adapt_stem=True adapts it") from error
     except ValueError as error:
         raise WeightsError(f"{file}: {error}; model.new_head=True leaves the head out") from error
-    logger.info("weights from %s%s", file, ", all but the head" if config.model.new_head else "")
+    rest = [*(["the head"] if config.model.new_head else []), *(["the regulators"] if plain else [])]
+    logger.info("weights from %s%s", file, f", all but {' and '.join(rest)}" if rest else "")
     return variables
 
 

@@ -18,8 +18,8 @@ from regnet_flax.config.check import check_config, eval_batch_size, flatten
 from regnet_flax.config.resolve import resolve
 from regnet_flax.errors import ConfigError, WorkdirError
 from regnet_flax.files import dataset_title, write_json
-from regnet_flax.modes.results import collect_results, report
 from regnet_flax.modes.setup import Dataset, load_weights, make_plan, make_trainer, open_dataset
+from regnet_flax.results import collect_results, report
 from regnet_flax.training import parallel, workdir
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.display import working

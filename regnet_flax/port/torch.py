@@ -13,21 +13,27 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from regnet_flax.models.families.rlanet import RLANet
+from regnet_flax.models.layers import BatchNorm
 from regnet_flax.models.regnet import RegNet, stack_blocks, unstack_blocks
 from regnet_flax.models.regnety import RegNetY
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 IGNORED = "num_batches_tracked"
+# A batch normalisation divides by √(variance + epsilon).
+_IDENTITY_NORM = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0 - BatchNorm.epsilon}
 
 
 def _module_names(model: nn.Module) -> dict[str, str]:
     """What the model's PyTorch counterpart calls the modules that go by another name here."""
     if isinstance(model, RegNetY):
         return _REGNETY
+    if isinstance(model, RLANet):
+        return _names("shortcut", "linear", "regulator")
     assert isinstance(model, RegNet)
     if model.replace:
         return _names("shortcut", "linear", "rnn") | {"conv": "conv_x"}
-    if model.regulator is not None and not model.normalize_state:
+    if model.normalize_state == "none" and model.kernel == "dense" and not model.share_regulator:
         return _names("downsample", "fc", "convlstm")
     if model.stem == "imagenet" and model.regulator is None:
         return _names("downsample", "fc", "regulator")  # torchvision
@@ -51,11 +57,12 @@ def _torch_name(path: tuple[str, ...], modules: dict[str, str]) -> str:
         if match := re.fullmatch(r"stage(\d+)_block(\d+)", owner):  # RegNetY
             parts.append(f"trunk_output.block{match[1]}.block{match[1]}-{int(match[2]) - 1}")
         elif match := re.fullmatch(r"stage(\d+)", owner):
-            parts.append(f"regulator{match[1]}" if owners[1] == "regulator" else f"layer{match[1]}")
+            of_a_block = owners[1].startswith("block")  # and not the stage's own, which all its blocks share
+            parts.append(f"layer{match[1]}" if of_a_block else f"{owners[1]}{match[1]}")
         elif match := re.fullmatch(r"block(\d+)", owner):
             parts.append(str(int(match[1]) - 1))
-        elif index == 1 and owner == "regulator":
-            continue  # the stage's shared one, already named
+        elif index == 1 and re.fullmatch(r"stage\d+", owners[0]):
+            continue  # the stage's own, already named
         else:
             parts.append(modules.get(owner, owner))
     return ".".join([*parts, _LEAVES.get(leaf, leaf)])
@@ -189,3 +196,45 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: nn.Module, *, new_he
         raise ValueError("the state dict does not fit the model; " + "; ".join(problems))
     variables = traverse_util.unflatten_dict(flat)
     return stack_blocks(variables) if getattr(model, "scan", False) else variables
+
+
+def bottleneck_stride(model: nn.Module) -> str:
+    """The convolution that carries the stride in a network of bottlenecks, "1x1" or "3x3"; "" for another network."""
+    bottlenecks = isinstance(model, RLANet) or (isinstance(model, RegNet) and model.block.endswith("bottleneck"))
+    return model.bottleneck_stride if bottlenecks else ""  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def starts_from_plain(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> bool:
+    """Whether a state dict is of a network without regulators, and the model one that fuses X with a regulator's H."""
+    fuses = isinstance(model, RegNet) and model.regulator not in (None, "dia") and not model.replace
+    return fuses and not any("conv_fuse" in name for name in state_dict)
+
+
+def from_plain_torch(state_dict: Mapping[str, np.ndarray], model: RegNet, *, new_head: bool = False) -> dict[str, Any]:
+    """The state dict of a plain network as a start for the one with regulators.
+
+    The convolutions that fuse X with H start as [identity, 0] and their batch normalisations as the identity, so that
+    the network computes in evaluation what the plain one does.
+
+    Args:
+      state_dict: of `model.clone(regulator=None)`, by its names; see from_torch.
+      model: see `starts_from_plain`.
+      new_head: see from_torch.
+
+    Returns:
+      "params" and "batch_stats" of all but the regulators and the batch normalisations of their states.
+
+    Raises:
+      ValueError: see from_torch.
+    """
+    variables = from_torch(state_dict, model.clone(regulator=None), new_head=new_head)
+    flat: dict[Any, Any] = traverse_util.flatten_dict(variables)
+    images = jax.ShapeDtypeStruct((1, 32, 32, variables["params"]["conv1"]["kernel"].shape[2]), jnp.float32)
+    expected = jax.eval_shape(lambda key, x: model.init(key, x, train=False), jax.random.key(0), images)
+    shapes: dict[Any, Any] = traverse_util.flatten_dict(expected)
+    for path, array in shapes.items():
+        if "conv_fuse" in path:
+            flat[path] = np.broadcast_to(np.eye(*array.shape[-2:], dtype=np.float32), array.shape)
+        elif "bn_fuse" in path:
+            flat[path] = np.full(array.shape, _IDENTITY_NORM[path[-1]], np.float32)
+    return traverse_util.unflatten_dict(flat)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -60,7 +60,7 @@ class Trainer:
       placement: the devices over which each batch is divided.
       steps_per_call: the most steps of one compiled call.
       together: one vmapped step for all seeds; otherwise a call for each in turn.
-      start: variables that take the place of initial ones; the head may be left out.
+      start: variables that take the place of initial ones; any may be left out.
 
     Attributes:
       seeds, placement, together: as given.
@@ -153,7 +153,8 @@ class Trainer:
     def _started(self, state: TrainState) -> TrainState:
         if self._start is not None:
             state = state.replace(
-                params=state.params | self._start["params"], batch_stats=state.batch_stats | self._start["batch_stats"]
+                params=_replaced(state.params, self._start["params"]),
+                batch_stats=_replaced(state.batch_stats, self._start["batch_stats"]),
             )
             if state.ema:
                 latest = {"params": state.params, "batch_stats": state.batch_stats}
@@ -307,3 +308,8 @@ def mean_metrics(parts: Sequence[dict[str, jax.Array]], empty: str) -> dict[str,
     if "correct_top5" in totals:
         metrics["top5_accuracy"] = float(totals["correct_top5"] / count)
     return metrics | {"count": int(count)}
+
+
+def _replaced(tree: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """A nested dict with the arrays of another, which may have fewer of them, in place of its own."""
+    return tree | {name: _replaced(tree[name], a) if isinstance(a, Mapping) else a for name, a in new.items()}

@@ -14,12 +14,14 @@ from regnet_flax.analysis.plots import DROP, pyplot
 MAP, DARK_ABOVE = "viridis", 0.75
 
 
-def _save(plt: Any, figure: Any, path: pathlib.Path) -> None:
+def write(figure: Any, path: pathlib.Path) -> None:
+    """Writes a figure and lets go of it."""
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
-def _image(axes: Any, array: np.ndarray, **options: Any) -> Any:
+def show(axes: Any, array: np.ndarray, **options: Any) -> Any:
+    """Draws an image without ticks."""
     axes.set_xticks([])
     axes.set_yticks([])
     return axes.imshow(array, interpolation="nearest", **options)
@@ -56,7 +58,7 @@ def feature_maps(
         for row, block in enumerate(blocks):
             for column, channel in enumerate(kept):
                 top = maps[..., channel].max() or 1.0
-                _image(grid[row, column], maps[row, ..., channel], cmap="gray", vmin=0, vmax=top)
+                show(grid[row, column], maps[row, ..., channel], cmap="gray", vmin=0, vmax=top)
                 if row == 0:
                     grid[row, column].set_title(f"channel {channel}", fontsize="small")
             label = f"block {block.name}"
@@ -64,7 +66,7 @@ def feature_maps(
                 alike = cosine_similarity(maps[row - 1 : row], maps[row : row + 1])
                 label += f"\ncosine to {blocks[row - 1].name}:\n{alike:.2f}"
             grid[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize="small")
-    _save(plt, figure, path)
+    write(figure, path)
 
 
 def similarity(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: pathlib.Path, title: str = "") -> None:
@@ -103,7 +105,7 @@ def similarity(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: p
         axes.set_title(name)
     figure.colorbar(drawn, ax=grid, shrink=0.8)
     figure.suptitle(title)
-    _save(plt, figure, path)
+    write(figure, path)
 
 
 def _by_stage(blocks: Sequence[BlockFeatures]) -> list[list[int]]:
@@ -153,7 +155,7 @@ def gates(blocks: Sequence[BlockFeatures], path: pathlib.Path, title: str = "") 
         axes.set_ylim(min(low, -1.0 if low < 0 else 0.0) - 0.03, max(high, 1.0) + 0.03)
         axes.set_title(f"gate {name}")
     figure.suptitle(title)
-    _save(plt, figure, path)
+    write(figure, path)
 
 
 def state(blocks: Sequence[BlockFeatures], path: pathlib.Path, *, image: int = 0, title: str = "") -> None:
@@ -181,7 +183,7 @@ def state(blocks: Sequence[BlockFeatures], path: pathlib.Path, *, image: int = 0
         for places in _by_stage(blocks):
             top = max(maps[place].max() for place in places) or 1.0
             for place in places:
-                _image(grid[row, place], maps[place], cmap=MAP, vmin=0, vmax=top)
+                show(grid[row, place], maps[place], cmap=MAP, vmin=0, vmax=top)
                 if row == 0:
                     grid[row, place].set_title(f"block {blocks[place].name}", fontsize="small")
         grid[row, 0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize="large")
@@ -189,4 +191,4 @@ def state(blocks: Sequence[BlockFeatures], path: pathlib.Path, *, image: int = 0
         _bands(axes, blocks, [block.state[name] for block in blocks], f"C{index}")
         axes.set_title(f"{name}, all values", fontsize="medium")
     figure.suptitle(title)
-    _save(plt, figure, path)
+    write(figure, path)
