@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from regnet_flax.models.ops import native_library
+
 
 def environment(devices: list[Any]) -> dict[str, Any]:
     """Hardware and versions, for results.json."""
@@ -31,6 +33,7 @@ def environment(devices: list[Any]) -> dict[str, Any]:
             "device": devices[0].device_kind,
             "devices": len(devices),
             "processes": jax.process_count(),
+            "native_operations": native_library.in_use(),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "cpu": processor(),
             "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

@@ -109,7 +109,7 @@ class Run:
             f"{name} {before[part].get(name)} before, {value} now"
             for part in ("hardware", "versions")
             for name, value in self.environment[part].items()
-            if before[part].get(name) != value
+            if (before[part].get(name) or False) != (value or False)  # earlier versions left some out
         ]
         if changes:
             logger.warning("the run began elsewhere (%s): it resumes up to rounding, not bitwise", "; ".join(changes))

@@ -53,6 +53,11 @@ def available() -> bool:
         return _registered()
 
 
+def in_use() -> bool:
+    """Whether a program that was traced so far has native operations; builds nothing."""
+    return bool(_registered.cache_info().currsize) and available()
+
+
 @functools.cache
 def _registered() -> bool:
     try:
