@@ -301,6 +301,7 @@ def test_a_full_disk_while_it_logs(small_disk, fault):  # noqa: F811
     assert [line["step"] for line in metrics(disk / "run")] == list(range(1, STEPS + 1))
 
 
+@pytest.mark.thorough
 @pytest.mark.fault("files that may not grow beyond 8 KiB")
 def test_a_limit_on_the_size_of_files(tmp_path):
     short = [*TINY, "--config.train.max_steps=11"]

@@ -21,6 +21,7 @@ ROOT = pathlib.Path(main.__file__).resolve().parent.parent
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem not in ("__init__", "base"))
 RECIPES = [name for name in CONFIGS if not name.startswith("compare_")]
 LEFT_OUT = ("cifar100", "rnn_cifar10", "digits", "imagenet", "rnn_regnety_cifar10", "proj_cifar10")
+LEFT_OUT += ("folder", "rnn_photos")
 KEPT = ("dataset.augment", "dataset.mean", "dataset.std", "optimizer.", "train.epochs", "seed", "dtype")
 
 
