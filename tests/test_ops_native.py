@@ -155,7 +155,7 @@ def test_devices(cell):
 @needs_library
 @pytest.mark.parametrize("cell", CELLS)
 def test_nan_and_infinities_spread_as_in_the_plain_form(cell):
-    """To the same pixels. In weights' gradients NaN may stand for an infinity, since taps are folded."""
+    """To the same pixels. Whether as NaN or as an infinity differs between XLA's versions, too."""
     inputs = 3 if cell == "lstm" else 2
     count = 2 * inputs - 1
     (arrays, directions), rng = arguments(cell, (3 * count + 1, 4, 10, 3)), np.random.default_rng(1)
@@ -171,8 +171,6 @@ def test_nan_and_infinities_spread_as_in_the_plain_form(cell):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         finite = np.isfinite(b)
         assert finite.any() and not finite.all()
-        if b.shape == images[0].shape:
-            np.testing.assert_array_equal(np.where(finite, 0, a), np.where(finite, 0, b))
         np.testing.assert_array_equal(np.isfinite(a), finite)
         np.testing.assert_allclose(np.where(finite, a, 0), np.where(finite, b, 0), rtol=1e-4, atol=1e-4)
     weights = (*weights[:-1], weights[-1].copy())
