@@ -40,20 +40,32 @@ from regnet_flax.training.trainer import Trainer  # noqa: E402
 
 announce("-import")
 
-# What is lowered is compiled next, by XLA alone.
+# What is lowered is compiled next, by XLA alone: JAX's names of the step, or of evaluation beside it, and of `init`.
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+NAMES = {"jit(_fun)": "compile", "jit(init)": "initialize"}
 jax.monitoring.register_event_duration_secs_listener(
-    lambda event, *_, **__: event == LOWERED and announce(f"={'compile' if compiled else 'initialize'}")
+    lambda event, *_, fun_name="", **__: event == LOWERED and fun_name in NAMES and announce(f"={NAMES[fun_name]}")
 )
 
-train = Trainer.train
+train, compile_ahead = Trainer.train, Trainer.compile_ahead
+
+
+def begin_to_compile(*args, **kwargs):
+    announce("+compile")  # until the first step is done
+    compile_ahead(*args, **kwargs)
 
 
 def train_or_compile(*args, **kwargs):
     compiled.append(True)
-    return announcing(train, "compile" if len(compiled) == 1 else "train")(*args, **kwargs)
+    if len(compiled) > 1:
+        return announcing(train, "train")(*args, **kwargs)
+    try:
+        return train(*args, **kwargs)
+    finally:
+        announce("-compile")
 
 
+Trainer.compile_ahead = begin_to_compile
 Trainer.train = train_or_compile
 Trainer.evaluate = announcing(Trainer.evaluate, "evaluate")
 Checkpoints.save = announcing(Checkpoints.save, "save")

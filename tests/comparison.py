@@ -400,20 +400,25 @@ def create(name, options, **more):
     return create_model(name, num_classes=CLASSES, **options, **more).clone(**sizes)
 
 
-def reference(name, options, seed=0):
-    """The PyTorch model, with batch normalisations that are not the identity."""
-    torch.manual_seed(seed)
-    options = {"counts" if key == "stage_sizes" else key: value for key, value in options.items()}
-    model = torch_reference.build(name, num_classes=CLASSES, **options)
+def randomized(model):
+    """A PyTorch model, with batch normalisations that are not the identity, and squeezes dead to no image."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.weight, 1.0, 0.2)
             torch.nn.init.normal_(module.bias, 0.0, 0.2)
             torch.nn.init.normal_(module.running_mean, 0.0, 0.2)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-        if isinstance(module, torch.nn.Linear):  # else a narrow squeeze may be dead to every image
+        if isinstance(module, torch.nn.Linear):
             torch.nn.init.uniform_(module.bias, 0.5, 1.0)
     return model
+
+
+def reference(name, options, seed=0):
+    """The PyTorch model, randomized."""
+    torch.manual_seed(seed)
+    options = {"counts" if key == "stage_sizes" else key: value for key, value in options.items()}
+    model = torch_reference.build(name, num_classes=CLASSES, **options)
+    return randomized(model)
 
 
 def compare_network(name, options, dtype, device, size, seed=0, train=True):

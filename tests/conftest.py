@@ -144,3 +144,15 @@ def logger(monkeypatch):
     logger.setLevel(logging.NOTSET)
     yield logger
     logger.setLevel(level)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that would have been closed."""
+    from matplotlib import pyplot as plt
+
+    drawn = []
+    with monkeypatch.context() as patched:
+        patched.setattr(plt, "close", drawn.append)
+        yield drawn
+    plt.close("all")

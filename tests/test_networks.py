@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import torch_networks
-from comparison import BATCH, CLASSES, arrays, compile_for, random_variables, relative, to_tensor
+from comparison import BATCH, CLASSES, arrays, compile_for, random_variables, randomized, relative, to_tensor
 from regnet_flax import create_model, list_models
 from regnet_flax.analysis.summary import count_parameters, summarize
 from regnet_flax.data.augment import normalize
@@ -47,19 +47,6 @@ def shapes(model, size=32):
 def test_parameter_counts(name, classes, count):
     model = create_model(name, num_classes=classes)
     assert count_parameters(shapes(model)["params"]) == count
-
-
-def randomized(theirs, seed=0):
-    """With batch normalisations that are not the identity, and squeezes that are not dead."""
-    for module in theirs.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.weight, 1.0, 0.2)
-            torch.nn.init.normal_(module.bias, 0.0, 0.2)
-            torch.nn.init.normal_(module.running_mean, 0.0, 0.2)
-            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.uniform_(module.bias, 0.5, 1.0)
-    return theirs
 
 
 def compare(model, make, size, parity):

@@ -2,22 +2,10 @@
 
 import numpy as np
 import pytest
-from matplotlib import pyplot as plt
 from PIL import Image
 
 from regnet_flax.analysis import plots
 from regnet_flax.analysis.plots import comparison
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that would have been closed."""
-    drawn = []
-    with monkeypatch.context() as patched:
-        patched.setattr(plt, "close", drawn.append)
-        yield drawn
-    plt.close("all")
-
 
 LINES = [
     {"step": 5, "epoch": 0.5, "train_loss": 2.0, "train_accuracy": 0.2, "learning_rate": 0.1},

@@ -15,16 +15,6 @@ from regnet_flax.analysis.plots import fonts
 from regnet_flax.files import dataset_title
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that would have been closed."""
-    drawn = []
-    with monkeypatch.context() as patched:
-        patched.setattr(plt, "close", drawn.append)
-        yield drawn
-    plt.close("all")
-
-
 def draw(names, path):
     with fonts.readable(names):
         plots.confusion(np.eye(len(names), dtype=int), names, path)

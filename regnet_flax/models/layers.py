@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -99,3 +100,14 @@ class BatchNorm(nn.Module):
             value = lax.stop_gradient(value)
             statistic.value = self.momentum * statistic.value + (1 - self.momentum) * value
         return y
+
+
+def norm_of(network: Any, train: bool) -> functools.partial[BatchNorm]:
+    """Makes a network's batch normalisations, with its dtype, axis and arithmetic."""
+    return functools.partial(
+        BatchNorm,
+        use_running_average=network.frozen_batch_stats or not train,
+        dtype=network.dtype,
+        axis_name=network.axis_name,
+        ops=network.ops,
+    )

@@ -15,7 +15,7 @@ from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock
 from regnet_flax.models.families.dianet import DIALSTM, DIABasicBlock, DIABlock, DIABottleneckBlock
 from regnet_flax.models.families.preact import PreactBlock
 from regnet_flax.models.initializers import INITIALIZERS
-from regnet_flax.models.layers import BatchNorm, Conv
+from regnet_flax.models.layers import BatchNorm, Conv, norm_of
 from regnet_flax.models.ops import PLAIN, Ops, Value
 from regnet_flax.models.regulators import REGULATORS, ReplacingConvGRU
 from regnet_flax.models.stage import Stage
@@ -148,13 +148,7 @@ class RegNet(nn.Module):
         init, wide = INITIALIZERS[self.initial], jnp.promote_types(self.dtype, jnp.float32)
         infos = self.stage_info
         wanted = chosen(self.features if features is None else features, infos)
-        norm = functools.partial(
-            BatchNorm,
-            use_running_average=self.frozen_batch_stats or not train,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-            ops=self.ops,
-        )
+        norm = norm_of(self, train)
         size, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
         channels, preactivated = infos[0].channels, BLOCKS[self.block].preactivated
         conv = Conv(channels, (size, size), init.conv, strides, dtype=self.dtype, ops=self.ops, name="conv1")

@@ -5,7 +5,6 @@ Another family called RegNet: no regulators, but a design space of grouped bottl
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 
 from regnet_flax.models.backbone import StageInfo, chosen
 from regnet_flax.models.blocks import SqueezeExcite
-from regnet_flax.models.layers import BatchNorm, Conv
+from regnet_flax.models.layers import BatchNorm, Conv, norm_of
 from regnet_flax.models.ops import PLAIN, Ops, Value
 
 Array = jax.Array
@@ -136,13 +135,7 @@ class RegNetY(nn.Module):
         wide = jnp.promote_types(self.dtype, jnp.float32)
         infos = self.stage_info
         wanted = chosen(self.features if features is None else features, infos)
-        norm = functools.partial(
-            BatchNorm,
-            use_running_average=self.frozen_batch_stats or not train,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-            ops=self.ops,
-        )
+        norm = norm_of(self, train)
         options = {"norm": norm, "dtype": self.dtype, "ops": self.ops}
         x = conv_bn(images.astype(self.dtype), infos[0].channels, 3, "stem", **options, strides=2, relu=True)
         outputs = {"stem": self.ops.array(x)} if "stem" in wanted else {}

@@ -56,7 +56,7 @@ def benchmark(config: Any, devices: list[Any]) -> dict[str, Any]:
     trainer = make_trainer(config, dataset, devices)
     state, totals = trainer.initial_state(), None
     began = time.perf_counter()
-    analysis = trainer.lower_training(state).compile().memory_analysis()
+    analysis = trainer.lower_training().compile().memory_analysis()
     compile_s = time.perf_counter() - began
 
     times, count = [], trainer.steps_per_call

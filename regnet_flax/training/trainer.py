@@ -215,10 +215,7 @@ class Trainer:
             return
 
         def train():
-            like, arguments = (
-                (self.like, self._arguments(0)) if self.together else (self._like_one, self._feed.arguments(0))
-            )
-            self._p_train.lower(like, self._shards, arguments, self.steps_per_call).compile()
+            self.lower_training().compile()
 
         def evaluate():
             with contextlib.closing(self._feed.eval_arguments(split, self._whole_batch(size, batch_size))) as batches:
@@ -240,9 +237,12 @@ class Trainer:
         devices = self.placement.count
         return -(-min(batch_size, size) // devices) * devices
 
-    def lower_training(self, state: TrainState) -> Any:
+    def lower_training(self) -> Any:
         """The training step lowered, as by jax.jit: compiled, it tells the memory that it takes."""
-        return self._p_train.lower(state, self._shards, self._feed.arguments(0), self.steps_per_call)
+        like, arguments = (
+            (self.like, self._arguments(0)) if self.together else (self._like_one, self._feed.arguments(0))
+        )
+        return self._p_train.lower(like, self._shards, arguments, self.steps_per_call)
 
     def evaluate(
         self,

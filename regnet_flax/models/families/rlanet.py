@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from regnet_flax.models.backbone import StageInfo, chosen
 from regnet_flax.models.blocks import BottleneckBlock
 from regnet_flax.models.initializers import INITIALIZERS
-from regnet_flax.models.layers import BatchNorm, Conv
+from regnet_flax.models.layers import Conv, norm_of
 from regnet_flax.models.ops import PLAIN, Ops, Value
 
 Array = jax.Array
@@ -119,13 +119,7 @@ class RLANet(nn.Module):
         """Classifies images; see RegNet."""
         init, wide = INITIALIZERS[self.initial], jnp.promote_types(self.dtype, jnp.float32)
         wanted = chosen(self.features if features is None else features, self.stage_info)
-        norm = functools.partial(
-            BatchNorm,
-            use_running_average=self.frozen_batch_stats or not train,
-            dtype=self.dtype,
-            axis_name=self.axis_name,
-            ops=self.ops,
-        )
+        norm = norm_of(self, train)
         conv = functools.partial(Conv, kernel_init=init.conv, dtype=self.dtype, ops=self.ops)
         x = conv(self.width, (7, 7), strides=2, name="conv1")(images.astype(self.dtype))
         x = self.ops.array(norm(name="bn1", relu=True).value(x))

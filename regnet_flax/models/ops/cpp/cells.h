@@ -16,8 +16,28 @@ INLINE void fill(const Job& job, const Images& from, int64_t image, V* plane) {
   }
 }
 
+// What the gradients d of a cell's G sums are for its weights, X and H, where H is seen by all of them.
+template <int G>
+INLINE void through_sums(const Job& job, int64_t image, const V* x, const V* h, const V* d) {
+  constexpr int P = SUMS / 2;
+  const Size& size = job.size;
+  const int64_t stride = size.stride(), plane = size.plane(), start = size.start();
+  V inputs[2 * P];
+  correlate<G>(x + start, h + start, d + start, size, reinterpret_cast<V*>(job.d_weights));
+  for (int64_t i = 0; i < size.height; i++) {
+    for (int64_t j = 0; j < size.width; j += P) {
+      clear(inputs, inputs + 2 * P);
+      spread<G, 2, P>(d + start + i * stride + j, plane, stride, reinterpret_cast<const V*>(job.weights), inputs);
+      ROLLED for (int64_t p = 0; p < std::min<int64_t>(P, size.width - j); p++) {
+        write(job.d_x, job.at(image, i, j + p), job.count, inputs[p]);
+        write(job.d_h, job.at(image, i, j + p), job.count, inputs[P + p]);
+      }
+    }
+  }
+}
+
 INLINE void lstm(const Job& job, V* space) {
-  constexpr int G = 4, P = SUMS / G, Q = SUMS / 2;
+  constexpr int G = 4, P = SUMS / G;
   const Size& size = job.size;
   const int64_t stride = size.stride(), plane = size.plane(), start = size.start();
   const int count = job.count;
@@ -25,7 +45,7 @@ INLINE void lstm(const Job& job, V* space) {
   V* d_weights = reinterpret_cast<V*>(job.d_weights);
   V *x = space, *h = x + plane, *d = h + plane;
   const V* bias = weights + 9 * 2 * G;
-  V sums[P * G], inputs[2 * Q], new_c[P], t[P];
+  V sums[P * G], new_c[P], t[P];
   for (int64_t image = job.first; image < job.last; image++) {
     fill(job, job.x, image, x);
     fill(job, job.h, image, h);
@@ -72,17 +92,7 @@ INLINE void lstm(const Job& job, V* space) {
     }
     if (!job.backward) continue;
     UNROLL for (int k = 0; k < G; k++) d_weights[9 * 2 * G + k] += by_bias[k];
-    correlate<G>(x + start, h + start, d + start, size, d_weights);
-    for (int64_t i = 0; i < size.height; i++) {
-      for (int64_t j = 0; j < size.width; j += Q) {
-        clear(inputs, inputs + 2 * Q);
-        spread<G, 2, Q>(d + start + i * stride + j, plane, stride, weights, inputs);
-        ROLLED for (int64_t p = 0; p < std::min<int64_t>(Q, size.width - j); p++) {
-          write(job.d_x, job.at(image, i, j + p), count, inputs[p]);
-          write(job.d_h, job.at(image, i, j + p), count, inputs[Q + p]);
-        }
-      }
-    }
+    through_sums<G>(job, image, x, h, d);
   }
 }
 
@@ -94,7 +104,7 @@ INLINE void rnn(const Job& job, V* space) {
   const V* weights = reinterpret_cast<const V*>(job.weights);
   V* d_weights = reinterpret_cast<V*>(job.d_weights);
   V *x = space, *h = x + plane, *d = h + plane;
-  V sums[P], inputs[2 * P];
+  V sums[P];
   for (int64_t image = job.first; image < job.last; image++) {
     fill(job, job.x, image, x);
     fill(job, job.h, image, h);
@@ -121,17 +131,7 @@ INLINE void rnn(const Job& job, V* space) {
     }
     if (!job.backward) continue;
     d_weights[9 * 2] += by_bias;
-    correlate<1>(x + start, h + start, d + start, size, d_weights);
-    for (int64_t i = 0; i < size.height; i++) {
-      for (int64_t j = 0; j < size.width; j += P) {
-        clear(inputs, inputs + 2 * P);
-        spread<1, 2, P>(d + start + i * stride + j, plane, stride, weights, inputs);
-        ROLLED for (int64_t p = 0; p < std::min<int64_t>(P, size.width - j); p++) {
-          write(job.d_x, job.at(image, i, j + p), count, inputs[p]);
-          write(job.d_h, job.at(image, i, j + p), count, inputs[P + p]);
-        }
-      }
-    }
+    through_sums<1>(job, image, x, h, d);
   }
 }
 
