@@ -11,11 +11,11 @@ from typing import Any
 
 from regnet_flax.config_files import DEFAULT_CONFIG, find_config, provide_configs
 from regnet_flax.errors import ConfigError, UsageError
-from regnet_flax.files import expanded
+from regnet_flax.places import fetch, located
 
 _IN_CONFIG = "Error whilst parsing config file"  # ml_collections, before a traceback
 # These modes take the config from the command line alone; the others take it from the workdir's config.json.
-_BEGIN = ("train", "compare")
+BEGIN = ("train", "compare")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +98,20 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
 
     config, workdir = values.config, values.workdir
     if workdir:
-        workdir = str(expanded(workdir, "--workdir"))
+        workdir = located(workdir, "--workdir")
     else:
         parts = [pathlib.Path(file.partition(":")[0]).stem]
         if config.dataset.name == "folder" and config.dataset.data_dir:  # two folders are two runs
-            parts.append(expanded(config.dataset.data_dir, "dataset.data_dir").resolve().name)
+            parts.append(pathlib.Path(located(config.dataset.data_dir, "dataset.data_dir")).resolve().name)
         if values.mode != "compare":
             parts += [config.model.name, str(config.seed)]
         workdir = str(pathlib.Path("runs") / "-".join(filter(None, parts)))
-    if values.mode not in _BEGIN:
+    if values.mode not in BEGIN:
         _take_stored(config, workdir, config_flags.get_override_values(values["config"]))
     for name in ("dataset.data_dir", "model.init_from", "export.path"):
         section, _, field = name.partition(".")
         if str(config[section][field]).startswith("~"):
-            config[section][field] = str(expanded(config[section][field], name))
+            config[section][field] = located(config[section][field], name)
     return config, Options(values.mode, workdir, values.distributed, values.profile)
 
 
@@ -160,7 +160,7 @@ def _take_stored(config: Any, workdir: str, overrides: dict[str, Any]) -> None:
     from regnet_flax.config.resolve import fill_in
     from regnet_flax.training.workdir import CONFIG, read_plain_config
 
-    stored = read_plain_config(pathlib.Path(workdir))
+    stored = read_plain_config(fetch(workdir, CONFIG))
     if not stored:
         return
     try:

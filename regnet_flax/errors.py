@@ -42,6 +42,10 @@ class WorkdirError(InputError):
     """The workdir cannot be used; the message is one line."""
 
 
+class PlaceError(InputError):
+    """A bucket cannot be used: no credentials, permission, bucket or network; the message is one line."""
+
+
 class ProcessError(InputError):
     """The processes do not fit together, or another one failed; the message is one line."""
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from regnet_flax.errors import UsageError, WorkdirError
 
-LOCAL = "a local path: copy it there and back, or mount the bucket, as gcsfuse and s3fs do"
+LOCAL = "a local path, gs://… or s3://…: copy it there"
 
 logger = logging.getLogger("regnet_flax")
 
@@ -102,6 +102,17 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
         except (ValueError, TypeError, KeyError):
             logger.warning("%s has a damaged line, which is dropped: %.60r", path, found)
     return lines
+
+
+def runs(pid: int) -> bool:
+    """Whether there is a process of that number on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def dataset_title(settings: Mapping[str, Any]) -> str:

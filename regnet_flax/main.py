@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import logging
@@ -14,7 +15,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from regnet_flax import command_line, xla_flags
+from regnet_flax import command_line, places, xla_flags
 from regnet_flax.errors import Error, Interrupted, UsageError
 from regnet_flax.training.display import log_to_console, outlive_output, working
 
@@ -66,12 +67,19 @@ def run(argv: Sequence[str]) -> None:
             raise UsageError(
                 f"--distributed is for --mode {' and '.join(_DISTRIBUTED)}: leave it out with {options.mode}"
             )
+        if places.in_bucket(options.workdir):
+            raise UsageError(
+                f"--workdir is {options.workdir}: with --distributed it must be a directory that all machines see, "
+                "such as the bucket mounted by gcsfuse"
+            )
         from regnet_flax.training import parallel
 
         parallel.initialize(options.distributed)
         level = logging.INFO if parallel.is_primary() else logging.WARNING
     log_to_console(level)
-    importlib.import_module(MODES[options.mode]).run(config, options)
+    mode = importlib.import_module(MODES[options.mode])
+    with places.local_workdir(options.workdir, hold=options.mode in command_line.BEGIN) as workdir:
+        mode.run(config, dataclasses.replace(options, workdir=str(workdir)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,10 +109,10 @@ def _exit_code(argv: Sequence[str] | None) -> int:
         finally:
             working("")  # a message is written below it
     except Interrupted as stopped:
-        _say(str(stopped))
+        _say(places.shown(stopped))
         return stopped.exit_code
     except Error as error:
-        for line in str(error).splitlines():
+        for line in places.shown(error).splitlines():
             _say(f"error: {line}")
         return error.exit_code
     except BrokenPipeError as error:  # as of `| head`, which has read what it wants

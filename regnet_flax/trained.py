@@ -23,6 +23,7 @@ from regnet_flax.data.augment import normalize
 from regnet_flax.data.photos import read_image
 from regnet_flax.errors import ConfigError, DataError, WorkdirError, one_line
 from regnet_flax.modes.setup import build_model, load_trained, load_weights, open_dataset
+from regnet_flax.places import fetch
 from regnet_flax.port.torch import starts_from_plain
 from regnet_flax.port.weights import read_weights
 from regnet_flax.training.workdir import failed_seeds, read_config
@@ -112,9 +113,11 @@ class Trained:
 
 def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = None) -> Trained:
     """See `regnet_flax.load`."""
-    path = pathlib.Path(workdir)
+    path = fetch(workdir)
     if not (stored := read_config(path)):
-        raise WorkdirError(f"{path} is no workdir of a run, which has a config.json: name the directory that one wrote")
+        raise WorkdirError(
+            f"{workdir} is no workdir of a run, which has a config.json: name the directory that one wrote"
+        )
     seeds = stored.get("seeds", [stored.get("seed", 0)])
     if seed is not None and seed not in seeds:
         raise ConfigError(f"seed is {seed}: {path} has {', '.join(map(str, seeds))}")

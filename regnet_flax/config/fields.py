@@ -17,6 +17,7 @@ from regnet_flax.data.augment import AUGMENTATIONS, ERASE
 from regnet_flax.data.sources import SOURCES
 from regnet_flax.files import LOCAL, is_remote
 from regnet_flax.models.registry import OPTIONS, Option
+from regnet_flax.places import in_bucket
 
 SCHEDULES = ("step", "cosine", "constant")
 # Each optimiser with the fields that are its own.
@@ -56,7 +57,7 @@ def _text(value: Any) -> str:
 
 
 def _path(value: Any) -> str:
-    return _text(value) or (LOCAL if is_remote(value) else "")
+    return _text(value) or (LOCAL if is_remote(value) and not in_bucket(value) else "")
 
 
 def _flag(value: Any) -> str:

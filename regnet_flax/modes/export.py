@@ -18,6 +18,7 @@ from regnet_flax.files import replacing, write_json
 from regnet_flax.models.ops import PLAIN
 from regnet_flax.models.regnet import unstack_blocks
 from regnet_flax.modes import model_card
+from regnet_flax.places import to_write
 from regnet_flax.port.torch import bottleneck_stride, to_torch
 from regnet_flax.port.weights import write_weights
 from regnet_flax.trained import Trained, description, with_config
@@ -36,14 +37,21 @@ def export_model(trained: Trained, workdir: str | pathlib.Path) -> pathlib.Path:
       workdir: where the file goes if `export.path` is "".
 
     Returns:
-      The file.
+      The file; of one in a bucket, its local copy.
 
     Raises:
+      PlaceError: it cannot be sent to the bucket that `export.path` names.
       WeightsError: the path's suffix is none of that format's, or PyTorch is needed and not installed.
     """
+    workdir, export = pathlib.Path(workdir), trained.config.export
+    with to_write(export.path or workdir / FILES[export.format]) as path:
+        _write(trained, workdir, path)
+    return path
+
+
+def _write(trained: Trained, workdir: pathlib.Path, path: pathlib.Path) -> None:
     config, model, variables = trained.config, trained.model, trained.variables
-    workdir, kind = pathlib.Path(workdir), config.export.format
-    path = pathlib.Path(config.export.path) if config.export.path else workdir / FILES[kind]
+    kind = config.export.format
     metadata = {
         "model": config.model.name,
         "num_classes": str(config.dataset.num_classes),
@@ -67,7 +75,6 @@ def export_model(trained: Trained, workdir: str | pathlib.Path) -> pathlib.Path:
         said = f"{len(arrays)} arrays"
     logger.info("%s: the model card", model_card.write(path, trained, workdir))
     logger.info("%s: %s, %s, %s", path, config.model.name, trained.source, said)
-    return path
 
 
 def stablehlo(

@@ -20,6 +20,7 @@ from regnet_flax.analysis.plots.fonts import readable
 from regnet_flax.command_line import Options
 from regnet_flax.data.photos import extensions, read_image
 from regnet_flax.errors import ConfigError, DataError, one_line
+from regnet_flax.places import fetch, shown
 from regnet_flax.trained import Trained, with_config
 from regnet_flax.training import workdir
 from regnet_flax.training.display import say_table
@@ -34,7 +35,8 @@ def find_images(where: str) -> list[pathlib.Path]:
     """The files that `predict.images` names, sorted.
 
     Args:
-      where: a file; a folder, all image files in and below it; or a glob of these, in which ** goes below.
+      where: a file; a folder, all image files in and below it; or a glob of these, in which ** goes below. In a
+        bucket, a file or a folder.
 
     Raises:
       ConfigError: there is none.
@@ -43,7 +45,7 @@ def find_images(where: str) -> list[pathlib.Path]:
         raise ConfigError(
             "predict.images is '': name a file, a folder or a glob, with --config.predict.images=PATH_OR_GLOB"
         )
-    path = pathlib.Path(where).expanduser()
+    path = fetch(where).expanduser()
     files: set[pathlib.Path] = set()
     for match in [path] if path.exists() else _glob(path):
         if match.is_dir():
@@ -162,12 +164,12 @@ def _chosen(trained: Trained, path: pathlib.Path) -> str:
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Prints what predict_images returned: a table, or JSON."""
     if as_json:
-        print(json.dumps(result, indent=2))  # in ASCII, whatever the terminal's encoding
+        print(shown(json.dumps(result, indent=2)))  # in ASCII, whatever the terminal's encoding
         return
     predictions = result["predictions"]
     files = [prediction["file"] for prediction in predictions]
     folder = os.path.commonpath([os.path.dirname(file) for file in files])
-    print(f"{result['model']}, {result['chosen']}: {len(files)} images in {folder or '.'}")
+    print(shown(f"{result['model']}, {result['chosen']}: {len(files)} images in {folder or '.'}"))
     table = Table()
     table.add_column("image", overflow="fold")
     for rank in range(1, len(predictions[0]["top"]) + 1):

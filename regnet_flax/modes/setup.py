@@ -23,6 +23,7 @@ from regnet_flax.data.feeds import make_feed
 from regnet_flax.errors import ConfigError, WeightsError, WorkdirError
 from regnet_flax.files import duration
 from regnet_flax.models.registry import create_model
+from regnet_flax.places import fetch_data
 from regnet_flax.port import torch as torch_port
 from regnet_flax.port import weights
 from regnet_flax.training import optimizer, workdir
@@ -51,6 +52,7 @@ def open_dataset(config: Any, seed: int | None = None, class_names: Sequence[str
     began = time.monotonic()
     settings = config.dataset
     options = {name: settings[name] for name in ("data_dir", "image_size", "num_classes", "strict", "validation")}
+    options["data_dir"] = fetch_data(settings.data_dir, "" if settings.name == "folder" else settings.name)
     options["seed"] = config.seed if seed is None else seed
     options["class_names"] = tuple(class_names)
     dataset = stream.open_stream(settings.name, in_memory=settings.in_memory, augment=settings.augment, **options)

@@ -19,6 +19,7 @@ from regnet_flax.config.resolve import resolve
 from regnet_flax.errors import ConfigError, WorkdirError
 from regnet_flax.files import dataset_title, write_json
 from regnet_flax.modes.setup import Dataset, load_weights, make_plan, make_trainer, open_dataset
+from regnet_flax.places import in_workdir
 from regnet_flax.results import collect_results, report
 from regnet_flax.training import parallel, workdir
 from regnet_flax.training.checkpoint import Checkpoints
@@ -33,6 +34,7 @@ logger = logging.getLogger("regnet_flax")
 Stored = dict[str, Any] | None
 
 
+@in_workdir
 def train_and_evaluate(
     config: Any,
     path: str | pathlib.Path,
@@ -45,7 +47,8 @@ def train_and_evaluate(
 
     Args:
       config: a nested config with the fields of configs/base.py.
-      path: the workdir. An interrupted run that it holds is resumed; a finished one is only reported.
+      path: the workdir, which may be in a bucket. An interrupted run that it holds is resumed; a finished one is only
+        reported.
       devices: to train on; all by default, those of other processes too.
       seeds: several train together, each as it would alone, and what is logged are means and each seed's own values;
         by default the config's seed, in whose place a single one given here is taken. All of them share what
@@ -58,7 +61,7 @@ def train_and_evaluate(
     Raises:
       ConfigError: wrong values, or others than those the workdir's run began with.
       DataError: the data set is missing or unreadable.
-      WorkdirError: the workdir cannot be used.
+      WorkdirError, PlaceError: the workdir cannot be used.
       CheckpointError: the workdir has checkpoints, and none can be read.
       NonFiniteError: the loss or a gradient is not finite; of several seeds, of all of them.
       Interrupted: stopped by a signal, after saving.

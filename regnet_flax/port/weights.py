@@ -18,6 +18,7 @@ import numpy as np
 
 from regnet_flax.errors import WeightsError, printable
 from regnet_flax.files import replacing, write_json
+from regnet_flax.places import fetch
 
 # Of a file's name; PyTorch's first one is what exports have.
 SUFFIXES = {".safetensors": "safetensors"} | dict.fromkeys((".pth", ".pt", ".pth.tar", ".ckpt", ".bin"), "torch")
@@ -49,7 +50,7 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
     """Reads a file of weights.
 
     Args:
-      file: a .safetensors file, or one of PyTorch's that `torch.load(weights_only=True)` can read, of a state dict or
+      file: a .safetensors file, local or in a bucket, or one of PyTorch's that `torch.load(weights_only=True)` can read, of a state dict or
         of a training script's checkpoint that holds one, averaged weights before others.
 
     Returns:
@@ -59,8 +60,8 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
     Raises:
       WeightsError: there is no such file, it is damaged, or what reads it is not installed.
     """
-    path = pathlib.Path(file)
-    kind = _check_suffix(path)
+    kind = _check_suffix(pathlib.Path(file))
+    path = fetch(file)
     if not path.is_file():
         raise WeightsError(f"{path} is not a file: name a file of weights")
     metadata: dict[str, str] = {}

@@ -14,7 +14,7 @@ from typing import Any
 from regnet_flax.config.resolve import changed_fields
 from regnet_flax.data import sources, stream
 from regnet_flax.errors import ConfigError, WorkdirError
-from regnet_flax.files import LOCAL, is_remote, read_json, read_json_lines
+from regnet_flax.files import read_json, read_json_lines, runs
 from regnet_flax.models.ops import current_options
 from regnet_flax.training import parallel
 
@@ -109,8 +109,6 @@ def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _primary_lock(workdir: pathlib.Path) -> Iterator[None]:
-    if is_remote(workdir):
-        raise WorkdirError(f"--workdir is {str(workdir)!r}: it must be {LOCAL}")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         file = open(workdir / ".lock", "a+", encoding="utf-8")
@@ -147,7 +145,7 @@ def _owned(path: pathlib.Path) -> Iterator[None]:
     host = socket.gethostname()
     with contextlib.suppress(OSError, ValueError):
         before, _, pid = path.read_text(encoding="utf-8").rpartition(" ")
-        if before == host and not _runs(int(pid)):
+        if before == host and not runs(int(pid)):
             path.unlink()  # it was killed
     try:
         with open(path, "x", encoding="utf-8") as file:
@@ -162,16 +160,6 @@ def _owned(path: pathlib.Path) -> Iterator[None]:
         yield
     finally:
         path.unlink(missing_ok=True)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's
-        return True
-    return True
 
 
 def refuse_changes(

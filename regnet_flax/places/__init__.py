@@ -1,0 +1,144 @@
+"""Buckets, gs://… and s3://…, as if they were local directories: the one place that knows of them.
+
+A run works in a local directory of the user's cache. What is in the bucket is fetched into it before the run begins,
+and what the run writes is sent while it goes on (`mirror`). So nothing else has to know, training does not wait for the
+network, and a checkpoint counts only once all of it is in the bucket.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar, cast
+
+from regnet_flax.errors import PlaceError, UsageError
+from regnet_flax.files import expanded
+from regnet_flax.places.bucket import Bucket, in_bucket
+from regnet_flax.places.lease import Lease
+from regnet_flax.places.local import Local, fetch, fetch_data, local_logger, show, shown, update
+from regnet_flax.places.mirror import Mirror, plain_files
+
+__all__ = ["fetch", "fetch_data", "in_bucket", "in_workdir", "local_workdir", "located", "shown", "to_write"]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def located(path: str, field: str) -> str:
+    """A path as the user gave it: a bucket's URL, or a local one with ~ replaced; see `expanded`."""
+    return Bucket(path).url if in_bucket(path) else str(expanded(path, field))
+
+
+@contextlib.contextmanager
+def local_workdir(path: str | os.PathLike[str], *, hold: bool) -> Iterator[pathlib.Path]:
+    """The local directory to work in for a workdir, which a bucket's is fetched into; a local path itself.
+
+    Args:
+      path: the workdir.
+      hold: whether to train there: no other run may then, and what is written is sent all the while. Otherwise what was
+        written is sent at the end.
+
+    Raises:
+      WorkdirError: another run holds it.
+      PlaceError: the bucket cannot be used, at the beginning or at the end; in between, training goes on.
+    """
+    if not in_bucket(path):
+        yield pathlib.Path(path)
+        return
+    if hold:
+        with _held(Local.of(Bucket(path))) as files:
+            yield files
+        return
+    files = fetch(path)
+    files.mkdir(exist_ok=True)
+    before = plain_files(files)
+    yield files
+    changed = [name for name, stat in plain_files(files).items() if before.get(name) != stat]
+    try:
+        Bucket(path).send({name: files / name for name in changed})
+    except PlaceError as error:
+        local_logger.warning("%s; what was written is in %s", error, os.path.join(files, ""))
+
+
+@contextlib.contextmanager
+def _held(local: Local) -> Iterator[pathlib.Path]:
+    # Another one each time: a run that is killed before its place is noted has not fetched all.
+    place = uuid.uuid4().hex
+    lease = Lease(local.bucket, place)
+    try:
+        with local.alone():
+            # Of a run that went on here last, more may be here than in the bucket.
+            fetched = not local.place or lease.previous != local.place
+            if fetched:
+                update(local)
+            local.index.unlink(missing_ok=True)  # the run changes what was fetched
+            local.files.mkdir(exist_ok=True)
+            local.note(place, unsent=True)
+        mirror = Mirror(local.files, local.bucket, lease, local.links, fetched=fetched)
+    except BaseException:
+        with contextlib.suppress(PlaceError):
+            lease.release()
+        raise
+    try:
+        yield local.files
+    except BaseException:
+        try:
+            _end(mirror, lease)
+        except PlaceError as error:
+            local_logger.warning("%s", error)
+        else:
+            local.note(place, unsent=False)
+        raise
+    _end(mirror, lease)
+    local.note(place, unsent=False)
+
+
+def _end(mirror: Mirror, lease: Lease) -> None:
+    sent = False
+    try:
+        mirror.close()
+        sent = True
+    finally:
+        with contextlib.suppress(PlaceError):  # the next holder waits for a sign of life, then
+            lease.release(held=not sent)
+
+
+def in_workdir(function: _Function) -> _Function:
+    """A decorator: `function(config, path, …)` that trains is given the local directory of the workdir `path`."""
+
+    @functools.wraps(function)
+    def with_local(config: Any, path: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
+        with local_workdir(path, hold=True) as local:
+            return function(config, local, *args, **options)
+
+    return cast(_Function, with_local)
+
+
+@contextlib.contextmanager
+def to_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """The local file to write for `path`; with a bucket's, it and the files written beside it are then sent.
+
+    Raises:
+      PlaceError: they cannot be sent; the message says where they are.
+      UsageError: the path names no file.
+    """
+    if not in_bucket(path):
+        yield pathlib.Path(path)
+        return
+    bucket = Bucket(path)
+    if "/" not in bucket.url.partition("://")[2]:
+        raise UsageError(f"{bucket.url} is a bucket: name a file in it")
+    local = Local.of(bucket)
+    folder = local.base / "written"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    show(folder, bucket.parent.url)
+    yield folder / bucket.name
+    try:
+        bucket.parent.send({name: folder / name for name in plain_files(folder)})
+    except PlaceError as error:
+        raise PlaceError(f"{error}; what was written is in {os.path.join(local.base, 'written')}") from error

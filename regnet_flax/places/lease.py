@@ -1,0 +1,131 @@
+"""Who trains in a directory of a bucket: objects .lock/1, .lock/2, …, of which the last one counts."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import socket
+import threading
+import time
+from typing import Any
+
+from regnet_flax.errors import PlaceError, WorkdirError
+from regnet_flax.files import runs
+from regnet_flax.places.bucket import Bucket
+
+LEASE = 60.0  # seconds without a sign of life after which a run has ended
+RENEWALS = 4  # signs of life in that time
+
+LOCK = ".lock"
+
+# The process says where to look, and is not shown.
+logger = logging.getLogger("regnet_flax.places")
+
+
+class Lease:
+    """The right to write a run into a bucket, until it is released or its holder shows no sign of life.
+
+    Each holder makes the next object of the row, which a bucket lets only one do, and the last object stays when it
+    is released: so no two can hold it, whatever they believe to have seen before. Clocks are not compared: who waits
+    looks whether the object changes in LEASE seconds.
+
+    Args:
+      bucket: the run's directory.
+      place: names the local files of this holder.
+
+    Attributes:
+      previous: the place of the holder before this one; "" if there was none.
+      lost: whether another holder took over, as after a long loss of the network.
+
+    Raises:
+      WorkdirError: another run holds it.
+      PlaceError: the bucket cannot be used.
+    """
+
+    def __init__(self, bucket: Bucket, place: str):
+        self._url, self._objects = bucket.url, bucket.below(LOCK)
+        self._place, self.lost, self._sign = place, False, 0
+        while True:
+            number, owner = _last_owner(self._objects)
+            if owner.get("held") and not _ended_here(owner):
+                self._wait_for(number, owner)
+            self._number, self.previous = number + 1, str(owner.get("place", ""))
+            if self._objects.create(str(self._number), self._content(held=True)):
+                break
+        self._objects.delete(str(n) for n in _numbers(self._objects) if n < self._number)
+        self._released = threading.Event()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
+
+    def _content(self, *, held: bool) -> bytes:
+        self._sign += 1
+        who = {"host": socket.gethostname(), "boot": _boot(), "process": os.getpid(), "place": self._place}
+        return json.dumps(who | {"held": held, "sign": self._sign, "time": time.time()}).encode()
+
+    def _wait_for(self, number: int, owner: dict[str, Any]) -> None:
+        """Returns when the holder has released it, or shown no sign of life for LEASE seconds."""
+        who = f"machine {owner.get('host')}, process {owner.get('process')}"
+        logger.info("%s: waiting %d s for a sign of life of its run on %s", self._url, LEASE, who)
+        until = time.monotonic() + LEASE
+        while time.monotonic() < until:
+            time.sleep(LEASE / 4 / RENEWALS)
+            now = _last_owner(self._objects)
+            if now != (number, owner) and now[1].get("held"):
+                raise WorkdirError(
+                    f"another run ({who}) is training in {self._url}: wait for it, stop it, or name another --workdir"
+                )
+            if now != (number, owner):
+                return
+
+    def _renew(self) -> None:
+        while not self._released.wait(LEASE / RENEWALS):
+            with contextlib.suppress(PlaceError):  # the network may come back; what is not sent is said elsewhere
+                if self.holds():
+                    self._objects.write({str(self._number): self._content(held=True)})
+
+    def holds(self) -> bool:
+        """Whether no other holder took over; asks the bucket."""
+        self.lost = self.lost or _last_owner(self._objects)[0] != self._number
+        return not self.lost
+
+    def release(self, *, held: bool = False) -> None:
+        """Stops the signs of life; with `held` the next holder waits for them, as after a failure."""
+        self._released.set()
+        self._thread.join()
+        if not held and self.holds():
+            self._objects.write({str(self._number): self._content(held=False)})
+
+
+def last_place(bucket: Bucket) -> str:
+    """The place of the last holder; "" if there was none."""
+    return str(_last_owner(bucket.below(LOCK))[1].get("place", ""))
+
+
+def _numbers(objects: Bucket) -> list[int]:
+    return [int(name) for name in objects.list() if name.isdecimal()]
+
+
+def _last_owner(objects: Bucket) -> tuple[int, dict[str, Any]]:
+    """The number of the last object of the row, 0 for none, and what it says of its holder."""
+    number = max(_numbers(objects), default=0)
+    try:
+        owner = json.loads(objects.read(str(number)) or b"{}") if number else {}
+    except ValueError:
+        owner = {}
+    return number, owner if isinstance(owner, dict) else {}
+
+
+def _ended_here(owner: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this machine, and is no more."""
+    here = owner.get("host") == socket.gethostname() and owner.get("boot") == _boot()
+    return here and not runs(int(owner.get("process", 0)))
+
+
+def _boot() -> str:
+    # Two machines may have one name.
+    with contextlib.suppress(OSError):
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return ""
