@@ -113,10 +113,10 @@ def test_all_models_are_listed():
         ("--config.optimizer=sgd", "optimizer is a group of fields: set one of them, such as --config.optimizer.name"),
         ("--noconfig.dataset.strickt", "no field dataset.strickt; did you mean dataset.strict?"),
         ("--config.zzz=1", "no field zzz; --helpfields lists them"),
-        ("--config.dataset.data_dir=gs://bucket/data", "data_dir is 'gs://bucket/data': it must be a local path"),
-        ("--config.export.path=s3://bucket/w.pth", "export.path is 's3://bucket/w.pth': it must be a local path"),
+        ("--config.dataset.data_dir=az://bucket/data", "data_dir is 'az://bucket/data': it must be a local path"),
+        ("--config.export.path=hdfs://bucket/w.pth", "export.path is 'hdfs://bucket/w.pth': it must be a local path"),
         ("--config.model.init_from=https://host/w.pth", "init_from is 'https://host/w.pth': it must be a local path"),
-        ("--workdir=gs://bucket/run", "--workdir is 'gs://bucket/run': it must be a local path"),
+        ("--workdir=https://host/run", "--workdir is 'https://host/run': it must be a local path"),
         ("--workdir=~nobody-of-this-name/run", "there is no such home directory"),
     ],
 )

@@ -9,7 +9,6 @@ import logging
 import os
 import pathlib
 import shutil
-import tempfile
 import time
 import urllib.parse
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from typing import Any
 
 import platformdirs
 
-from regnet_flax.errors import DataError, PlaceError
+from regnet_flax.errors import DataError, PlaceError, one_line
 from regnet_flax.files import read_json, write_json
 from regnet_flax.places.bucket import Bucket, Object, in_bucket
 from regnet_flax.places.lease import last_place
@@ -82,12 +81,14 @@ class Local:
             name = name[:160] + hashlib.sha256(name.encode()).hexdigest()[:16]
         try:
             cache = platformdirs.user_cache_path("regnet_flax")
-            cache.mkdir(parents=True, exist_ok=True)
-        except (OSError, RuntimeError):  # no home directory, or none that can be written to
-            cache = pathlib.Path(tempfile.gettempdir(), f"regnet_flax-{os.getuid()}")
-        base = cache / "buckets" / name
-        files = base / "files" / bucket.name
-        files.parent.mkdir(parents=True, exist_ok=True)
+            base = cache / "buckets" / name
+            files = base / "files" / bucket.name
+            files.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+            raise PlaceError(
+                f"{bucket.url} needs a local directory, which cannot be made ({one_line(error)}): set XDG_CACHE_HOME "
+                "to one that can be written to"
+            ) from error
         show(files, bucket.url)
         return cls(bucket, base, files)
 
@@ -245,5 +246,5 @@ def _set_aside(local: Local) -> None:
         local.index.unlink(missing_ok=True)
         local.note("", unsent=False)
         local_logger.warning(
-            "%s went on elsewhere: what a run here had not sent is kept in %s", local.bucket.url, aside
+            "%s was changed elsewhere: what a run here had not sent is kept in %s", local.bucket.url, aside
         )

@@ -54,7 +54,7 @@ class Mirror:
         self._committed = {name: read_committed(bucket, name) or {} for name in _committed_lists(bucket)}
         self._failing, self._closed = False, threading.Event()
         # From the files of a checkpoint to their digests, while they stay as they are.
-        self._digests: dict[tuple[str, Stat], str] = {}
+        self._digests: dict[tuple[str, str, Stat], str] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
@@ -119,20 +119,23 @@ class Mirror:
 
     def _send_checkpoints(self, folder: pathlib.Path, steps: dict[str, dict[str, Stat]]) -> None:
         name = folder.relative_to(self._local).as_posix()
-        before = self._committed.get(name, {})
+        objects = self._bucket.below(name)
+        if name not in self._committed:  # without a list all would be read, what is half sent too
+            there = {file: found.size for file, found in objects.list().items()}
+            copied = [files for files in steps.values() if all(there.get(f) == size for f, (size, _) in files.items())]
+            self._commit(
+                objects, name, {f: self._digest(name, folder, f, s) for files in copied for f, s in files.items()}
+            )
+        before = self._committed[name]
         shutil.rmtree(self._links, ignore_errors=True)
         committed, new = {}, {}
         for step, files in steps.items():
-            known = {file: self._digests.get((f"{name}/{file}", stat)) for file, stat in files.items()}
-            if all(known.values()) and before.items() >= known.items():
+            known = {file: digest for file, stat in files.items() if (digest := self._digests.get((name, file, stat)))}
+            if known.keys() == files.keys() and known.items() <= before.items():
                 committed |= known
             elif linked := self._link(folder, step, files):
                 new |= linked
-                for file, path in linked.items():
-                    with open(path, "rb") as opened:
-                        digest = hashlib.file_digest(opened, "sha256").hexdigest()
-                    committed[file] = self._digests[f"{name}/{file}", files[file]] = digest
-        objects = self._bucket.below(name)
+                committed |= {file: self._digest(name, self._links, file, files[file]) for file in linked}
         if changed := {file for file in new if before.get(file, committed[file]) != committed[file]}:
             # A step that was damaged and taken again: the list must not lead to half of each.
             steps_changed = {file.partition("/")[0] for file in changed}
@@ -143,6 +146,12 @@ class Mirror:
             self._commit(objects, name, committed)
             objects.delete(sorted(objects.list().keys() - committed.keys() - {COMMITTED}))
         shutil.rmtree(self._links, ignore_errors=True)
+
+    def _digest(self, name: str, folder: pathlib.Path, file: str, stat: Stat) -> str:
+        if (name, file, stat) not in self._digests:
+            with open(folder / file, "rb") as opened:
+                self._digests[name, file, stat] = hashlib.file_digest(opened, "sha256").hexdigest()
+        return self._digests[name, file, stat]
 
     def _commit(self, objects: Bucket, name: str, files: dict[str, str]) -> None:
         objects.write({COMMITTED: json.dumps(files, indent=1).encode()})

@@ -50,8 +50,8 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
     """Reads a file of weights.
 
     Args:
-      file: a .safetensors file, local or in a bucket, or one of PyTorch's that `torch.load(weights_only=True)` can read, of a state dict or
-        of a training script's checkpoint that holds one, averaged weights before others.
+      file: local or in a bucket; a .safetensors file, or one of PyTorch's that `torch.load(weights_only=True)` can
+        read, of a state dict or of a training script's checkpoint that holds one, averaged weights before others.
 
     Returns:
       From names to arrays, float32 but for integers, without what wrappers add to the names; and the metadata that

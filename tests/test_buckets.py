@@ -1,0 +1,448 @@
+"""Workdirs, data and exports in buckets: by fsspec's memory://, and thoroughly by emulators of S3 and GCS."""
+
+import importlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+import regnet_flax
+from helpers import checksums, environment, error_of, few_digits, metrics, run_program
+from regnet_flax import places
+from regnet_flax.errors import DataError, PlaceError, WorkdirError
+from regnet_flax.files import read_json_lines
+from regnet_flax.places import lease, mirror
+from regnet_flax.places.bucket import Bucket
+from regnet_flax.places.lease import Lease
+from regnet_flax.places.local import Local, update
+from regnet_flax.places.mirror import Mirror
+
+RUN = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.batch_size=32"]
+RUN += ["--config.train.epochs=3", "--config.eval.batch_size=30"]
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """`machine(name)`: from now on this is a machine of that name, with what it has on its disk; an empty memory://."""
+
+    def be(name):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+
+    monkeypatch.setattr(mirror, "POLL", 0.05)
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    be("first")
+    yield be
+    memory.store.clear()
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# The order in which things are sent
+
+
+class Killed(BaseException):
+    pass
+
+
+def write(folder, contents):
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, encoding="utf-8")
+
+
+def step(number, version):
+    return {f"{number}/state": f"{number} {version}", f"{number}/d/{version}": "arrays", f"{number}/last": version}
+
+
+# From the number of a step to the contents that it has in the course of a run.
+WHOLE = {10: [step(10, "a")], 20: [step(20, "a"), step(20, "b"), step(20, "b") | {"20/metrics": "{}"}]}
+
+
+def course(run):
+    """A run's life, in which its second checkpoint is damaged and taken again: yields whenever things are sent."""
+    steps = run / "checkpoints"
+    write(run, {"config.json": "{}", "train.log": "began", "metrics.jsonl": '{"step": 5}\n', ".lock": "1"})
+    yield
+    write(run, {"metrics.jsonl": '{"step": 5}\n{"step": 10}\n'})
+    write(steps, step(10, "a"))
+    yield
+    write(run, {"metrics.jsonl": '{"step": 10}\n{"step": 20}\n', "train.log": "went on"})
+    write(steps, step(20, "a"))
+    write(steps, {"30.orbax-checkpoint-tmp/state": "half"})
+    yield
+    (steps / "damaged").mkdir()
+    (steps / "20").rename(steps / "damaged/20")
+    write(steps, step(20, "b"))
+    yield
+    shutil.rmtree(steps / "10")
+    shutil.rmtree(steps / "30.orbax-checkpoint-tmp")
+    yield
+    write(steps, {"20/metrics": "{}"})
+    write(run, {"figures/a.png": "a", "results.json": "{}"})
+    yield
+
+
+def check_readable(found, sent):
+    """What another machine finds when `sent` of the course's stages were sent whole."""
+    steps = found / "checkpoints"
+    numbers = [int(path.name) for path in steps.iterdir()] if steps.exists() else []
+    for number in numbers:
+        contents = {f"{number}/{name}": content.decode() for name, content in files(steps / str(number)).items()}
+        assert contents in WHOLE[number]
+    if numbers:
+        assert (found / "config.json").exists()
+        assert max(numbers) <= max(line["step"] for line in read_json_lines(found / "metrics.jsonl"))
+    assert bool(numbers) >= (sent >= 2)
+    assert not (found / "results.json").exists() or files(steps) == {n: c.encode() for n, c in WHOLE[20][2].items()}
+
+
+def test_killed_at_any_moment_what_is_in_the_bucket_is_whole(machine, monkeypatch):
+    """Each object that is written or deleted is a moment; then the run goes on here, or is read elsewhere."""
+    count, moment = 0, 0
+
+    def tick():
+        nonlocal count
+        count += 1
+        if count == moment:
+            raise Killed
+
+    def one_by_one(name):
+        whole = getattr(Bucket, name)
+
+        def each(self, items):
+            for item in list(items):
+                tick()
+                whole(self, {item: items[item]} if isinstance(items, dict) else [item])
+
+        return each
+
+    for name in ("write", "send", "delete"):
+        monkeypatch.setattr(Bucket, name, one_by_one(name))
+    monkeypatch.setattr(Mirror, "_run", lambda self: None)
+    monkeypatch.setattr(lease, "_ended_here", lambda owner: True)
+    ended = False
+    while not ended:
+        moment += 1
+        count, sent, url = 0, 0, f"memory://bucket/run{moment}"
+        machine(f"first{moment}")
+        local = Local.of(Bucket(url))
+        stages = course(local.files)
+        try:
+            held = Lease(local.bucket, "first")
+            local.note("first", unsent=True)
+            sender = Mirror(local.files, local.bucket, held, local.links, fetched=True)
+            for _ in stages:
+                sender._send()
+                sent += 1
+            ended = True
+        except Killed:
+            machine(f"second{moment}")
+            elsewhere = Local.of(Bucket(url))
+            update(elsewhere)
+            check_readable(elsewhere.files, sent)
+            machine(f"first{moment}")
+            held = Lease(local.bucket, "first again")
+            assert held.previous in ("first", "")
+            sender = Mirror(local.files, local.bucket, held, local.links, fetched=False)
+            sender._send()
+            for _ in stages:
+                sender._send()
+        machine(f"third{moment}")
+        elsewhere = Local.of(Bucket(url))
+        update(elsewhere)
+        left = {n: c for n, c in files(local.files).items() if "damaged" not in n and not n.startswith(".")}
+        assert files(elsewhere.files) == left
+    assert moment > 40
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_sent_is_sent_whole(machine, monkeypatch):
+    """As where a network is slower than the run, which keeps one checkpoint."""
+    monkeypatch.setattr(Mirror, "_run", lambda self: None)
+    local = Local.of(Bucket("memory://bucket/run"))
+    write(local.files / "checkpoints", step(10, "a"))
+    sender = Mirror(local.files, local.bucket, Lease(local.bucket, "here"), local.links, fetched=False)
+    send = Bucket.send
+
+    def slowly(self, items):
+        shutil.rmtree(local.files / "checkpoints/10", ignore_errors=True)
+        send(self, items)
+
+    monkeypatch.setattr(Bucket, "send", slowly)
+    sender._send()
+    machine("second")
+    update(elsewhere := Local.of(local.bucket))
+    assert files(elsewhere.files / "checkpoints") == {n: c.encode() for n, c in WHOLE[10][0].items()}
+
+
+def test_one_run_at_a_time(machine, monkeypatch):
+    monkeypatch.setattr(lease, "LEASE", 0.4)
+    bucket = Bucket("memory://bucket/run")
+    first = Lease(bucket, "first")
+    with pytest.raises(
+        WorkdirError, match=r"another run \(machine .*, process \d+\) is training in memory://bucket/run"
+    ):
+        Lease(bucket, "second")
+    first.release()
+    second = Lease(bucket, "second")
+    assert second.previous == "first"
+    second.release(held=True)  # as if its machine were gone
+    last_owner_before = lease._last_owner(bucket.below(lease.LOCK))
+    third = Lease(bucket, "third")
+    assert not second.holds() and third.holds()
+    # Of two that have seen the same, one comes first.
+    last_owner, seen = lease._last_owner, [last_owner_before]
+    monkeypatch.setattr(lease, "_last_owner", lambda objects: seen.pop() if seen else last_owner(objects))
+    with pytest.raises(WorkdirError, match="another run"):
+        Lease(bucket, "fourth")
+    assert not seen and third.holds()
+    third.release()
+
+
+# Whole runs
+
+
+def same_end(found, expected, step=12):
+    assert checksums(found, step) == checksums(expected, step)
+    assert metrics(found) == metrics(expected)
+
+
+def test_a_run_in_a_bucket_goes_on_on_another_machine(machine, tmp_path, monkeypatch):
+    url, reference = "memory://bucket/runs/a", tmp_path / "reference"
+    with few_digits():
+        run_program(*RUN, f"--workdir={reference}", check=0)
+        monkeypatch.setattr("regnet_flax.training.run.Run._logs_here", stop_at(6))
+        done = run_program(*RUN, f"--workdir={url}", check=128 + signal.SIGTERM)
+        assert "Saved at step 6" in done.stderr
+        monkeypatch.undo()
+        machine("second")
+        done = run_program(*RUN, f"--workdir={url}", check=0)
+        assert f"results: {url}/results.json" in done.stdout and str(tmp_path) not in done.stdout
+        assert "resuming from the checkpoint at step 6" in done.stdout
+        machine("third")
+        same_end(places.fetch(url), reference)
+        images = tmp_path / "digit.png"
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(images)
+        fsspec.filesystem("memory").put(str(images), "/bucket/images/digit.png")
+        machine("fourth")
+        run_program("--mode=eval", f"--workdir={url}", check=0)
+        path = "memory://bucket/exported/w.safetensors"
+        run_program("--mode=export", f"--workdir={url}", f"--config.export.path={path}", check=0)
+        predict = ["--mode=predict", "--config.predict.json", "--config.predict.images=memory://bucket/images"]
+        first = json.loads(run_program(*predict, f"--workdir={url}", check=0).stdout)
+        assert first["workdir"] == url and first["picture"] == f"{url}/figures/predict.png"
+        (prediction,) = first["predictions"]
+        assert prediction["file"] == "memory://bucket/images/digit.png"
+    written = fsspec.filesystem("memory").find("/bucket")
+    for name in ("runs/a/eval.json", "runs/a/figures/predict.png", "exported/w.safetensors", "exported/README.md"):
+        assert f"/bucket/{name}" in written
+    machine("fifth")
+    trained = regnet_flax.load(url)
+    assert trained.predict(images)[0].argmax() == trained.class_names.index(prediction["top"][0]["class"])
+    weights = [*RUN[:2], "--workdir=memory://bucket/none", f"--config.model.init_from={path}"]
+    again = json.loads(run_program(*predict, *weights, check=0).stdout)
+    assert again["predictions"] == first["predictions"]
+
+
+def stop_at(step):
+    from regnet_flax.training.run import Run
+
+    logs_here = Run._logs_here
+
+    def logs(self):
+        if self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return logs_here(self)
+
+    return logs
+
+
+def test_the_network_goes_during_a_run(machine, monkeypatch):
+    url = "memory://bucket/run"
+    send, write = Bucket.send, Bucket.write
+
+    def fail(self, items):
+        if self.url.endswith(lease.LOCK):
+            return write(self, items)
+        raise PlaceError(f"{self.url} cannot be used (gone): check the network and the disk")
+
+    monkeypatch.setattr(mirror, "POLL", 0.01)
+    monkeypatch.setattr(Bucket, "send", fail)
+    monkeypatch.setattr(Bucket, "write", fail)
+    with few_digits():
+        done = run_program(*RUN, f"--workdir={url}", check=2)
+        local = Local.of(Bucket(url))
+        assert f"training goes on in {local.files}" in done.stdout
+        line = error_of(done, 2)
+        assert (
+            "cannot be used (gone)" in line and f"what was not sent is in {local.files}, and the same command" in line
+        )
+        assert Bucket(url).list().keys() == {".lock/1"}
+        monkeypatch.setattr(Bucket, "send", send)
+        monkeypatch.setattr(Bucket, "write", write)
+        done = run_program(*RUN, f"--workdir={url}", check=0)
+        assert "holds a finished run" in done.stdout
+    machine("second")
+    assert files(places.fetch(url)).keys() == files(local.files).keys() - {".lock"}
+
+
+def test_a_folder_of_images_in_a_bucket(machine, tmp_path):
+    from regnet_flax.modes.setup import open_dataset
+
+    config = regnet_flax.main.parse(["--config=folder", "--config.dataset.data_dir=memory://bucket/photos"])[0]
+    with pytest.raises(DataError, match="there is nothing in memory://bucket/photos"):
+        open_dataset(config)
+    memory = fsspec.filesystem("memory")
+    for number, name in enumerate(
+        f"{split}/{kind}/{i}.png" for split in ("train", "test") for kind in "ab" for i in "12"
+    ):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((40, 40, 3), 9 * number, np.uint8)).save(path)
+        memory.put(str(path), f"/bucket/photos/{name}")
+    found = open_dataset(config).fingerprint()
+    config.dataset.data_dir = str(tmp_path / "photos")
+    assert found == open_dataset(config).fingerprint()
+    memory.rm("/bucket/photos/train/a/1.png")  # as it is then, and not as it was
+    config.dataset.data_dir = "memory://bucket/photos"
+    assert open_dataset(config).size("train") == 3
+
+
+class NoCredentialsError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (ImportError("Install s3fs"), "needs the extra [s3]: pip install 'regnet-flax[s3]'"),
+        (
+            NoCredentialsError("Unable to locate"),
+            "cannot be used without credentials: give them, as with `aws configure`",
+        ),
+        (PermissionError("Access Denied"), "cannot be used without permission (PermissionError: Access Denied)"),
+        (FileNotFoundError("The bucket does not exist"), "check that there is a bucket bucket"),
+        (TimeoutError("it took\ntoo long"), "cannot be used (TimeoutError: it took too long): check the network"),
+    ],
+)
+def test_what_is_missing_is_one_line(error, words, machine, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(fsspec, "filesystem", refuse)
+    for arguments in (["--workdir=s3://bucket/run"], ["--mode=eval", "--workdir=s3://bucket/run"]):
+        line = error_of(run_program(*arguments, cwd=tmp_path), 2)
+        assert "s3://bucket/run" in line and words in line
+
+
+def test_what_is_refused_before_anything_is_made(machine, tmp_path):
+    for arguments, words in (
+        (["--workdir=s3://"], "names no bucket"),
+        (["--workdir=gs://bucket/run", "--distributed=node1:1234,2,0"], "must be a directory that all machines see"),
+    ):
+        assert words in error_of(run_program(*arguments, cwd=tmp_path), 2)
+    bucket, store = Bucket("memory://bucket/run"), fsspec.filesystem("memory").store
+    bucket.write({"a": b""})
+    store["/bucket/run/../../escaped"] = store["/bucket/run/a"]
+    with pytest.raises(PlaceError, match="no file can be named like"):
+        places.fetch(bucket.url)
+
+
+# Emulators
+
+
+@pytest.fixture(scope="module", params=["s3", "gs"])
+def emulator(request):
+    """A bucket's URL, and the variables by which a process finds the server that pretends to be the cloud."""
+    if request.param == "s3":
+        pytest.importorskip("s3fs")
+        server = pytest.importorskip("moto.server").ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        server.start()
+        host, port = server.get_host_and_port()
+        env = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+        env |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    else:
+        pytest.importorskip("gcsfs")
+        create = pytest.importorskip("gcp_storage_emulator.server").create_server
+        server = create("127.0.0.1", 0, in_memory=True, default_bucket="bucket")
+        server.start()
+        port = server._api._httpd.socket.getsockname()[1]
+        env = {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{port}", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in env.items():
+            patch.setenv(name, value)
+        if request.param == "s3":
+            importlib.import_module("boto3").client("s3").create_bucket(Bucket="bucket")
+        yield f"{request.param}://bucket", env
+    server.stop()
+
+
+# Looks for what is new all the time; after "killed N" it is killed once a checkpoint of a step above N is in the list.
+PROGRAM = """
+import os, re, signal, sys, time
+from regnet_flax import main
+from regnet_flax.places import bucket, mirror
+from regnet_flax.training.checkpoint import Checkpoints
+
+mirror.POLL, after = 0.1, int(sys.argv[1])
+write, save = bucket.Bucket.write, Checkpoints.save
+
+def save_slowly(self, *arguments):
+    save(self, *arguments)
+    time.sleep(0.5)
+
+def write_and_die(self, contents):
+    write(self, contents)
+    steps = [int(n) for n in re.findall(rb'"(\\d+)/state', contents.get(mirror.COMMITTED, b""))]
+    if steps and max(steps) > after:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+bucket.Bucket.write, Checkpoints.save = write_and_die, save_slowly
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.thorough
+def test_killed_and_resumed_on_other_machines_it_ends_bitwise_the_same(emulator, tmp_path, monkeypatch):
+    url, env = emulator
+    url += "/runs/digits"
+
+    def train(machine, workdir, after, code):
+        arguments = [*RUN, "--config.checkpoint.every_steps=10", f"--workdir={workdir}"]
+        command = [sys.executable, "-c", PROGRAM, str(after), *arguments]
+        more = environment(XDG_CACHE_HOME=str(tmp_path / machine), **env)
+        done = subprocess.run(command, env=more, capture_output=True, text=True, timeout=600)
+        assert done.returncode == code and "Traceback" not in done.stderr, done.stdout + done.stderr
+        return done.stdout
+
+    train("reference", tmp_path / "reference", 1000, 0)
+    train("first", url, 0, -signal.SIGKILL)
+    assert "resuming from the checkpoint" in train("second", url, 20, -signal.SIGKILL)
+    assert "resuming from the checkpoint" in train("second", url, 60, -signal.SIGKILL)
+    assert "resuming from the checkpoint" in train("third", url, 1000, 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "fourth"))
+    same_end(places.fetch(url), tmp_path / "reference", 132)
+    # What the clouds' own libraries say.
+    missing = url.replace("bucket", "no-such-bucket")
+    with pytest.raises(PlaceError, match="check that there is a bucket no-such-bucket"):
+        with places.local_workdir(missing, hold=True):
+            pass
+    bucket = Bucket(url)
+    if url.startswith("s3"):  # GCS's emulator ignores preconditions
+        assert bucket.create("new", b"1") and not bucket.create("new", b"2")
+        monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        with pytest.raises(PlaceError, match="without credentials"):
+            Bucket(url).list()
