@@ -98,13 +98,13 @@ def _held(local: Local) -> Iterator[pathlib.Path]:
 
 
 def _end(mirror: Mirror, lease: Lease) -> None:
-    sent = False
     try:
         mirror.close()
-        sent = True
-    finally:
-        with contextlib.suppress(PlaceError):  # the next holder waits for a sign of life, then
-            lease.release(held=not sent)
+    except BaseException:
+        lease.release(tell=False)  # the bucket cannot be reached, and each try takes long
+        raise
+    with contextlib.suppress(PlaceError):
+        lease.release()
 
 
 def in_workdir(function: _Function) -> _Function:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import os
 import pathlib
 import re
@@ -24,6 +26,16 @@ def in_bucket(path: str | os.PathLike[str]) -> bool:
     return _URL.fullmatch(os.fspath(path)) is not None
 
 
+@functools.cache
+def filesystem(scheme: str) -> Any:
+    """Fsspec's for a scheme. It lists anew each time, and logs nothing itself, such as a traceback for each retry."""
+    import fsspec
+
+    for name in ("gcsfs", "s3fs", "aiobotocore", "botocore"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return fsspec.filesystem(scheme, use_listings_cache=False, skip_instance_cache=True)
+
+
 class Object(NamedTuple):
     """An object as it is listed.
 
@@ -41,6 +53,7 @@ class Bucket:
 
     Args:
       path: gs://… or s3://…
+      said: the URL that messages name; by default this one.
 
     Attributes:
       url: the path with both slashes.
@@ -49,17 +62,18 @@ class Bucket:
       PlaceError: by every method: credentials, permission, bucket or network are missing; the message is one line.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
+    def __init__(self, path: str | os.PathLike[str], said: str = ""):
         match = _URL.fullmatch(os.fspath(path))
         assert match is not None
         self._scheme, self._root = match[1], match[2].strip("/")
         self.url = f"{self._scheme}://{self._root}"
+        self._said = said or self.url
         if not self._root:
             raise PlaceError(f"{self.url} names no bucket: write {self.url}BUCKET/DIRECTORY")
-        with self._explained():
-            import fsspec
 
-            self._files: Any = fsspec.filesystem(self._scheme, use_listings_cache=False, skip_instance_cache=True)
+    @property
+    def _files(self) -> Any:
+        return filesystem(self._scheme)
 
     @property
     def name(self) -> str:
@@ -73,7 +87,7 @@ class Bucket:
 
     def below(self, name: str) -> Bucket:
         """A directory in this one."""
-        return Bucket(f"{self.url}/{name}")
+        return Bucket(f"{self.url}/{name}", self._said)
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
@@ -82,7 +96,7 @@ class Bucket:
         except PlaceError:
             raise
         except Exception as error:  # each cloud's library has its own
-            raise PlaceError(f"{self.url} {self._reason(error)}") from error
+            raise PlaceError(f"{self._said} {self._reason(error)}") from error
 
     def _reason(self, error: Exception) -> str:
         names = {kind.__name__ for cause in (error, error.__cause__) for kind in type(cause).__mro__}

@@ -20,6 +20,7 @@ LEASE = 60.0  # seconds without a sign of life after which a run has ended
 RENEWALS = 4  # signs of life in that time
 
 LOCK = ".lock"
+_HELD: set[str] = set()  # the places of this process's leases
 
 # The process says where to look, and is not shown.
 logger = logging.getLogger("regnet_flax.places")
@@ -56,6 +57,7 @@ class Lease:
             if self._objects.create(str(self._number), self._content(held=True)):
                 break
         self._objects.delete(str(n) for n in _numbers(self._objects) if n < self._number)
+        _HELD.add(place)
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
@@ -91,11 +93,14 @@ class Lease:
         self.lost = self.lost or _last_owner(self._objects)[0] != self._number
         return not self.lost
 
-    def release(self, *, held: bool = False) -> None:
-        """Stops the signs of life; with `held` the next holder waits for them, as after a failure."""
+    def release(self, *, tell: bool = True) -> None:
+        """Lets the next one hold it, which has to wait for a sign of life if the bucket is not told."""
         self._released.set()
+        _HELD.discard(self._place)
+        if not tell:
+            return
         self._thread.join()
-        if not held and self.holds():
+        if self.holds():
             self._objects.write({str(self._number): self._content(held=False)})
 
 
@@ -119,9 +124,12 @@ def _last_owner(objects: Bucket) -> tuple[int, dict[str, Any]]:
 
 
 def _ended_here(owner: dict[str, Any]) -> bool:
-    """Whether the holder was a process of this machine, and is no more."""
+    """Whether the holder was on this machine, and is no more."""
     here = owner.get("host") == socket.gethostname() and owner.get("boot") == _boot()
-    return here and not runs(int(owner.get("process", 0)))
+    process = owner.get("process")
+    if here and process == os.getpid():
+        return owner.get("place") not in _HELD
+    return here and isinstance(process, int) and not runs(process)
 
 
 def _boot() -> str:
