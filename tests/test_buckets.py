@@ -187,6 +187,18 @@ def test_a_checkpoint_that_is_deleted_while_it_is_sent_is_sent_whole(machine, mo
     assert files(elsewhere.files / "checkpoints") == {n: c.encode() for n, c in WHOLE[10][0].items()}
 
 
+def test_a_run_that_was_copied_into_a_bucket(machine, monkeypatch):
+    """There is no list of whole checkpoints, so that all of them count."""
+    bucket = Bucket("memory://bucket/copied")
+    copied = {f"checkpoints/{name}": text for name, text in step(10, "a").items()} | {"config.json": "{}"}
+    bucket.write({name: text.encode() for name, text in copied.items()})
+    monkeypatch.setattr(Bucket, "send", lambda self, items: {} == items or pytest.fail(f"sent again: {items}"))
+    with places.local_workdir(bucket.url, hold=True) as run:
+        assert {name: content.decode() for name, content in files(run).items()} == copied
+    assert json.loads(bucket.read("checkpoints/committed.json")).keys() == step(10, "a").keys()
+    monkeypatch.undo()
+
+
 def test_one_run_at_a_time(machine, monkeypatch):
     monkeypatch.setattr(lease, "LEASE", 0.4)
     bucket = Bucket("memory://bucket/run")
