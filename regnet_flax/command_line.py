@@ -43,7 +43,7 @@ usage: python -m regnet_flax.main [--config FILE] [--mode MODE] [--workdir DIR] 
   --config FILE          a config file, or FILE:MODEL for another model; {DEFAULT_CONFIG} by default
   --mode MODE            {", ".join(modes)}; train by default. Interrupted runs resume: run train again
   --workdir DIR          where the run is kept; runs/<config>-<model>-<seed> by default, runs/<config> for compare, with
-                         the folder's name after <config> for images of your own
+                         the folder's name after <config> for images of your own; or gs://… or s3://…
   --distributed auto     train or eval as one of several processes that Slurm, Kubernetes, Open MPI or a TPU started
   --distributed HOST:PORT,PROCESSES,INDEX    the same, told which: process 0's machine and a free port on it
   --profile              write a trace of a few training steps into WORKDIR/profile, for TensorBoard or Perfetto

@@ -2,7 +2,8 @@
 
 A run works in a local directory of the user's cache. What is in the bucket is fetched into it before the run begins,
 and what the run writes is sent while it goes on (`mirror`). So nothing else has to know, training does not wait for the
-network, and a checkpoint counts only once all of it is in the bucket.
+network, and a checkpoint counts only once all of it is in the bucket. Orbax writes to gs:// by itself, but in S3 it
+renames directories, which is not one operation there; and a damaged checkpoint could not be moved aside in either.
 """
 
 from __future__ import annotations
