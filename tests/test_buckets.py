@@ -26,7 +26,7 @@ from regnet_flax.places.local import Local, update
 from regnet_flax.places.mirror import Mirror
 
 RUN = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.batch_size=32"]
-RUN += ["--config.train.epochs=3", "--config.eval.batch_size=30"]
+RUN += ["--config.train.epochs=3", "--config.eval.batch_size=25", "--config.log.every_steps=5"]
 
 
 @pytest.fixture
@@ -306,9 +306,14 @@ def test_the_network_goes_during_a_run(machine, monkeypatch, logger, caplog):
     assert places.shown(caught.value) == str(caught.value) and places.shown(f"{run}/a") == f"{url}/a"
     assert Bucket(url).read("metrics.jsonl") is None
     monkeypatch.setattr(Bucket, "write", write)
+    assert (places.fetch(url) / "metrics.jsonl").read_text() == "12"
     with places.local_workdir(url, hold=True) as run:
+        (run / "results.json").write_text("{}")
         assert run == local.files and (run / "metrics.jsonl").read_text() == "12"
     assert Bucket(url).read("metrics.jsonl") == b"12"
+    with places.local_workdir(url, hold=True) as run:  # a finished run that goes on is not finished
+        (run / "results.json").unlink()
+        wait_until(lambda: Bucket(url).read("results.json") is None)
     # Where another machine went on meanwhile, what was not sent is kept.
     (run / "metrics.jsonl").write_text("123")
     local.note(local.place, unsent=True)
