@@ -214,8 +214,8 @@ def test_the_words_of_the_report(written):
     text = (written / "report.md").read_text()
     assert "3 models on digits, 3 seeds each" in text
     assert "lowest mean test error is that of regnet8_convlstm kernel=dense: 4.17 ± 1.04 %" in text
-    assert "(0 is not in the interval): regnet8_convlstm kernel=dense." in text
-    assert "resnet14 did not end and is left out: the loss is not finite" in text
+    assert "(the interval excludes 0): regnet8_convlstm kernel=dense." in text
+    assert "resnet14 failed and is left out: the loss is not finite" in text
     for word in (
         "Welch",
         "95 %",
@@ -235,7 +235,7 @@ def test_the_page_needs_nothing_else_and_says_the_same(written):
     page = Page(source)
     assert page.fetched == [] and "url(" not in source and "@import" not in source and "<script" not in source
     assert page.rows == markdown_rows((written / "report.md").read_text())
-    assert "python -m a --b='<c>'" in page.text and "resnet14 did not end" in page.text
+    assert "python -m a --b='<c>'" in page.text and "resnet14 failed" in page.text
     pictures = [Image.open(io.BytesIO(base64.b64decode(p.partition(",")[2]))) for p in page.pictures]
     # Each figure for a dark page, then for a light one.
     corners = [np.mean(picture.convert("L").getpixel((0, 0))) for picture in pictures]
@@ -277,7 +277,7 @@ def test_a_model_that_fails_does_not_keep_the_others_from_the_report(tmp_path):
         variant = next(v for v in ACCURACY if mode.folder(v) == path.name)
         write_run(path, variant, ACCURACY[variant], seeds)
 
-    with pytest.raises(NonFiniteError, match="1 of 3 models did not end: regnet8_convlstm kernel=dense"):
+    with pytest.raises(NonFiniteError, match="1 of 3 models failed: regnet8_convlstm kernel=dense"):
         mode.compare(config, tmp_path / "c", train)
     names = ["resnet8", "regnet8_convlstm", "regnet8_convgru"]
     assert trained == [(name, "dense" if "lstm" in name else None, (0, 1, 2)) for name in names]

@@ -286,7 +286,7 @@ CONTRADICTIONS = [
         "optimizer.boundaries is (10, 31):",
         ["train.epochs=30"],
     ),
-    ({"dataset.mean": (0.1, 0.2, 0.3)}, "dataset.mean has 3 values and dataset.std 0:", ["one value a channel"]),
+    ({"dataset.mean": (0.1, 0.2, 0.3)}, "dataset.mean has 3 values and dataset.std 0:", ["one value per channel"]),
     ({"dataset.std": (0.1,)}, "dataset.mean has 0 values and dataset.std 1:", ["()"]),
     ({"optimizer.nesterov": True, "optimizer.momentum": 0.0}, "optimizer.nesterov is True:", ["momentum above 0"]),
     ({"optimizer.warmup_epochs": 30.5}, "optimizer.warmup_epochs is 30.5:", ["train.epochs=30"]),

@@ -133,7 +133,7 @@ def test_the_card_tells_the_run_and_loads_the_weights(trained, tmp_path, monkeyp
         assert fact in card, fact
     assert str(tuple(round(m, 6) for m in config["dataset"]["mean"])) in card
     assert "- model.stablehlo\n- weights.pth\n- weights.safetensors\n---" in card
-    assert str(trained) not in card and "best accuracy" not in card  # of `last`
+    assert str(trained) not in card and "optimistic" not in card  # of `last`
 
     program, weights = code_of(card)
     monkeypatch.chdir(trained)

@@ -126,7 +126,7 @@ def test_fine_tuning_from_colour_weights_is_resumed_without_them(start, tmp_path
     line = error_of(run_program(*command), 2)
     assert "is not a file" in line
     write_weights(tmp_path / "w.safetensors", {"conv1.weight": np.ones((4, 1, 3, 3), np.int8)})
-    assert "conv1.weight is int8, as of quantised weights" in error_of(run_program(*command), 2)
+    assert "conv1.weight is int8, so the weights look quantised" in error_of(run_program(*command), 2)
     (tmp_path / "w.safetensors").write_bytes(start.read_bytes())
     line = error_of(run_program(*command), 2)
     assert "conv1.weight has shape (4, 3, 3, 3)" in line and "(4, 1, 3, 3)" in line and "model.adapt_stem=True" in line

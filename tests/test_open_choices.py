@@ -49,7 +49,7 @@ def test_fuse_init_identity_changes_the_fusing_kernels_alone_and_starts_as_the_p
 
 
 def test_fuse_init_is_refused_where_nothing_is_fused():
-    with pytest.raises(ValueError, match="fuse_init .* fuses nothing"):
+    with pytest.raises(ValueError, match="fuse_init .* nothing is fused"):
         create_model("resnet_rnn20_convrnn", fuse_init="identity")
     with pytest.raises(ValueError, match="'he', 'identity'"):
         create_model("regnet20_convrnn", fuse_init="zero")

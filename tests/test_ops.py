@@ -243,7 +243,7 @@ def test_forward_mode_is_refused(ops):
         with pytest.raises(TypeError, match="forward-mode"):
             jax.jit(lambda *a, case=case: jax.jvp(function(ops, case), a, a)).lower(*arrays)
         jax.eval_shape(lambda *a, case=case: jax.jvp(function(PLAIN, case), a, a), *arrays)
-    assert 'give "plain"' in create_model.__doc__
+    assert 'use "plain"' in create_model.__doc__
 
 
 def test_gpu_has_no_second_derivatives():

@@ -281,7 +281,7 @@ def test_one_of_several_seeds_is_loaded(stored):
 
 
 def test_what_cannot_be_loaded_is_one_line(stored):
-    with pytest.raises(WorkdirError, match="resnet20 is no workdir"):
+    with pytest.raises(WorkdirError, match="resnet20 has no config.json"):
         regnet_flax.load("resnet20")
     with pytest.raises(ConfigError, match="seed is 5"):
         regnet_flax.load(stored / "lone", seed=5)

@@ -97,8 +97,8 @@ def test_another_place_of_the_stride_is_said(tmp_path, caplog, monkeypatch):
     shapes = jax.eval_shape(lambda: plain.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32)))
     state = to_torch(random_variables(shapes, np.random.default_rng(0), np.float32), plain)
     for metadata, words in (
-        ({"bottleneck_stride": "3x3"}, "stride in the 3x3 convolution, and regnet50_convrnn has it in the 1x1"),
-        ({}, "taken to be the 1x1 convolution (torchvision's have it in the 3x3)"),
+        ({"bottleneck_stride": "3x3"}, "stride in the 3x3 convolution, but regnet50_convrnn has it in the 1x1"),
+        ({}, "the 1x1 convolution is assumed (torchvision's have it in the 3x3)"),
         ({"bottleneck_stride": "1x1"}, ""),
     ):
         write_weights(tmp_path / "w.safetensors", state, metadata)

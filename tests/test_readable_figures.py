@@ -41,7 +41,7 @@ def test_where_no_font_has_them_one_line_says_so(tmp_path, monkeypatch, logger, 
         warnings.simplefilter("error")
         draw(["猫", "कुत्ता", "قطة"], tmp_path / "a.png")
     (record,) = caplog.records
-    assert "no font here has the characters" in record.getMessage() and "猫" in record.getMessage()
+    assert "no installed font has the characters" in record.getMessage() and "猫" in record.getMessage()
 
 
 def lines(losses):

@@ -62,7 +62,7 @@ class Harm:
 def test_nothing_else_is_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Harm()}, "w.pth")
-    with pytest.raises(WeightsError, match="weights alone") as error:
+    with pytest.raises(WeightsError, match="weights only") as error:
         read_weights("w.pth")
     assert not (tmp_path / "harm").exists() and "\n" not in str(error.value)
 
@@ -70,8 +70,8 @@ def test_nothing_else_is_unpickled(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("w.safetensors", b"\x08\0\0\0\0\0\0\0{}", "no whole .safetensors"),
-        ("w.safetensors", b"", "no whole .safetensors"),
+        ("w.safetensors", b"\x08\0\0\0\0\0\0\0{}", "not a complete .safetensors"),
+        ("w.safetensors", b"", "not a complete .safetensors"),
         ("w.pth", b"nothing", "cannot be read"),
         ("w.pth", b"", "cannot be read"),
         ("w.onnx", b"", "must end in"),

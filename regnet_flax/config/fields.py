@@ -180,9 +180,7 @@ FIELDS: dict[str, Field] = {
     "dataset.prefetch": Field(
         2, _whole(1, 1024), "batches that each of these processes (or this one) keeps ready", may_change=True
     ),
-    "dataset.strict": Field(
-        False, _flag, "fail on an image that does not decode, instead of listing and skipping it"
-    ),
+    "dataset.strict": Field(False, _flag, "fail on an image that does not decode, instead of listing and skipping it"),
     "dataset.image_size": Field(
         0, _whole(0, 8192), "resize images to this height and width; 0: leave them as they are", from_data=True
     ),
