@@ -171,4 +171,4 @@ def test_the_stride_of_bottlenecks_is_said_or_checked(tmp_path, capsys, monkeypa
     assert "bottleneck_stride=3x3" in capsys.readouterr().err
     write_weights(tmp_path / "plain.safetensors", arrays)
     assert main.main([*command, f"--config.model.init_from={tmp_path / 'plain.safetensors'}"]) == 0
-    assert "taken to be the 1x1 convolution" in capsys.readouterr().out
+    assert "the 1x1 convolution is assumed" in capsys.readouterr().out
