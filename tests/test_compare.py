@@ -1,4 +1,4 @@
-"""Comparing models: how they are written, what the report says, and a comparison through the command line."""
+"""Comparing models: their notation, the report, and a comparison through the command line."""
 
 import base64
 import html.parser
@@ -92,7 +92,7 @@ def test_published_errors():
         assert compare.claim(model, dataset) == ""
 
 
-# The report, of workdirs written by hand
+# The report, for workdirs written by hand
 
 ACCURACY = {
     "resnet8": [0.90, 0.92, 0.91],
@@ -138,7 +138,7 @@ def write_run(workdir, variant, accuracies, seeds, classes=10):
 
 
 class Page(html.parser.HTMLParser):
-    """The cells of a page's table, its pictures and whatever it would fetch."""
+    """Collects the cells of a page's table, its pictures, and everything it would fetch."""
 
     def __init__(self, text):
         super().__init__()
@@ -237,7 +237,7 @@ def test_the_page_needs_nothing_else_and_says_the_same(written):
     assert page.rows == markdown_rows((written / "report.md").read_text())
     assert "python -m a --b='<c>'" in page.text and "resnet14 failed" in page.text
     pictures = [Image.open(io.BytesIO(base64.b64decode(p.partition(",")[2]))) for p in page.pictures]
-    # Each figure for a dark page, then for a light one.
+    # Each figure first for a dark page, then for a light one.
     corners = [np.mean(picture.convert("L").getpixel((0, 0))) for picture in pictures]
     assert len(pictures) == 4 and corners[0] < 50 < 200 < corners[1] and corners[2] < 50 < 200 < corners[3]
     assert 'name="viewport"' in source and "prefers-color-scheme: dark" in source
@@ -318,7 +318,7 @@ TINY = [
 def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, monkeypatch):
     path = tmp_path / "runs" / "compare_digits"
     first, second = path / "resnet8", path / "resnet8-shortcut-A"
-    monkeypatch.setattr(sys, "argv", ["regnet-flax", *TINY])  # which the report shows
+    monkeypatch.setattr(sys, "argv", ["regnet-flax", *TINY])  # the report shows it
     train = Trainer.train
 
     def signalled(self, state, totals, step, count):
@@ -345,6 +345,6 @@ def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, monkeypatch
         errors = [100 * (1 - lines[-1]["seeds"][seed]["eval_accuracy"]) for seed in ("0", "1")]
         error = f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f}"
         assert row[head.index("top-1 error, %")] == error
-        assert any(row[0] in line and error in line for line in out.splitlines())  # the table is printed too
+        assert any(row[0] in line and error in line for line in out.splitlines())  # the table is also printed
     assert "--mode=compare" in (path / "report.md").read_text()
     assert Page((path / "report.html").read_text()).rows == [head, *rows]

@@ -1,4 +1,4 @@
-"""The figures, by what matplotlib was asked to draw."""
+"""The figures, checked by matplotlib's artists."""
 
 import numpy as np
 import pytest

@@ -136,7 +136,7 @@ def test_training_starts_from_a_file_and_takes_a_new_head(tmp_path, capsys):
         str(tmp_path / "run"),
         f"--config.model.init_from={tmp_path / 'w.safetensors'}",
     ]
-    # A step so small that the weights stay what they were.
+    # The step is so small that the weights do not change.
     run += ["--config.train.max_steps=1", "--config.optimizer.learning_rate=1e-12"]
     assert main.main(run) == 2
     error = capsys.readouterr().err
