@@ -368,9 +368,7 @@ def test_an_image_that_does_not_decode(folder, how):
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # a warning, as in a user's process
-@pytest.mark.parametrize(
-    "pixels", [8 * 12 + 30, 8 * 12 * 2 + 30]
-)  # Pillow warns about the first, rejects the second
+@pytest.mark.parametrize("pixels", [8 * 12 + 30, 8 * 12 * 2 + 30])  # Pillow warns about the first, rejects the second
 def test_decompression_bombs_do_not_decode_and_warnings_stay_warnings(folder, monkeypatch, pixels):
     draw(folder / "train/ant/z.png", size=(pixels, 1))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8 * 12)
