@@ -68,8 +68,8 @@ class _Report:
         lines = [
             "# Faults",
             "",
-            "What the tests do to the program, how often they did it, and what was lost. Written by the tests:",
-            "`pytest -n 0 --slow --faults-report tests/FAULTS.md`. A run of some of them replaces their rows alone.",
+            "Faults that the tests inflict on the program, how often, and what was lost. The tests write this file:",
+            "`pytest -n 0 --slow --faults-report tests/FAULTS.md`. A run of some tests replaces only their rows.",
             "",
             f"Last run: {tests} tests of faults in {minutes:.0f} minutes; {platform.system()} {platform.machine()}, "
             f"{os.cpu_count()} CPU cores, Python",

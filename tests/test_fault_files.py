@@ -313,7 +313,7 @@ def test_a_limit_on_the_size_of_files(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("the directory of checkpoints taken away under a run")
+@pytest.mark.fault("the directory of checkpoints removed during a run")
 def test_a_failed_save_does_not_delay_the_end(tmp_path):
     """Otherwise its threads would wait for each other for five minutes."""
     with Started(*TINY, "--workdir", tmp_path / "run") as started:

@@ -173,7 +173,7 @@ def test_wrong_input_in_a_process_of_its_own(arguments, words, tmp_path, fault):
     done = run(*arguments, "--workdir", tmp_path / "run", cwd=tmp_path, env=environment)
     line = error_of(done, 2)
     assert all(word in line for word in words) and not list(tmp_path.iterdir())
-    fault("wrong values, in a process of its own")
+    fault("wrong values, in a separate process")
 
 
 # Image folders

@@ -165,7 +165,7 @@ def test_stopped_by_two_signals_in_turn_it_ends_as_if_by_none(uninterrupted, tmp
     arguments = [*TINY, f"--workdir={workdir}", "--config.checkpoint.every_steps=4"]
     assert going_on in program(*arguments, cwd=tmp_path, check=0).stdout
     for _ in range(2):
-        fault("SIGTERM or SIGKILL where a checkpoint stands, fast suite")
+        fault("SIGTERM or SIGKILL after a checkpoint, fast suite")
     expected, _ = uninterrupted
     assert checksums(workdir, 22) == checksums(expected, 22)
     assert metrics(workdir) == metrics(expected)

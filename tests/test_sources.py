@@ -384,7 +384,7 @@ def test_decompression_bombs_do_not_decode_and_warnings_stay_warnings(folder, mo
     assert during and all(filters == before for filters in during), "the filters are the whole process's"
 
 
-@pytest.mark.fault("a class of which no image decodes")
+@pytest.mark.fault("a class in which no image decodes")
 def test_a_class_of_which_no_image_decodes(folder):
     for name in "ab":
         (folder / f"train/ant/{name}.png").write_text("no image")
@@ -416,7 +416,7 @@ def empty(*paths):
         (lambda root: shutil.rmtree(root), "{root} is not a directory"),
     ],
 )
-@pytest.mark.fault("a folder laid out otherwise")
+@pytest.mark.fault("a folder with another layout")
 def test_folder_laid_out_otherwise(folder, change, expected):
     change(folder)
     assert expected.format(root=folder) in error_of("folder", data_dir=str(folder), image_size=5)
@@ -437,7 +437,7 @@ def test_folder_without_a_directory_or_permission(folder, monkeypatch):
     assert "cannot be listed (PermissionError" in error_of("folder", data_dir=str(folder))
 
 
-@pytest.mark.fault("images beyond the memory")
+@pytest.mark.fault("more images than fit in memory")
 def test_folder_beyond_the_memory_is_refused_before_decoding(folder, monkeypatch):
     monkeypatch.setattr(image_folder, "_free_memory", lambda: 2 * 6 * 50 * 50 * 3 - 1)
     monkeypatch.setattr(image_folder, "read_image", lambda path: pytest.fail("decoded"))
@@ -646,7 +646,7 @@ def test_tfds_not_installed(monkeypatch):
     assert 'pip install "regnet-flax[tfds]"' in message and "--config configs/folder.py" in message
 
 
-@pytest.mark.fault("a data set to be prepared without TensorFlow")
+@pytest.mark.fault("preparing a data set without TensorFlow")
 @pytest.mark.parametrize("name", ["cifar10", "imagenet"])
 def test_tensorflow_not_installed(name, offline, monkeypatch, tmp_path, capsys):
     find = PathFinder.find_spec

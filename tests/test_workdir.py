@@ -32,7 +32,7 @@ def strictly(text):
     """Parses the lines of a file, and rejects NaN and Infinity, which JSON does not have."""
 
     def refuse(name):
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 

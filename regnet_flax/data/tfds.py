@@ -62,7 +62,7 @@ def prepare_tfds(name: str, data_dir: str) -> Any:
         raise DataError(
             f"{directory} holds {name} as {', '.join(formats)} only, which cannot be read in any order: convert it "
             f"with tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record "
-            "(the tfds command also needs pip install apache-beam mlcroissant, best in an environment of its own)"
+            "(the tfds command also needs pip install apache-beam mlcroissant, best in a separate environment)"
         )
     return builder
 
@@ -82,7 +82,7 @@ def _download(builder: Any) -> None:
         _prepare_manual(builder)
         return
     ways = (
-        f"prepare it where there is a network (tfds.builder({name!r}, file_format='array_record')"
+        f"prepare it on a machine with a network (tfds.builder({name!r}, file_format='array_record')"
         f".download_and_prepare()) and copy it to {directory}, name another place with --config.dataset.data_dir=DIR, "
         f"or {USE_FOLDERS}"
     )

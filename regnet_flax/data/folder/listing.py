@@ -93,14 +93,12 @@ def list_image_folder(
         raise DataError(f"{data_dir} cannot be listed ({one_line(error)}); check its permissions") from error
     if validation and "validation" in splits:
         raise DataError(
-            f"dataset.validation is {validation:.10g}, but {root} has a validation split of its own, "
+            f"dataset.validation is {validation:.10g}, but {root} has its own validation split, "
             f"{directories['validation'].name}/ beside {directories['test'].name}/: set --config.dataset.validation=0"
         )
     known = class_names or tuple(splits["train"])
     if len(known) < 2:
-        raise DataError(
-            f"{root}: only one class ({', '.join(known)}) to train on; put each class in a folder of its own"
-        )
+        raise DataError(f"{root}: only one class ({', '.join(known)}) to train on; put each class in its own folder")
     notes = [f"{root}: {_say_ignored(ignored)}"] if ignored else []
     notes += _one_sided(splits, known, directories, root)
     splits = {split: {name: files[name] for name in files if name in known} for split, files in splits.items()}
