@@ -114,7 +114,7 @@ def _prepare_manual(builder: Any) -> None:
     except Exception as error:
         raise DataError(
             f"{builder.name} could not be prepared in {directory} from the archives in {archives} ({one_line(error)}): "
-            "check that they are complete and that there is free space"
+            "check that they are complete and that there is room"
         ) from error
 
 

@@ -146,7 +146,7 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise nearly anything on a full disk.
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self.directory} ({_reason(error)}): "
-                "free some space or fix it, and run the same command again"
+                "make room or fix it, and run the same command again"
             ) from error
 
     def steps(self) -> list[int]:
