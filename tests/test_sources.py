@@ -154,9 +154,9 @@ def test_held_out_images_are_drawn_by_seed():
 def test_too_many_images_held_out(folder):
     for validation in (1437, 10**9, 1e-5):
         message = error_of("digits", validation=validation)
-        assert f"dataset.validation is {validation}: " in message and "a number of 1 to 1436" in message
+        assert f"dataset.validation is {validation}: " in message and "a number from 1 to 1436" in message
     message = error_of("folder", data_dir=str(folder), validation=3)
-    assert "dataset.validation is 3: " in message and "all those of 1 of the classes" in message
+    assert "dataset.validation is 3: " in message and "all images of 1 of the classes" in message
 
 
 def test_the_splits_are_said(folder, logger, caplog):

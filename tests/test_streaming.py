@@ -219,7 +219,7 @@ def test_a_folder_with_val_and_test_is_streamed_as_three_splits(folder):
         opened(folder, validation=2)
 
 
-@pytest.mark.parametrize(("validation", "reason"), [(13, "13 training images"), (12, "all those of 1 of the classes")])
+@pytest.mark.parametrize(("validation", "reason"), [(13, "13 training images"), (12, "all images of 1 of the classes")])
 @pytest.mark.fault("more images to hold out than there are")
 def test_too_many_images_held_out(folder, validation, reason):
     with pytest.raises(DataError, match=f"dataset.validation is {validation}: .*{reason}") as caught:

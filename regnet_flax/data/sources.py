@@ -159,8 +159,8 @@ def hold_out(
     count = round(validation if validation >= 1 else validation * size)
     if not 1 <= count < size:
         raise DataError(
-            f"dataset.validation is {validation:.10g}: {name} has {size} training images, of which it would hold out "
-            f"{count or 'none'}; set a number of 1 to {size - 1}, a fraction such as 0.1, or 0"
+            f"dataset.validation is {validation:.10g}: {name} has {size} training images, and this would hold out "
+            f"{count or 'none'}; set a number from 1 to {size - 1}, a fraction such as 0.1, or 0"
         )
     # RandomState's stream is frozen, as for digits; no epoch's order uses this seed.
     order = np.random.RandomState((seed, 2**32 - 1)).permutation(size)
@@ -168,7 +168,7 @@ def hold_out(
     if labels is not None and (lost := len(np.unique(labels)) - len(np.unique(labels[kept]))):
         raise DataError(
             f"dataset.validation is {validation:.10g}: it holds out {count} of {name}'s {size} training images, "
-            f"among them all those of {lost} of the classes; set a smaller one, or add images"
+            f"including all images of {lost} of the classes; set a smaller one, or add images"
         )
     return kept, held
 
