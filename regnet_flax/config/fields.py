@@ -187,7 +187,7 @@ FIELDS: dict[str, Field] = {
     "dataset.augment": Field(
         (),
         _each(_choice(stream.CROP, *AUGMENTATIONS, ERASE)),
-        f"applied to training images in this order: {', '.join(AUGMENTATIONS)}; {ERASE} must come last; "
+        f"for training images, in the order given: any of {', '.join(AUGMENTATIONS)}; {ERASE} must come last; "
         f"{stream.CROP} may come first if streamed",
     ),
     "dataset.mean": Field(
