@@ -17,7 +17,7 @@ from PIL import Image
 import regnet_flax
 from helpers import checksums, environment, error_of, few_digits, metrics, run_program, wait_until
 from regnet_flax import places
-from regnet_flax.errors import DataError, PlaceError, WorkdirError
+from regnet_flax.errors import DataError, PlaceError, UsageError, WorkdirError
 from regnet_flax.files import read_json_lines
 from regnet_flax.places import lease, mirror
 from regnet_flax.places.bucket import Bucket, filesystem
@@ -378,7 +378,7 @@ def test_what_is_missing_is_one_line(error, words, machine, monkeypatch, tmp_pat
         assert "s3://bucket/run" in line and words in line
 
 
-def test_what_is_refused_before_anything_is_made(machine, tmp_path):
+def test_what_is_refused_before_anything_is_made(machine, tmp_path, monkeypatch):
     for arguments, words in (
         (["--workdir=s3://"], "names no bucket"),
         (
@@ -387,6 +387,10 @@ def test_what_is_refused_before_anything_is_made(machine, tmp_path):
         ),
     ):
         assert words in error_of(run_program(*arguments, cwd=tmp_path), 2)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="must be a local path"), places.local_workdir("https://host/run", hold=True):
+        pass
+    assert not list(tmp_path.glob("http*"))
     bucket, store = Bucket("memory://bucket/run"), fsspec.filesystem("memory").store
     bucket.write({"a": b""})
     store["/bucket/run/../../escaped"] = store["/bucket/run/a"]

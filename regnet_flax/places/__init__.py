@@ -45,10 +45,11 @@ def local_workdir(path: str | os.PathLike[str], *, hold: bool) -> Iterator[pathl
 
     Raises:
       WorkdirError: another run holds it.
+      UsageError: it is neither local nor in a bucket.
       PlaceError: the bucket cannot be used, at the beginning or at the end; in between, training goes on.
     """
     if not in_bucket(path):
-        yield pathlib.Path(path)
+        yield expanded(os.fspath(path), "the workdir")
         return
     if hold:
         with _held(Local.of(Bucket(path))) as files:
