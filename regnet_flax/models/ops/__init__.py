@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from regnet_flax.models.ops import cells, cpu, cpu_batch_norm, native, plain
+from regnet_flax.models.ops import cells, cpu, cpu_batch_norm, native, native_convolution, plain
 
 Array = jax.Array
 # An array, or what a back end hands from one of its functions to another in its place; `shape` and `dtype` are its own.
@@ -74,13 +74,13 @@ PLAIN = Ops(
 )
 CPU = Ops(
     name="cpu",
-    conv=cpu.conv,
     batch_norm=cpu_batch_norm.batch_norm,
     add_relu=cpu_batch_norm.add_relu,
-    concatenate=cpu.concatenate,
-    array=cpu.array,
     separable=cpu.separable,
     # C++ where there is a library, otherwise those of cpu.py.
+    conv=native_convolution.conv,
+    concatenate=native_convolution.concatenate,
+    array=native_convolution.array,
     rnn_step=native.rnn_step,
     gru_step=native.gru_step,
     lstm_step=native.lstm_step,

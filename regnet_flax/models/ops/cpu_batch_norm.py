@@ -8,6 +8,7 @@ in `cpu`. See benchmarks/README.md for what was measured.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -41,7 +42,7 @@ def batch_norm(
     normalized: Any = _batch_norm(x, scale, bias, epsilon, relu, dtype, axis_name)
     y, mean, variance = normalized
     factor = lax.rsqrt(variance + epsilon) * scale
-    return Remade(y, (x, mean, factor, bias), _normalizer(relu, dtype)), mean, variance
+    return Remade(y, (x, mean, factor, bias), Normalizer(relu, dtype)), mean, variance
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
@@ -52,17 +53,20 @@ def _batch_norm(x, scale, bias, epsilon, relu, dtype, axis_name):
 def _forward(x, scale, bias, epsilon, relu, dtype, axis_name):
     mean = over_devices(_mean(x), axis_name)
     variance = over_devices(_variance(x, mean), axis_name)
-    y = _normalizer(relu, dtype)(x, mean, lax.rsqrt(variance + epsilon) * scale, bias)
+    y = Normalizer(relu, dtype)(x, mean, lax.rsqrt(variance + epsilon) * scale, bias)
     return (y, mean, variance), (x, scale, bias, mean, variance)
 
 
-@functools.cache  # so that equal ones are one
-def _normalizer(relu, dtype):
-    def make(x, mean, factor, bias):
-        y = (x - mean) * factor + bias
-        return (jax.nn.relu(y) if relu else y).astype(dtype)
+@dataclasses.dataclass(frozen=True)
+class Normalizer:
+    """Makes Y from X, its mean, factor and bias, which the last axis has."""
 
-    return make
+    relu: bool
+    dtype: Any
+
+    def __call__(self, x: Array, mean: Array, factor: Array, bias: Array) -> Array:
+        y = (x - mean) * factor + bias
+        return (jax.nn.relu(y) if self.relu else y).astype(self.dtype)
 
 
 def _backward(epsilon, relu, dtype, axis_name, saved, gradients):

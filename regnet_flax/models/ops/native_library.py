@@ -33,6 +33,7 @@ logger = logging.getLogger("regnet_flax")
 
 SOURCES = pathlib.Path(__file__).parent / "cpp"
 TARGETS = [f"regnet_flax_{cell}_{way}" for cell in ("rnn", "gru", "lstm") for way in ("forward", "backward")]
+TARGETS += ["regnet_flax_convolution", "regnet_flax_input_gradient", "regnet_flax_filter_gradient"]
 # NaN and infinities are kept. Products and sums are contracted, which -std=c++17 alone would turn off.
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-pthread", "-DNDEBUG", "-w"]
