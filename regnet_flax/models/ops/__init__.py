@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from regnet_flax.models.ops import cells, cpu, cpu_batch_norm, native, native_convolution, plain
+from regnet_flax.models.ops import cells, cpu, cpu_batch_norm, native, native_batch_norm, native_convolution, plain
 
 Array = jax.Array
 # An array, or what a back end hands from one of its functions to another in its place; `shape` and `dtype` are its own.
@@ -74,10 +74,10 @@ PLAIN = Ops(
 )
 CPU = Ops(
     name="cpu",
-    batch_norm=cpu_batch_norm.batch_norm,
     add_relu=cpu_batch_norm.add_relu,
     separable=cpu.separable,
-    # C++ where there is a library, otherwise those of cpu.py.
+    # C++ where there is a library, otherwise those of cpu.py and cpu_batch_norm.py.
+    batch_norm=native_batch_norm.batch_norm,
     conv=native_convolution.conv,
     concatenate=native_convolution.concatenate,
     array=native_convolution.array,

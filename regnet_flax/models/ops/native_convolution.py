@@ -3,15 +3,15 @@
 A convolution takes what batch normalisation and concatenation give as it is: it normalises, applies the ReLU and joins
 the channels while it reads, so that neither result is ever written unless something else needs it.
 
-They take float32 and bfloat16 images, any kernel without groups or dilation, and strides 1 and 2. Everything else, and a
-machine without the library, has the forms of `cpu`. Sums are float32. Under vmap one call computes all, each with its
+They take float32 and bfloat16 images, any kernel without groups or dilation, and strides 1 and 2. Everything else, and
+a machine without the library, has the forms of `cpu`. Sums are float32. Under vmap one call computes all, each with its
 own weights. As in `cpu`, forward mode is refused, and derivatives of the backward pass are JAX's own, of `plain`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -21,12 +21,11 @@ import numpy as np
 
 from regnet_flax.models.ops import cpu, native_library, plain
 from regnet_flax.models.ops.cpu_batch_norm import Normalizer
+from regnet_flax.models.ops.native_library import DTYPES, call, derivable
 from regnet_flax.models.ops.varying import vary_together
 
 Array = jax.Array
 Arrays = tuple[Array, ...]
-
-DTYPES = (jnp.float32, jnp.bfloat16)
 
 
 @flax.struct.dataclass
@@ -88,7 +87,9 @@ def conv(
         or cpu.asks_for_more(x, kernel, **options)
         or not native_library.available()
     ):
-        return cpu.conv(cpu.concatenate(*x.parts) if isinstance(x, Concatenated) else x, kernel, strides, padding, **options)
+        return cpu.conv(
+            cpu.concatenate(*x.parts) if isinstance(x, Concatenated) else x, kernel, strides, padding, **options
+        )
     parts = x.parts if isinstance(x, Concatenated) else (x,)
     arrays, operands, makes = [], [], []
     for part in parts:
@@ -121,38 +122,19 @@ def _backward(form, saved, d):
 _conv.defvjp(_forward, _backward)
 
 
-def _derivable(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a function of one static argument and arrays the derivatives of `reference`, which computes the same."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        derivable = jax.custom_jvp(function, nondiff_argnums=(0,))
-
-        @derivable.defjvp
-        def _(form, primals, tangents):
-            return derivable(form, *primals), jax.jvp(functools.partial(reference, form), primals, tangents)[1]
-
-        return derivable
-
-    return decorate
-
-
-def _call(target: str, results: Any, *arrays: Any, **attributes: Any) -> Any:
-    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")(*jax.tree.leaves(arrays), **attributes)
-
-
 def _plain_outputs(form, operands, kernel):
     parts = [part[0] if make is None else make(*part) for make, part in zip(form.makes, operands, strict=True)]
     return plain.conv(jnp.concatenate(parts, -1), kernel, form.strides, form.padding)
 
 
-@_derivable(_plain_outputs)
+@derivable(_plain_outputs)
 def _outputs(form, operands, kernel):
     x = jax.typeof(operands[0][0])
     sizes = zip(x.shape[1:3], kernel.shape, form.padding, form.strides, strict=False)
     height, width = (max(0, (size + sum(pads) - length) // stride + 1) for size, length, pads, stride in sizes)
     outputs = x.update(shape=(x.shape[0], height, width, kernel.shape[3]))
     attributes = form.geometry(kernel.shape) | form.kinds()
-    return _call("regnet_flax_convolution", outputs, operands, kernel.astype(jnp.float32), **attributes)
+    return call("regnet_flax_convolution", outputs, operands, kernel.astype(jnp.float32), **attributes)
 
 
 def _plain_input_gradients(static, d, kernel):
@@ -163,12 +145,12 @@ def _plain_input_gradients(static, d, kernel):
     return jax.vjp(outputs, *vary_together(*like, d)[:-1])[1](d)
 
 
-@_derivable(_plain_input_gradients)
+@derivable(_plain_input_gradients)
 def _input_gradients(static, d, kernel):
     form, shapes = static
     results = [jax.typeof(d).update(shape=shape) for shape in shapes]
     wide = kernel.astype(jnp.float32)
-    return tuple(_call("regnet_flax_input_gradient", results, d, wide, **form.geometry(kernel.shape)))
+    return tuple(call("regnet_flax_input_gradient", results, d, wide, **form.geometry(kernel.shape)))
 
 
 def _plain_kernel_gradient(static, operands, d):
@@ -178,8 +160,8 @@ def _plain_kernel_gradient(static, operands, d):
     return jax.vjp(lambda kernel: _plain_outputs(form, wide, kernel), kernel)[1](d.astype(jnp.float32))[0]
 
 
-@_derivable(_plain_kernel_gradient)
+@derivable(_plain_kernel_gradient)
 def _kernel_gradient(static, operands, d):
     form, shape = static
     kernel = jax.typeof(d).update(shape=shape, dtype=jnp.float32)
-    return _call("regnet_flax_filter_gradient", kernel, operands, d, **form.geometry(shape), **form.kinds())
+    return call("regnet_flax_filter_gradient", kernel, operands, d, **form.geometry(shape), **form.kinds())

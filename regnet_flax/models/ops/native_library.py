@@ -24,8 +24,12 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.ffi
+import jax.numpy as jnp
 import jaxlib.version
 import platformdirs
 
@@ -33,10 +37,12 @@ logger = logging.getLogger("regnet_flax")
 
 SOURCES = pathlib.Path(__file__).parent / "cpp"
 TARGETS = [f"regnet_flax_{cell}_{way}" for cell in ("rnn", "gru", "lstm") for way in ("forward", "backward")]
-TARGETS += ["regnet_flax_convolution", "regnet_flax_input_gradient", "regnet_flax_filter_gradient"]
+TARGETS += [f"regnet_flax_{name}" for name in ("convolution", "input_gradient", "filter_gradient")]
+TARGETS += [f"regnet_flax_{name}" for name in ("moments", "norm_gradient_sums", "norm_gradient")]
 # NaN and infinities are kept. Products and sums are contracted, which -std=c++17 alone would turn off.
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-pthread", "-DNDEBUG", "-w"]
+DTYPES = (jnp.float32, jnp.bfloat16)  # of the images
 TIME_LIMIT = 120  # seconds
 _LOCK = threading.Lock()  # a run traces its programs in threads
 
@@ -131,3 +137,23 @@ def _build(command: list[str], path: pathlib.Path) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(part)
     logger.info("native operations: built by %s in %.1f s", command[0], time.monotonic() - start)
+
+
+def derivable(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives a function of one static argument and arrays the derivatives of `reference`, which computes the same."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        derivable = jax.custom_jvp(function, nondiff_argnums=(0,))
+
+        @derivable.defjvp
+        def _(form, primals, tangents):
+            return derivable(form, *primals), jax.jvp(functools.partial(reference, form), primals, tangents)[1]
+
+        return derivable
+
+    return decorate
+
+
+def call(target: str, results: Any, *arrays: Any, **attributes: Any) -> Any:
+    """Calls a native operation with the leaves of `arrays`; `results` are types, such as `jax.typeof` gives."""
+    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")(*jax.tree.leaves(arrays), **attributes)

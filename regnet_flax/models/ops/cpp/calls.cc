@@ -5,6 +5,7 @@
 // partial sums are added in order: a result depends neither on the number of threads nor on their timing.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -29,6 +30,9 @@ namespace {
 namespace avx512 {
 #include "cells.h"
 #include "convolution.h"
+#include "batch_norm.h"
+constexpr Library LIBRARY{LANES,         pixels,       planes,  convolve_image, filter_planes,
+                          filter_images, moments, gradient_sums, input_gradient_of_norm};
 }  // namespace avx512
 #undef LANES
 #undef TARGET
@@ -38,6 +42,9 @@ namespace avx512 {
 namespace avx2 {
 #include "cells.h"
 #include "convolution.h"
+#include "batch_norm.h"
+constexpr Library LIBRARY{LANES,         pixels,       planes,  convolve_image, filter_planes,
+                          filter_images, moments, gradient_sums, input_gradient_of_norm};
 }  // namespace avx2
 #undef LANES
 #undef TARGET
@@ -59,7 +66,7 @@ Run run_of(int lanes) {
   return lanes == 16 ? avx512::run<CELL> : avx2::run<CELL>;
 }
 
-Library library_of(int lanes) { return lanes == 16 ? avx512::convolutions() : avx2::convolutions(); }
+const Library& library_of(int lanes) { return lanes == 16 ? avx512::LIBRARY : avx2::LIBRARY; }
 
 #else
 
@@ -68,6 +75,9 @@ Library library_of(int lanes) { return lanes == 16 ? avx512::convolutions() : av
 namespace any {
 #include "cells.h"
 #include "convolution.h"
+#include "batch_norm.h"
+constexpr Library LIBRARY{LANES,         pixels,       planes,  convolve_image, filter_planes,
+                          filter_images, moments, gradient_sums, input_gradient_of_norm};
 }  // namespace any
 #undef LANES
 #undef TARGET
@@ -79,7 +89,7 @@ Run run_of(int) {
   return any::run<CELL>;
 }
 
-Library library_of(int) { return any::convolutions(); }
+const Library& library_of(int) { return any::LIBRARY; }
 
 #endif
 
@@ -94,6 +104,7 @@ int lanes() {
 
 #include "cell_calls.h"
 #include "convolution_calls.h"
+#include "batch_norm_calls.h"
 
 #define CUSTOM_CALL(name, cell, backward)                                                                    \
   extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* name(XLA_FFI_CallFrame*);                 \
@@ -110,11 +121,14 @@ CUSTOM_CALL(regnet_flax_gru_backward, GRU, true);
 CUSTOM_CALL(regnet_flax_lstm_forward, LSTM, false);
 CUSTOM_CALL(regnet_flax_lstm_backward, LSTM, true);
 
-#define CONVOLUTION(name, function, attributes)                                              \
+#define WITH_ATTRIBUTES(name, function, attributes)                                              \
   extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* name(XLA_FFI_CallFrame*); \
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,                                              \
                                 ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets() attributes)
 
-CONVOLUTION(regnet_flax_convolution, convolution, .Attr<Numbers>("geometry").Attr<Numbers>("kinds"));
-CONVOLUTION(regnet_flax_input_gradient, input_gradient, .Attr<Numbers>("geometry"));
-CONVOLUTION(regnet_flax_filter_gradient, filter_gradient, .Attr<Numbers>("geometry").Attr<Numbers>("kinds"));
+WITH_ATTRIBUTES(regnet_flax_convolution, convolution, .Attr<Numbers>("geometry").Attr<Numbers>("kinds"));
+WITH_ATTRIBUTES(regnet_flax_input_gradient, input_gradient, .Attr<Numbers>("geometry"));
+WITH_ATTRIBUTES(regnet_flax_filter_gradient, filter_gradient, .Attr<Numbers>("geometry").Attr<Numbers>("kinds"));
+WITH_ATTRIBUTES(regnet_flax_moments, batch_moments, );
+WITH_ATTRIBUTES(regnet_flax_norm_gradient_sums, batch_gradient_sums, .Attr<bool>("relu"));
+WITH_ATTRIBUTES(regnet_flax_norm_gradient, batch_input_gradient, .Attr<bool>("relu"));

@@ -219,7 +219,3 @@ TARGET void filter_images(const FilterGradient& job, int chunk, int64_t first, i
     }
   }
 }
-
-inline Library convolutions() {
-  return {LANES, pixels, planes, convolve_image, filter_planes, filter_images};
-}

@@ -70,6 +70,12 @@ struct Library {
   int64_t (*filter_planes)(const FilterGradient&);
   // Adds to `sums`: [tap][lane][d's channels, whole vectors].
   void (*filter)(const FilterGradient&, int chunk, int64_t first, int64_t last, float* planes, float* sums);
+  // Of batch_norm.h.
+  void (*moments)(const Images& x, int64_t n, int64_t first, int64_t last, int64_t block, double* to);
+  void (*gradient_sums)(const Images& d, const Images& x, int64_t n, const float* norms, bool relu, int64_t first,
+                        int64_t last, int64_t block, double* to);
+  void (*norm_gradient)(const Images& d, const Images& x, int64_t n, const float* norms, bool relu, int64_t first,
+                        int64_t last, int64_t block, const Images& to);
 };
 
 }  // namespace
