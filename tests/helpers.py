@@ -13,6 +13,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging as absl_logging
@@ -214,3 +215,15 @@ def failures():
 
     yield case
     assert not found, f"{len(found)} cases failed:\n" + "\n".join(found)
+
+
+def halves(a):
+    return jnp.asarray(a.reshape(2, -1, *a.shape[1:]))
+
+
+def close(found, expected, rtol):
+    """Within rtol of the largest element."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        scale = np.abs(b, where=np.isfinite(b), out=np.zeros_like(b)).max(initial=0)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))

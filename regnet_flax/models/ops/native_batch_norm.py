@@ -57,7 +57,7 @@ def _gradient_sums(d, x, mean, root, scale, bias, *, relu):
 
 @derivable(lambda relu, *values: cpu_batch_norm.gradient_sums(*values, relu=relu))
 def _sums(relu, d, x, mean, root, scale, bias):
-    numbers = [jax.typeof(mean)] * 2
+    numbers = [jax.typeof(d).update(shape=mean.shape, dtype=mean.dtype)] * 2
     by_bias, products = call("regnet_flax_norm_gradient_sums", numbers, d, x, mean, root * scale, bias, relu=relu)
     return by_bias, products * root
 

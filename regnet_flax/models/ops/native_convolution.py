@@ -95,7 +95,8 @@ def conv(
     for part in parts:
         normalized = isinstance(part, cpu.Remade) and isinstance(part.make, Normalizer)
         arrays.append(cpu.array(part))
-        operands.append(part.operands if normalized else (arrays[-1],))
+        first, *vectors = part.operands if normalized else (arrays[-1],)
+        operands.append((first, *(vector.astype(jnp.float32) for vector in vectors)))
         makes.append(part.make if normalized else None)
     form = _Form(tuple(strides), cpu.explicit(padding, x.shape, kernel.shape, strides), tuple(makes))
     flat, structure = jax.tree.flatten((arrays, operands, kernel))

@@ -33,6 +33,8 @@ import jax.numpy as jnp
 import jaxlib.version
 import platformdirs
 
+from regnet_flax.models.ops.varying import vary_together
+
 logger = logging.getLogger("regnet_flax")
 
 SOURCES = pathlib.Path(__file__).parent / "cpp"
@@ -156,4 +158,6 @@ def derivable(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], C
 
 def call(target: str, results: Any, *arrays: Any, **attributes: Any) -> Any:
     """Calls a native operation with the leaves of `arrays`; `results` are types, such as `jax.typeof` gives."""
-    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")(*jax.tree.leaves(arrays), **attributes)
+    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")(
+        *vary_together(*jax.tree.leaves(arrays)), **attributes
+    )

@@ -24,21 +24,29 @@ TARGET void moments(const Images& x, int64_t n, int64_t first, int64_t last, int
         read_pixels<1>(x, p * n + c, n, count, v);
         sums[0] += v[0];
       }
-      const V mean = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(here);
-      V squares[4] = {};
+      const V near = ((sums[0] + sums[1]) + (sums[2] + sums[3])) / static_cast<float>(here);
+      // Differences from what is near the mean have the digits that the mean itself lacks.
+      V rests[4] = {}, squares[4] = {};
       for (p = start; p + 4 <= end; p += 4) {
         read_pixels<4>(x, p * n + c, n, count, v);
-        UNROLL for (int u = 0; u < 4; u++) squares[u] += (v[u] - mean) * (v[u] - mean);
+        UNROLL for (int u = 0; u < 4; u++) {
+          v[u] -= near;
+          rests[u] += v[u];
+          squares[u] += v[u] * v[u];
+        }
       }
       for (; p < end; p++) {
         read_pixels<1>(x, p * n + c, n, count, v);
-        squares[0] += (v[0] - mean) * (v[0] - mean);
+        v[0] -= near;
+        rests[0] += v[0];
+        squares[0] += v[0] * v[0];
       }
+      const V rest = (rests[0] + rests[1]) + (rests[2] + rests[3]);
       const V total = (squares[0] + squares[1]) + (squares[2] + squares[3]);
       for (int lane = 0; lane < count; lane++) {  // Chan's formula
-        const double difference = mean[lane] - to[c + lane];
+        const double left = rest[lane] / here, difference = near[lane] + left - to[c + lane];
         to[c + lane] += difference * (here / all);
-        to[n + c + lane] += total[lane] + difference * difference * (before * here / all);
+        to[n + c + lane] += total[lane] - left * left * here + difference * difference * (before * here / all);
       }
     }
   }
