@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from regnet_flax.models.ops import cpu, cpu_batch_norm, native_library
+from regnet_flax.models.ops import cpu, cpu_batch_norm, native_library, plain
 from regnet_flax.models.ops.native_library import call, derivable
-from regnet_flax.models.ops.plain import over_devices, statistics
+from regnet_flax.models.ops.plain import over_devices
 
 Array = jax.Array
 
@@ -29,12 +30,34 @@ def batch_norm(
     axis_name: str | None = None,
 ) -> tuple[cpu.Remade, Array, Array]:
     """`cpu_batch_norm.batch_norm`, its passes as native operations where they can."""
-    alike = scale.dtype == bias.dtype == jnp.float32 and (dtype or x.dtype) == x.dtype
-    native = alike and x.dtype in native_library.DTYPES and native_library.available()
-    passes = PASSES if native else cpu_batch_norm.PASSES
+    passes = PASSES if _takes(x, scale, bias, dtype) else cpu_batch_norm.PASSES
     return cpu_batch_norm.by_passes(
         passes, x, scale, bias, relu=relu, epsilon=epsilon, dtype=dtype, axis_name=axis_name
     )
+
+
+def _takes(x, scale, bias, dtype):
+    alike = scale.dtype == bias.dtype == jnp.float32 and (dtype or x.dtype) == x.dtype
+    return alike and x.dtype in native_library.DTYPES and native_library.available()
+
+
+def normalize(
+    x: Array,
+    mean: Array,
+    variance: Array,
+    scale: Array,
+    bias: Array,
+    *,
+    relu: bool = False,
+    epsilon: float = 1e-5,
+    dtype: Any = None,
+) -> Array | cpu.Remade:
+    """`plain.normalize`, for a convolution that normalises while it reads X."""
+    y = plain.normalize(x, mean, variance, scale, bias, relu=relu, epsilon=epsilon, dtype=dtype)
+    if not _takes(x, scale, bias, dtype):
+        return y
+    factor = lax.rsqrt(variance + epsilon) * scale
+    return cpu.Remade(y, (x, mean, factor, bias), cpu_batch_norm.Normalizer(relu, y.dtype))
 
 
 def _statistics(x, axis_name):
@@ -45,7 +68,7 @@ def _statistics(x, axis_name):
     return mean, over_devices(own_variance + jnp.square(own_mean - mean), axis_name)
 
 
-@derivable(lambda _, x: statistics(x, None))
+@derivable(lambda _, x: plain.statistics(x, None))
 def _moments(_, x):
     numbers = jax.typeof(x).update(shape=x.shape[-1:], dtype=jnp.dtype(jnp.float32))
     return tuple(call("regnet_flax_moments", [numbers, numbers], x))
