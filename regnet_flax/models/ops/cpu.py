@@ -118,7 +118,7 @@ def explicit(
 
 
 def asks_for_more(
-    x: Array | Remade,
+    x: Any,
     kernel: Array,
     lhs_dilation: Sequence[int] | None = None,
     rhs_dilation: Sequence[int] | None = None,

@@ -93,12 +93,14 @@ def conv(
     parts = x.parts if isinstance(x, Concatenated) else (x,)
     arrays, operands, makes = [], [], []
     for part in parts:
-        normalized = isinstance(part, cpu.Remade) and isinstance(part.make, Normalizer)
+        made_from, make = (cpu.array(part),), None
+        if isinstance(part, cpu.Remade) and isinstance(part.make, Normalizer):
+            made_from, make = part.operands, part.make
+        first, *vectors = made_from
         arrays.append(cpu.array(part))
-        first, *vectors = part.operands if normalized else (arrays[-1],)
         operands.append((first, *(vector.astype(jnp.float32) for vector in vectors)))
-        makes.append(part.make if normalized else None)
-    form = _Form(tuple(strides), cpu.explicit(padding, x.shape, kernel.shape, strides), tuple(makes))
+        makes.append(make)
+    form = _Form((strides[0], strides[1]), cpu.explicit(padding, x.shape, kernel.shape, strides), tuple(makes))
     flat, structure = jax.tree.flatten((arrays, operands, kernel))
     arrays, operands, kernel = jax.tree.unflatten(structure, vary_together(*flat))
     return _conv(form, tuple(arrays), tuple(operands), kernel)
