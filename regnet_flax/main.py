@@ -31,6 +31,7 @@ MODES = {
     "export": "regnet_flax.modes.export",
 }
 _DISTRIBUTED = ("train", "eval")
+_COMPUTING = ("train", "eval", "predict", "compare", "benchmark", "analyze")
 _PARALLEL = "regnet_flax.training.parallel"
 
 
@@ -71,7 +72,12 @@ def run(argv: Sequence[str]) -> None:
         parallel.initialize(options.distributed)
         level = logging.INFO if parallel.is_primary() else logging.WARNING
     log_to_console(level)
-    importlib.import_module(MODES[options.mode]).run(config, options)
+    mode = importlib.import_module(MODES[options.mode])
+    if options.mode in _COMPUTING:
+        from regnet_flax.models.ops import native_library
+
+        native_library.prepare()  # while the data set is read
+    mode.run(config, options)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

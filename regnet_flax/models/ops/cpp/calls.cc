@@ -15,7 +15,8 @@
 #include "threads.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Instruction sets. The processor's best is found when the library is loaded, so one built elsewhere serves.
+// Instruction sets. The processor's best is found when the library is loaded; ONLY_AVX512 and ONLY_AVX2 leave out the
+// other.
 
 #define INLINE inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 32")
@@ -25,6 +26,7 @@ namespace {
 
 #ifdef __x86_64__
 
+#ifndef ONLY_AVX2
 #define LANES 16
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 namespace avx512 {
@@ -36,7 +38,9 @@ constexpr Library LIBRARY{LANES,         pixels,       planes,  convolve_image, 
 }  // namespace avx512
 #undef LANES
 #undef TARGET
+#endif
 
+#ifndef ONLY_AVX512
 #define LANES 8
 #define TARGET __attribute__((target("avx2,fma")))
 namespace avx2 {
@@ -48,17 +52,28 @@ constexpr Library LIBRARY{LANES,         pixels,       planes,  convolve_image, 
 }  // namespace avx2
 #undef LANES
 #undef TARGET
+#endif
+
+#if defined(ONLY_AVX512)
+namespace avx2 = avx512;
+#elif defined(ONLY_AVX2)
+namespace avx512 = avx2;
+#endif
 
 int lanes_here() {
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-#ifndef WITHOUT_AVX512
+#ifndef ONLY_AVX2
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl")) {
     return 16;
   }
 #endif
+#ifdef ONLY_AVX512
+  return 0;
+#else
   return 8;
+#endif
 }
 
 template <Cell CELL>
