@@ -29,13 +29,6 @@ def train_batch(order, seed, step, batch_size, shard=0, shards=1):
 eval_batch = jax.jit(feeds.eval_batch)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _release_compiled():
-    """After all of them, since they share a function; conftest.py does it after each."""
-    yield
-    jax.clear_caches()
-
-
 @functools.cache
 def epoch(seed, epoch, batch_size, shards=1):
     """All batches of an epoch, what the shards give put together."""

@@ -47,10 +47,9 @@ def states(program, count, state=None):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _release_compiled():
-    """After all of them, since they share a program; conftest.py does it after each."""
-    yield
-    jax.clear_caches()
+def _shallow():
+    with helpers.shallow("resnet8"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -227,7 +226,7 @@ def test_in_bfloat16_parameters_statistics_and_sums_stay_float32():
     program = make_program(**{"dtype": "bfloat16", "optimizer.ema_decay": 0.9, "optimizer.accumulate_steps": 2})
     (state,) = states(program, 1)
     floats = [a for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.floating)]
-    assert len(floats) > 50 and {a.dtype for a in floats} == {np.dtype("float32")}
+    assert len(floats) > 40 and {a.dtype for a in floats} == {np.dtype("float32")}
     arithmetic = str(jax.make_jaxpr(lambda v: program.model.apply(v, BATCH["images"], train=False))(state.variables))
     assert "bf16[8,8,8,4] = conv_general_dilated" in arithmetic
 

@@ -32,11 +32,9 @@ TOLERANCE = 1e-6  # images are normalised in float32
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _release_compiled():
-    """After all of them, since they share programs; conftest.py does it after each."""
-    with helpers.few_digits():
+def _small():
+    with helpers.few_digits(), helpers.shallow("resnet8", "regnet8_convlstm"):
         yield
-    jax.clear_caches()
 
 
 def dataset():

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+import helpers
 from configs import rnn_photos as folder_config
 from helpers import alive, checksums, children, wait_until
 from helpers import metrics as read_lines
@@ -51,6 +52,12 @@ def arguments_of(data, workdir, **overrides):
     return ["--config", "configs/rnn_photos.py", "--workdir", str(workdir)] + [
         f"--config.{name}={value}" for name, value in options.items()
     ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shallow():
+    with helpers.shallow("resnet8"):
+        yield
 
 
 @pytest.fixture
