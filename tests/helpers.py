@@ -21,7 +21,7 @@ from configs import digits
 from regnet_flax import main
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import SOURCES, Dataset
-from regnet_flax.models.registry import MODELS
+from regnet_flax.models import registry
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -90,8 +90,10 @@ def shallow(*names, stage_sizes=(1,)):
     """
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
-            model = MODELS[name]
-            patch.setitem(MODELS, name, functools.partial(model.func, **model.keywords | {"stage_sizes": stage_sizes}))
+            model = registry._resolve(name)
+            patch.setitem(
+                registry.MODELS, name, functools.partial(model.func, **model.keywords | {"stage_sizes": stage_sizes})
+            )
         yield
 
 
