@@ -41,7 +41,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 QUICK = {"0.10.2": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"}
 
 # Of a worker that has compiled; see _release_compiled.
-MEMORY = 3 << 30
+MEMORY = 5 << 29
 _compiled = {}
 
 

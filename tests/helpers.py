@@ -91,9 +91,8 @@ def shallow(*names, stage_sizes=(1,)):
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             model = registry._resolve(name)
-            patch.setitem(
-                registry.MODELS, name, functools.partial(model.func, **model.keywords | {"stage_sizes": stage_sizes})
-            )
+            fields = model.keywords | {"stage_sizes": stage_sizes}
+            patch.setitem(registry.MODELS, name, functools.partial(model.func, **fields))
         yield
 
 
