@@ -40,6 +40,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 # the process, so only versions that were tried are named.
 QUICK = {"0.10.2": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"}
 
+# The files that take longest, so that no process is left alone with one of them at the end.
+LONG = ("test_parity", "test_ops", "test_networks", "test_recipe", "test_outside", "test_checkpoint", "test_streamed")
 # Of a worker that has compiled; see _release_compiled.
 MEMORY = 5 << 29
 _compiled = {}
@@ -82,6 +84,7 @@ def pytest_collection_finish():
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for name in ("slow", "thorough"):
         if not config.getoption(f"--{name}"):
             for item in items:
