@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from helpers import ROOT, error_of, run_program
+from helpers import ROOT, error_of, run_program, shallow
 from regnet_flax.modes import benchmark
 
 TINY = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.batch_size=8"]
@@ -41,6 +41,12 @@ def test_the_matrix_product_is_what_is_timed(monkeypatch):
     clock = iter([0.0, 3.0, 10.0, 12.0])
     monkeypatch.setattr(benchmark.time, "perf_counter", lambda: next(clock))
     assert benchmark.matmul_rate(jax.devices()[0], "float32", rounds=2) == 2 * 64**3 / 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shallow():
+    with shallow("resnet8"):
+        yield
 
 
 def test_photographs_are_random_images_of_their_size(monkeypatch):

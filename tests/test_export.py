@@ -33,7 +33,7 @@ TINY = [
         ("regnet20_convlstm", {}),
         ("se_regnet50_convgru", {"kernel": "dense"}),
         ("regnet_proj_cifar", {}),
-        ("resnet_rnn20_convgru", {}),
+        pytest.param("resnet_rnn20_convgru", {}, marks=pytest.mark.thorough),
         ("resnet20", {"dtype": jnp.bfloat16, "shortcut": "A"}),
         ("regnety_400mf", {}),
     ],
