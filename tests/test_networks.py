@@ -35,7 +35,7 @@ COUNTS = [  # of the papers or of osmr/imgclsmob's table
     ("dia_resnet56", 10, 870_162),
     ("dia_resnet164", 100, 1_946_132),  # the table has it at 100 classes
     ("rla_resnet50", 1000, 25_557_032 + 313_664),
-    ("rla_resnet101", 1000, 44_549_160 + 454_016),
+    pytest.param("rla_resnet101", 1000, 44_549_160 + 454_016, marks=pytest.mark.thorough),
 ]
 
 

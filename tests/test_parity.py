@@ -175,7 +175,14 @@ def test_every_registered_model_is_compared():
     assert not [name for name in MODELS if kind(name) not in compared]
 
 
-@pytest.mark.parametrize("case", [*FAST, *KINDS, SHALLOW, ("resnet20", SHORT | {"in_channels": 1})], ids=label)
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(*FAST, SHALLOW, ("resnet20", SHORT | {"in_channels": 1})),
+        *(pytest.param(case, marks=pytest.mark.thorough) for case in KINDS),
+    ],
+    ids=label,
+)
 def test_names_both_ways(case):
     name, options = case
     state = arrays(reference(name, options).state_dict())
