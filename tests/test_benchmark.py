@@ -43,12 +43,6 @@ def test_the_matrix_product_is_what_is_timed(monkeypatch):
     assert benchmark.matmul_rate(jax.devices()[0], "float32", rounds=2) == 2 * 64**3 / 2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _shallow():
-    with shallow("resnet8"):
-        yield
-
-
 def test_photographs_are_random_images_of_their_size(monkeypatch):
     """No data set is read, and the crop that is done while decoding is left out."""
     from configs import imagenet
@@ -58,7 +52,8 @@ def test_photographs_are_random_images_of_their_size(monkeypatch):
     config.model.overrides.width = 4
     monkeypatch.setattr(benchmark, "SECONDS", 0.0)
     monkeypatch.setitem(benchmark.MATRIX, "cpu", 64)
-    found = benchmark.benchmark(config, jax.devices()[:1])
+    with shallow("resnet8"):
+        found = benchmark.benchmark(config, jax.devices()[:1])
     assert found["image_shape"] == [32, 32, 3] and found["images_per_second"] > 0
     assert config.dataset.augment[0] == "random_resized_crop", "the caller's config is left as it is"
 
