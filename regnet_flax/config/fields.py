@@ -273,6 +273,13 @@ FIELDS: dict[str, Field] = {
         "JSON on standard output instead of a table; everything else goes to standard error",
         may_change=True,
     ),
+    "demo.host": Field(
+        "127.0.0.1",
+        _text,
+        "for --mode demo: the address of its page; this one is for this machine alone",
+        may_change=True,
+    ),
+    "demo.port": Field(8000, _whole(0, 65535), "of the page; 0: any that is free", may_change=True),
     "compare.models": Field(
         (),
         _each(_text),

@@ -25,6 +25,8 @@ EXTENSIONS = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"),
 )
 HEIC = (".heic", ".heif", ".hif")  # read where pillow-heif is installed
+# Pillow's names of these. Of others some have programs started to decode them, as EPS.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF", "JPEG2000", "PPM", "TIFF")
 # What is said once of images that are not shown as they stand in their files.
 TRANSPARENT = "some images have transparent parts, which are shown on white"
 DARK = (
@@ -50,8 +52,17 @@ def extensions() -> tuple[str, ...]:
     return EXTENSIONS + (HEIC if reads_heic() else ())
 
 
-def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that can be read here."""
+    return FORMATS + (("HEIF",) if reads_heic() else ())
+
+
+def open_image(file: str | os.PathLike | IO[bytes], formats: Sequence[str] | None = None) -> Image.Image:
     """Pillow's Image.open, which refuses images of suspicious size instead of warning of them.
+
+    Args:
+        file: to read from.
+        formats: that are tried; None is all that Pillow knows.
 
     Raises:
         Image.DecompressionBombError: more than Image.MAX_IMAGE_PIXELS pixels.
@@ -60,7 +71,7 @@ def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     if isinstance(file, (str, os.PathLike)) and os.fspath(file).lower().endswith(HEIC):
         reads_heic()
     # Turning Pillow's warning into an error would do so for the whole process.
-    image = Image.open(file)
+    image = Image.open(file, formats=formats)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         image.close()
@@ -70,12 +81,15 @@ def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     return image
 
 
-def read_image(path: str | os.PathLike, remarks: list[str] | None = None) -> Image.Image:
+def read_image(
+    file: str | os.PathLike | IO[bytes], remarks: list[str] | None = None, formats: Sequence[str] | None = None
+) -> Image.Image:
     """Reads the first frame of an image file as upright 8-bit RGB.
 
     Args:
-        path: an image of any size and mode; 16-bit grey is scaled to 8 bits, transparent parts are shown on white.
+        file: an image of any size and mode; 16-bit grey is scaled to 8 bits, transparent parts are shown on white.
         remarks: gets one of REMARKS where it holds of the image.
+        formats: see open_image.
 
     Returns:
         The decoded image, mode "RGB", turned as its EXIF orientation says.
@@ -84,9 +98,9 @@ def read_image(path: str | os.PathLike, remarks: list[str] | None = None) -> Ima
         Exception: whatever Pillow raises for a file it cannot decode; ValueError for floating-point pixels, and for
             what is no regular file: a named pipe would wait for its other end.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if isinstance(file, (str, os.PathLike)) and not stat.S_ISREG(os.stat(file).st_mode):
         raise ValueError("not a regular file")
-    with open_image(path) as image:
+    with open_image(file, formats) as image:
         deep = _is_deep(image)
         upright = ImageOps.exif_transpose(image)
         _remark(upright, deep, remarks)

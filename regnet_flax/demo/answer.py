@@ -1,0 +1,169 @@
+"""What the page shows of one image: its classes, Grad-CAM, each block's gates and state, and the network without H."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from regnet_flax.analysis.features import BlockFeatures, inspect
+from regnet_flax.analysis.grad_cam import grad_cam
+from regnet_flax.analysis.plots.features import colors
+from regnet_flax.analysis.state_use import fusing_stages, without_state
+from regnet_flax.data import photos
+from regnet_flax.data.augment import normalize
+from regnet_flax.errors import DataError, one_line
+from regnet_flax.trained import Trained
+
+PICTURE = 256  # pixels of the longer side of the larger pictures, at most or about
+OPACITY = 0.6  # of Grad-CAM over the image
+
+REMARKS = {
+    photos.TRANSPARENT: "Its transparent parts are shown on white.",
+    photos.DARK: "It has 16 bits and uses the lowest 12 or fewer, so it comes out nearly black.",
+}
+NO_REGULATOR = "This network has no regulator: there are no gates and no state to show, and nothing to switch off."
+NOT_FUSED = "This network does not fuse its features with H, so H cannot be left out of it."
+
+
+class Answers:
+    """Answers for one network: `Answers(trained)(bytes of an image file)`.
+
+    Args:
+      trained: the network.
+    """
+
+    def __init__(self, trained: Trained):
+        self._trained = trained
+        stages = fusing_stages(trained.variables)
+        groups = [(stage,) for stage in stages] + ([tuple(stages)] if len(stages) > 1 else [])
+        self._without = {
+            group: dataclasses.replace(trained, variables=without_state(trained.variables, *group)) for group in groups
+        }
+
+    def compile(self) -> None:
+        """Answers for an empty image, which compiles all that an answer takes."""
+        self._of_image(Image.new("RGB", (32, 32), "grey"))
+
+    def __call__(self, data: bytes) -> dict[str, Any]:
+        """The answer for an image file.
+
+        Args:
+          data: the file's contents.
+
+        Returns:
+          Values that JSON takes, pictures as data: URLs:
+
+          - "photo" and "input", the image and what the network is given of it; "remarks" on how it was read;
+          - "classes", the `predict.top` most probable, each with "name" and "probability";
+          - "cam", Grad-CAM of the first of them for each stage's last block, each with "block" and "picture";
+          - "stages", those that have a regulator, each with "stage", "blocks", their names, and "rows", one for each
+            array of the state and each gate: "name", "low" and "high", the range of its colours, and "cells", a
+            "picture" and its "mean" for each block. Maps are root mean squares over the channels of a state, and means
+            over those of a gate;
+          - "without", for each of these stages, and for all, that is switched off: "stages", "name" and "probability"
+            of the class that is most probable then, and "first", the probability of the first of "classes";
+          - "note", why something is missing, or "".
+
+        Raises:
+          DataError: the file cannot be read as an image.
+        """
+        remarks: list[str] = []
+        try:
+            image = photos.read_image(io.BytesIO(data), remarks, photos.formats())
+        except UnidentifiedImageError as error:
+            known = ", ".join(photos.formats())
+            raise DataError(f"this is no image, or of another format than those that are read: {known}") from error
+        except Image.DecompressionBombError as error:
+            limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f}"
+            raise DataError(f"the image has more than {limit} million pixels: make it smaller") from error
+        except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file
+            raise DataError(f"the file cannot be read as an image ({one_line(error)})") from error
+        return self._of_image(image) | {"remarks": [REMARKS[remark] for remark in remarks]}
+
+    def _of_image(self, image: Image.Image) -> dict[str, Any]:
+        trained = self._trained
+        settings, names = trained.config.dataset, trained.class_names
+        pixels = trained.to_input(image)
+        shares = trained.predict(pixels)[0]
+        order = np.argsort(-shares, kind="stable")[: trained.config.predict.top]
+        first = int(order[0])
+
+        inputs = normalize(jnp.asarray(pixels[None]), settings.mean, settings.std)
+        blocks = inspect(trained.model, trained.variables, inputs)
+        last = {block.stage: block.name for block in blocks}.values()
+        maps = grad_cam(trained.model, trained.variables, inputs, blocks=tuple(last), classes=np.array([first]))
+        stages = _stages(blocks)
+
+        without = []
+        for group, other in self._without.items():
+            changed = other.predict(pixels)[0]
+            best = int(changed.argmax())
+            without.append(
+                {
+                    "stages": group,
+                    "name": names[best],
+                    "probability": float(changed[best]),
+                    "first": float(changed[first]),
+                }
+            )
+        photo = image.copy()
+        photo.thumbnail((PICTURE, PICTURE))
+        return {
+            "photo": _url(photo),
+            "input": _url(Image.fromarray(pixels.squeeze())),
+            "remarks": [],
+            "classes": [{"name": names[index], "probability": float(shares[index])} for index in order],
+            "cam": [{"block": name, "picture": _url(_over(pixels, found[0]))} for name, found in maps.items()],
+            "stages": stages,
+            "without": without,
+            "note": NO_REGULATOR if not stages else NOT_FUSED if not without else "",
+        }
+
+
+def _stages(blocks: Sequence[BlockFeatures]) -> list[dict[str, Any]]:
+    regulated = [block for block in blocks if block.state]
+    # A gate's colours mean the same in all stages: from −1 for tanh, from 0 for σ; a custom cell may go beyond.
+    ranges = {}
+    for name in regulated[0].gates if regulated else ():
+        arrays = [block.gates[name] for block in regulated]
+        low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
+        ranges[name] = min(low, -1.0 if low < 0 else 0.0), max(high, 1.0)
+
+    stages = []
+    for stage in dict.fromkeys(block.stage for block in regulated):
+        chosen = [block for block in regulated if block.stage == stage]
+        rows = []
+        for name in chosen[0].state:
+            maps = [np.sqrt((block.state[name][0] ** 2).mean(-1)) for block in chosen]
+            rows.append(_row(name, maps, 0.0, max(found.max() for found in maps)))
+        rows += [_row(name, [block.gates[name][0].mean(-1) for block in chosen], *ranges[name]) for name in ranges]
+        stages.append({"stage": stage, "blocks": [block.name for block in chosen], "rows": rows})
+    return stages
+
+
+def _row(name: str, maps: Sequence[np.ndarray], low: float, high: float) -> dict[str, Any]:
+    cells = [{"picture": _url(Image.fromarray(colors(m, low, high))), "mean": float(m.mean())} for m in maps]
+    return {"name": name, "low": float(low), "high": float(high), "cells": cells}
+
+
+def _over(pixels: np.ndarray, cam: np.ndarray) -> Image.Image:
+    """Grad-CAM (h, w) over the image (height, width, channels)."""
+    height, width = pixels.shape[:2]
+    scale = max(1, round(PICTURE / max(height, width)))
+    size = (width * scale, height * scale)
+    picture = Image.fromarray(pixels.squeeze()).convert("RGB").resize(size, Image.Resampling.NEAREST)
+    smooth = np.asarray(Image.fromarray(cam).resize(size, Image.Resampling.BILINEAR))
+    return Image.blend(picture, Image.fromarray(colors(smooth, 0.0, cam.max())), OPACITY)
+
+
+def _url(picture: Image.Image) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

@@ -1,0 +1,208 @@
+"""--mode demo: a page on this machine, on which one drops a photo and sees what a trained network makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import html
+import ipaddress
+import logging
+import pathlib
+import re
+import socket
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from regnet_flax.errors import ConfigError, DataError, UsageError, one_line
+
+try:
+    import uvicorn
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.datastructures import Headers, MutableHeaders
+    from starlette.middleware import Middleware
+    from starlette.requests import Request
+    from starlette.responses import HTMLResponse, JSONResponse
+    from starlette.routing import Route
+except ImportError as error:
+    raise UsageError("--mode demo needs Starlette and uvicorn: pip install 'regnet_flax[demo]'") from error
+
+from regnet_flax.command_line import Options
+from regnet_flax.config.check import check_config
+from regnet_flax.demo.answer import Answers
+from regnet_flax.trained import Trained, with_config
+from regnet_flax.training.display import working
+
+PAGE = pathlib.Path(__file__).with_name("page.html")
+MAX_BYTES = 32 * 2**20
+CONNECTIONS = 16
+
+logger = logging.getLogger("regnet_flax")
+
+
+def build_app(answer: Callable[[bytes], dict[str, Any]], words: Mapping[str, str], host: str = "") -> Starlette:
+    """The page as an ASGI application of two routes: GET / is the page, POST /look takes a file and gives its answer.
+
+    Files are taken up to MAX_BYTES, and are looked at one after another. What goes wrong is {"error": a line}.
+
+    Args:
+      answer: from a file's contents to its answer; see `Answers`.
+      words: what the page says of the network; see `describe`.
+      host: by which name, besides localhost and addresses, the page may be asked for.
+    """
+    turn = asyncio.Lock()
+    text = PAGE.read_text(encoding="utf-8")
+    for name, value in (words | {"max_bytes": str(MAX_BYTES)}).items():
+        text = text.replace(f"{{{{{name}}}}}", html.escape(value))
+
+    async def page(_: Request) -> HTMLResponse:
+        return HTMLResponse(text)
+
+    async def look(request: Request) -> JSONResponse:
+        length = request.headers.get("content-length", "0")
+        data = bytearray()
+        if not length.isdecimal() or int(length) <= MAX_BYTES:
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > MAX_BYTES:
+                    break
+            else:
+                async with turn:
+                    return await run_in_threadpool(_answer, answer, bytes(data))
+        return _error(413, f"the file has more than {MAX_BYTES >> 20} MB: make the image smaller")
+
+    guard = Middleware(_Guard, names=("localhost", host.lower()), policy=_policy(text))
+    return Starlette(routes=[Route("/", page), Route("/look", look, methods=["POST"])], middleware=[guard])
+
+
+def _answer(answer: Callable[[bytes], dict[str, Any]], data: bytes) -> JSONResponse:
+    try:
+        return JSONResponse(answer(data))
+    except DataError as error:
+        return _error(400, str(error))
+    except Exception as error:
+        logger.exception("the network failed on an image")
+        return _error(500, f"the network failed on this image ({one_line(error)}): the terminal says more")
+
+
+def _error(status: int, line: str) -> JSONResponse:
+    return JSONResponse({"error": line}, status)
+
+
+def _policy(text: str) -> str:
+    """The Content-Security-Policy of the page: its own style and script, pictures within answers, and nothing else."""
+    hashes = {}
+    for kind in ("style", "script"):
+        (inside,) = re.findall(f"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+        hashes[kind] = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; style-src 'sha256-{hashes['style']}'; script-src 'sha256-{hashes['script']}'; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+class _Guard:
+    """Refuses what other sites have a browser ask for, and tells the browser what the page may do.
+
+    A name that an attacker has point to this machine (DNS rebinding) is neither an address nor one of `names`.
+    """
+
+    def __init__(self, app: Any, names: tuple[str, ...], policy: str):
+        self._app, self._names = app, names
+        self._headers = {
+            "Content-Security-Policy": policy,
+            "Cross-Origin-Resource-Policy": "same-origin",
+            "Cache-Control": "no-store",
+            "Referrer-Policy": "no-referrer",
+            "X-Content-Type-Options": "nosniff",
+        }
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self._headers)
+            await send(message)
+
+        headers = Headers(scope=scope)
+        host = headers.get("host", "")
+        own = self._is_own(host) and headers.get("origin", f"http://{host}") == f"http://{host}"
+        app = self._app if own else _error(403, "the page answers to localhost, its address and demo.host alone")
+        await app(scope, receive, send_with_headers)
+
+    def _is_own(self, host: str) -> bool:
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            return name in self._names or bool(ipaddress.ip_address(name))
+        except ValueError:
+            return False
+
+
+def describe(trained: Trained) -> dict[str, str]:
+    """What the page says of a network: "model" and "about"."""
+    height, width, channels = trained.image_shape
+    of = "grey " if channels == 1 else ""
+    about = f"{trained.source} · {len(trained.class_names)} classes · sees {of}images of {width}×{height} pixels"
+    return {"model": trained.config.model.name, "about": about}
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+      ConfigError: there can be none at this address.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen()
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"demo.host is {host!r} and demo.port {port}, where no page can be ({why}): set another "
+            "--config.demo.port, 0 for any that is free, or leave demo.host alone"
+        ) from error
+    return listening
+
+
+def run(config: Any, options: Options) -> None:
+    """Serves the page until a signal ends the program.
+
+    Raises:
+      ConfigError: a value is wrong, or the address cannot be had.
+      WorkdirError, CheckpointError, WeightsError: see `with_config`.
+    """
+    check_config(config)
+    host = config.demo.host
+    listening = listen(host, config.demo.port)
+    working("reading the network")
+    trained = with_config(config, options.workdir)
+    answers = Answers(trained)
+    logger.info("compiling %s, so that the first answer is quick", config.model.name)
+    working("compiling")
+    answers.compile()
+    working("")
+
+    address, port = listening.getsockname()[:2]
+    if not ipaddress.ip_address(address).is_loopback:
+        logger.warning("demo.host is %s: whoever reaches this machine can use the page", host)
+    logger.info(
+        "%s, %s: open http://%s:%d", config.model.name, trained.source, f"[{host}]" if ":" in host else host, port
+    )
+    logger.info("Ctrl-C ends it")
+    app = build_app(answers, describe(trained), host)
+    settings = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="critical",  # what goes wrong is said in the page
+        access_log=False,
+        lifespan="off",
+        ws="none",
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=1,
+    )
+    uvicorn.Server(settings).run(sockets=[listening])
