@@ -8,9 +8,11 @@ import json
 import logging
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -79,6 +81,22 @@ def few_digits(train=132, test=60, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SOURCES, "digits", lambda **_: few)
         yield
+
+
+# Images
+
+
+def bomb(path, side):
+    """A PNG of side × side black pixels in some kilobytes."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
 
 
 # Workdirs

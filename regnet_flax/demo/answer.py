@@ -65,8 +65,8 @@ class Answers:
           - "cam", Grad-CAM of the first of them for each stage's last block, each with "block" and "picture";
           - "stages", those that have a regulator, each with "stage", "blocks", their names, and "rows", one for each
             array of the state and each gate: "name", "low" and "high", the range of its colours, and "cells", a
-            "picture" and its "mean" for each block. Maps are root mean squares over the channels of a state, and means
-            over those of a gate;
+            "picture" and its "mean" for each block. Pictures are root mean squares over the channels of a state, in
+            colours from 0, and means over those of a gate, in colours from the smallest to the largest of the stage;
           - "without", for each of these stages, and for all, that is switched off: "stages", "name" and "probability"
             of the class that is most probable then, and "first", the probability of the first of "classes";
           - "note", why something is missing, or "".
@@ -79,7 +79,7 @@ class Answers:
             image = photos.read_image(io.BytesIO(data), remarks, photos.formats())
         except UnidentifiedImageError as error:
             known = ", ".join(photos.formats())
-            raise DataError(f"this is no image, or of another format than those that are read: {known}") from error
+            raise DataError(f"the file is no image in a format that can be read here ({known})") from error
         except Image.DecompressionBombError as error:
             limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f}"
             raise DataError(f"the image has more than {limit} million pixels: make it smaller") from error
@@ -129,26 +129,19 @@ class Answers:
 
 def _stages(blocks: Sequence[BlockFeatures]) -> list[dict[str, Any]]:
     regulated = [block for block in blocks if block.state]
-    # A gate's colours mean the same in all stages: from −1 for tanh, from 0 for σ; a custom cell may go beyond.
-    ranges = {}
-    for name in regulated[0].gates if regulated else ():
-        arrays = [block.gates[name] for block in regulated]
-        low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
-        ranges[name] = min(low, -1.0 if low < 0 else 0.0), max(high, 1.0)
-
     stages = []
     for stage in dict.fromkeys(block.stage for block in regulated):
         chosen = [block for block in regulated if block.stage == stage]
-        rows = []
-        for name in chosen[0].state:
-            maps = [np.sqrt((block.state[name][0] ** 2).mean(-1)) for block in chosen]
-            rows.append(_row(name, maps, 0.0, max(found.max() for found in maps)))
-        rows += [_row(name, [block.gates[name][0].mean(-1) for block in chosen], *ranges[name]) for name in ranges]
+        state, gates = chosen[0].state, chosen[0].gates
+        rows = [_row(name, [np.sqrt((block.state[name][0] ** 2).mean(-1)) for block in chosen], 0.0) for name in state]
+        # Over all that a gate may be, from 0 or −1 to 1, most would be of one colour.
+        rows += [_row(name, [block.gates[name][0].mean(-1) for block in chosen]) for name in gates]
         stages.append({"stage": stage, "blocks": [block.name for block in chosen], "rows": rows})
     return stages
 
 
-def _row(name: str, maps: Sequence[np.ndarray], low: float, high: float) -> dict[str, Any]:
+def _row(name: str, maps: Sequence[np.ndarray], low: float | None = None) -> dict[str, Any]:
+    low, high = np.min(maps) if low is None else low, np.max(maps)
     cells = [{"picture": _url(Image.fromarray(colors(m, low, high))), "mean": float(m.mean())} for m in maps]
     return {"name": name, "low": float(low), "high": float(high), "cells": cells}
 

@@ -189,10 +189,8 @@ def run(config: Any, options: Options) -> None:
     address, port = listening.getsockname()[:2]
     if not ipaddress.ip_address(address).is_loopback:
         logger.warning("demo.host is %s: whoever reaches this machine can use the page", host)
-    logger.info(
-        "%s, %s: open http://%s:%d", config.model.name, trained.source, f"[{host}]" if ":" in host else host, port
-    )
-    logger.info("Ctrl-C ends it")
+    place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    logger.info("%s, %s: open %s; Ctrl-C ends it", config.model.name, trained.source, place)
     app = build_app(answers, describe(trained), host)
     settings = uvicorn.Config(
         app,

@@ -1,0 +1,342 @@
+"""--mode demo: what its page shows of an image, what it refuses, and how it looks to a browser."""
+
+import asyncio
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import io
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import threading
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from helpers import ROOT, bomb, environment, error_of, failures, random_variables, run_program, tiny_config
+from regnet_flax import create_model, load
+from regnet_flax.analysis.features import inspect
+from regnet_flax.analysis.plots.features import colors
+from regnet_flax.analysis.state_use import without_state
+from regnet_flax.data.augment import normalize
+from regnet_flax.data.photos import read_image
+from regnet_flax.demo import answer, server
+from regnet_flax.trained import Trained
+
+LOCAL = "http://localhost:8000"
+
+
+def network(name, stage_sizes):
+    """A small network as if it had been trained, on colour images of 8×8 pixels; its classes have markup for names."""
+    model = create_model(name, num_classes=3, width=4).clone(stage_sizes=stage_sizes)
+    variables = random_variables(model, np.zeros((1, 8, 8, 3), np.float32))
+    config = tiny_config(**{"model.name": name, "predict.top": 2})
+    config.dataset.mean, config.dataset.std = (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)
+    return Trained(model, variables, config, ("<b>a</b>", "b & c", "d"), (8, 8, 3), 12)
+
+
+def photo(**options):
+    """The contents of an image file, wider than high."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (21, 34, 3), np.uint8)
+    Image.fromarray(noise).save(file, **{"format": "PNG"} | options)
+    return file.getvalue()
+
+
+def decoded(url):
+    kind, _, data = url.partition(",")
+    assert kind == "data:image/png;base64"
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    return network("regnet8_convlstm", (1, 1))
+
+
+def test_what_the_page_shows_of_an_image(trained, tmp_path):
+    path = tmp_path / "photo.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # it lies on its side
+    path.write_bytes(photo(format="JPEG", exif=exif))
+    found = answer.Answers(trained)(path.read_bytes())
+
+    # As --mode predict reads it.
+    pixels = trained.to_input(read_image(path))
+    shares = trained.predict(path)[0]
+    order = np.argsort(-shares)[:2]
+    np.testing.assert_array_equal(decoded(found["input"]), pixels)
+    assert decoded(found["photo"]).shape == (34, 21, 3)
+    assert [entry["name"] for entry in found["classes"]] == [trained.class_names[i] for i in order]
+    assert [entry["probability"] for entry in found["classes"]] == pytest.approx(shares[order], rel=1e-5)
+
+    blocks = inspect(trained.model, trained.variables, normalize(pixels[None], (0.5, 0.4, 0.3), (0.2, 0.3, 0.2)))
+    assert [stage["blocks"] for stage in found["stages"]] == [["1.1"], ["2.1"]]
+    for stage, block in zip(found["stages"], blocks, strict=True):
+        rows = {row["name"]: row for row in stage["rows"]}
+        assert list(rows) == ["H", "C", *block.gates]
+        shown = {"H": np.sqrt((block.state["H"][0] ** 2).mean(-1)), "g": block.gates["g"][0].mean(-1)}
+        for name, low in (("H", 0), ("g", shown["g"].min())):
+            assert (rows[name]["low"], rows[name]["high"]) == pytest.approx((low, shown[name].max()), abs=1e-6)
+            (cell,) = rows[name]["cells"]
+            assert cell["mean"] == pytest.approx(shown[name].mean(), abs=1e-6)
+            np.testing.assert_array_equal(decoded(cell["picture"]), colors(shown[name], low, shown[name].max()))
+
+    assert [entry["stages"] for entry in found["without"]] == [(1,), (2,), (1, 2)]
+    for entry in found["without"]:
+        other = dataclasses.replace(trained, variables=without_state(trained.variables, *entry["stages"]))
+        changed = other.predict(path)[0]
+        assert entry["name"] == trained.class_names[changed.argmax()]
+        assert entry["probability"] == pytest.approx(changed.max(), rel=1e-5)
+        assert entry["first"] == pytest.approx(changed[order[0]], rel=1e-5) != found["classes"][0]["probability"]
+    assert [entry["block"] for entry in found["cam"]] == ["1.1", "2.1"]
+    assert all(decoded(entry["picture"]).shape == (256, 256, 3) for entry in found["cam"])
+    assert found["note"] == "" and found["remarks"] == []
+
+
+def test_a_network_without_a_regulator():
+    plain = answer.Answers(network("resnet8", (1,)))
+    transparent = io.BytesIO()
+    Image.new("RGBA", (4, 4), (255, 0, 0, 99)).save(transparent, "PNG")
+    found = plain(transparent.getvalue())
+    assert len(found["classes"]) == 2 and [entry["block"] for entry in found["cam"]] == ["1.1"]
+    assert found["stages"] == found["without"] == [] and "has no regulator" in found["note"]
+    assert found["remarks"] == ["Its transparent parts are shown on white."]
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("name", "note"),
+    [
+        ("resnet_rnn20_convgru", answer.NOT_FUSED),
+        ("dia_resnet20", answer.NOT_FUSED),
+        ("rla_resnet50", answer.NO_REGULATOR),
+        ("regnety_400mf", answer.NO_REGULATOR),
+    ],
+)
+def test_other_families(name, note):
+    model = create_model(name, num_classes=3)
+    model = model.clone(depth=2) if name.startswith("regnety") else model.clone(stage_sizes=(2,), width=4)
+    variables = random_variables(model, np.zeros((1, 32, 32, 3), np.float32))
+    trained = dataclasses.replace(network("resnet8", (1,)), model=model, variables=variables, image_shape=(32, 32, 3))
+    found = answer.Answers(trained)(photo())
+    assert found["note"] == note and found["cam"] and not found["without"]
+    assert bool(found["stages"]) == (note == answer.NOT_FUSED)
+
+
+def test_files_that_are_refused(trained, tmp_path, monkeypatch):
+    """Each gives one line, before the network sees anything."""
+    client = TestClient(server.build_app(answer.Answers(trained), {}), base_url=LOCAL)
+    monkeypatch.setattr(answer.Answers, "_of_image", lambda *_: pytest.fail("an answer"))
+    bomb(tmp_path / "bomb.png", 20_000)
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    with failures() as case:
+        for label, data, words in (
+            ("text", b"no image", "no image in a format that can be read here (JPEG, PNG"),
+            ("nothing", b"", "no image in a format"),
+            ("cut short", photo()[:900], "cannot be read as an image ("),
+            ("a bomb", (tmp_path / "bomb.png").read_bytes(), "more than 89 million pixels"),
+            ("for Ghostscript", postscript, "no image in a format"),
+        ):
+            with case(label):
+                reply = client.post("/look", content=data)
+                assert reply.status_code == 400 and words in reply.json()["error"], reply.text
+                assert "\n" not in reply.json()["error"] and "0x" not in reply.json()["error"]
+
+    monkeypatch.setattr(server, "MAX_BYTES", 2**20)
+    seen = []
+    client = TestClient(server.build_app(lambda data: seen.append(len(data)) or {}, {}), base_url=LOCAL)
+    assert client.post("/look", content=bytes(2**20)).json() == {}
+    for content in (bytes(2**20 + 1), iter([bytes(2**19)] * 3)):  # with Content-Length, and in chunks without
+        reply = client.post("/look", content=content)
+        assert reply.status_code == 413 and reply.json()["error"].startswith("the file has more than 1 MB")
+    assert seen == [2**20]
+
+
+def test_what_else_is_asked_of_the_page(trained):
+    asked = []
+    app = server.build_app(lambda data: asked.append(data) or {}, server.describe(trained), "my-machine")
+    client = TestClient(app, base_url=LOCAL)
+    reply = client.get("/")
+    assert "regnet8_convlstm" in reply.text and "step 12 · 3 classes · sees images of 8×8 pixels" in reply.text
+    assert "{{" not in reply.text
+    policy = reply.headers["content-security-policy"]
+    for kind in ("style", "script"):
+        (inside,) = re.findall(f"<{kind}>(.*?)</{kind}>", reply.text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert f"{kind}-src 'sha256-{digest}'" in policy
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert reply.headers["cache-control"] == "no-store"
+
+    for path in ("/page.html", "/../server.py", "/%2e%2e/server.py", "//etc/passwd", "/static/page.html"):
+        assert client.get(path).status_code == 404, path
+    assert client.get("/look").status_code == 405
+
+    for host in ("localhost", "localhost:1", "127.0.0.1:8000", "[::1]:8000", "10.1.2.3", "my-machine:80"):
+        assert client.get("/", headers={"host": host}).status_code == 200, host
+        own = {"host": host, "origin": f"http://{host}"}
+        assert client.post("/look", content=b"x", headers=own).status_code == 200, host
+    assert len(asked) == 6
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.evil.example:8000", "[::1", ""):
+        assert client.get("/", headers={"host": host}).status_code == 403, host
+    for origin in ("http://evil.example", "null", "http://localhost:9", "https://localhost:8000"):
+        assert client.post("/look", content=b"x", headers={"origin": origin}).status_code == 403, origin
+    assert len(asked) == 6
+
+
+def test_one_image_at_a_time_and_a_network_that_fails(caplog):
+    running, most, lock = 0, 0, threading.Lock()
+
+    def slow(data):
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        threading.Event().wait(0.05)
+        with lock:
+            running -= 1
+        if data == b"bad":
+            raise RuntimeError("out of\nmemory")
+        return {}
+
+    async def all_at_once():
+        transport = httpx.ASGITransport(app=server.build_app(slow, {}))
+        async with httpx.AsyncClient(transport=transport, base_url=LOCAL) as client:
+            return await asyncio.gather(*(client.post("/look", content=data) for data in (b"1", b"bad", b"3")))
+
+    replies = asyncio.run(all_at_once())
+    assert [reply.status_code for reply in replies] == [200, 500, 200] and most == 1
+    assert replies[1].json()["error"].startswith("the network failed on this image (RuntimeError: out of memory)")
+    assert "the network failed" in caplog.text
+
+
+def test_what_keeps_the_page_from_starting_is_one_line(tmp_path, monkeypatch):
+    command = ["--mode=demo", f"--workdir={tmp_path / 'none'}"]
+    assert "there is no checkpoint" in error_of(run_program(*command, "--config.demo.port=0"), 2)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = error_of(run_program(*command, f"--config.demo.port={port}"), 2)
+        assert f"demo.port {port}" in line and "Address already in use" in line
+    assert "demo.host is '192.0.2.1'" in error_of(run_program(*command, "--config.demo.host=192.0.2.1"), 2)
+    monkeypatch.delitem(sys.modules, "regnet_flax.demo.server")
+    monkeypatch.setitem(sys.modules, "starlette.applications", None)
+    assert error_of(run_program(*command), 2).endswith("pip install 'regnet_flax[demo]'")
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    with tarfile.open(ROOT / "tests" / "stored" / "lone.tar.gz") as tar:
+        tar.extractall(tmp_path, filter="data")
+    return tmp_path / "lone"
+
+
+@contextlib.contextmanager
+def served(workdir):
+    """The program in a process of its own: yields the page's address, and ends it by Ctrl-C."""
+    command = [sys.executable, "-m", "regnet_flax.main", "--mode=demo", f"--workdir={workdir}", "--config.demo.port=0"]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment(), **output) as process:
+        try:
+            said = ""
+            while not (found := re.search(r"http://127\.0\.0\.1:\d+", said)):
+                line = process.stdout.readline()
+                assert line, said
+                said += line
+            yield found[0]
+        finally:
+            process.send_signal(signal.SIGINT)
+            said += process.communicate(timeout=60)[0]
+        assert process.returncode == 130 and "Traceback" not in said, said
+        assert "compiling regnet8_convlstm" in said
+
+
+@pytest.mark.slow
+def test_the_program_serves_a_run_until_ctrl_c(workdir):
+    with served(workdir) as url, httpx.Client(base_url=url) as client:
+        found = client.post("/look", content=photo()).json()
+        assert client.post("/look", content=b"no image").status_code == 400
+        assert client.get("/", headers={"host": "evil.example"}).status_code == 403
+        (workdir / "photo.png").write_bytes(photo())
+        shares = load(workdir).predict(workdir / "photo.png")[0]
+        assert found["classes"][0]["name"] == str(shares.argmax())
+        assert found["classes"][0]["probability"] == pytest.approx(shares.max(), abs=1e-4)
+
+
+@contextlib.contextmanager
+def browser():
+    """Chromium without a window, the system's or Playwright's own; skips where there is none."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    own = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as started:
+        try:
+            chromium = started.chromium.launch(executable_path=own, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium: {error}")
+        yield chromium
+        chromium.close()
+
+
+DROP = """(base64) => {
+  const bytes = Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([bytes], "dropped.png"));
+  document.body.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+}"""
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(workdir, tmp_path):
+    (tmp_path / "photo.png").write_bytes(photo())
+    (tmp_path / "broken.png").write_bytes(photo()[:900])
+    bomb(tmp_path / "bomb.png", 20_000)
+    with open(tmp_path / "huge.png", "wb") as huge:
+        huge.truncate(server.MAX_BYTES + 1)
+    shares = load(workdir).predict(tmp_path / "photo.png")[0]
+    with browser() as chromium, served(workdir) as url:
+        for scheme, width in (("light", 1200), ("dark", 390)):
+            page = chromium.new_context(color_scheme=scheme, viewport={"width": width, "height": 800}).new_page()
+            wrong, asked = [], []
+            page.on("pageerror", lambda error, wrong=wrong: wrong.append(error))
+            page.on("console", lambda message, wrong=wrong: wrong.append(message.text))
+            page.on("request", lambda request, asked=asked: asked.append(request.url))
+            page.goto(url)
+            page.keyboard.press("Tab")
+            assert page.evaluate("document.activeElement.id") == "file"
+            assert not page.locator("#answer").is_visible()
+
+            page.set_input_files("#file", tmp_path / "photo.png")
+            page.wait_for_selector("#answer:not([hidden])")
+            assert page.locator("#classes tr").count() == 5
+            assert page.locator("#classes th").first.inner_text() == str(shares.argmax())
+            assert page.locator("#classes .number").first.inner_text() == f"{100 * shares.max():.1f} %"
+            assert page.locator("#without tr").count() == 1 + 3 + 1
+            assert page.locator("#stages section").count() == page.locator("#cam img").count() == 3
+            pictures = page.locator("img").evaluate_all("(all) => all.map((i) => [i.naturalWidth, i.alt])")
+            assert len(pictures) == 2 + 3 + 3 * 6 and all(size and alt for size, alt in pictures)
+            root = page.locator("html")
+            assert root.evaluate("(e) => e.scrollWidth <= e.clientWidth"), "the page is wider than the window"
+            assert not wrong
+
+            for name, words in (
+                ("broken.png", "cannot be read as an image"),
+                ("bomb.png", "more than 89 million pixels"),
+                ("huge.png", "more than 32 MB"),
+            ):
+                page.set_input_files("#file", tmp_path / name)
+                page.wait_for_selector(f"#error:has-text('{words}')")
+                assert not page.locator("#answer").is_visible()
+            assert len(wrong) == 2 and all("400 (Bad Request)" in text for text in wrong)
+
+            page.evaluate(DROP, base64.b64encode(photo()).decode())
+            page.wait_for_selector("#answer:not([hidden])")
+            assert page.locator("#status").inner_text().startswith(f"dropped.png: {shares.argmax()}")
+            assert page.locator("#error").inner_text() == ""
+            assert all(address.startswith((f"{url}/", "data:")) for address in asked)
