@@ -176,24 +176,25 @@ def run(config: Any, options: Options) -> None:
       WorkdirError, CheckpointError, WeightsError: see `with_config`.
     """
     check_config(config)
-    host = config.demo.host
-    listening = listen(host, config.demo.port)
-    working("reading the network")
-    trained = with_config(config, options.workdir)
-    answers = Answers(trained)
-    logger.info("compiling %s, so that the first answer is quick", config.model.name)
-    working("compiling")
-    answers.compile()
-    working("")
+    with listen(config.demo.host, config.demo.port) as listening:
+        working("reading the network")
+        trained = with_config(config, options.workdir)
+        answers = Answers(trained)
+        logger.info("compiling %s, so that the first answer is quick", config.model.name)
+        working("compiling")
+        answers.compile()
+        working("")
+        _serve(trained, answers, config.demo.host, listening)
 
+
+def _serve(trained: Trained, answers: Answers, host: str, listening: socket.socket) -> None:
     address, port = listening.getsockname()[:2]
     if not ipaddress.ip_address(address).is_loopback:
         logger.warning("demo.host is %s: whoever reaches this machine can use the page", host)
     place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-    logger.info("%s, %s: open %s; Ctrl-C ends it", config.model.name, trained.source, place)
-    app = build_app(answers, describe(trained), host)
+    logger.info("%s, %s: open %s; Ctrl-C ends it", trained.config.model.name, trained.source, place)
     settings = uvicorn.Config(
-        app,
+        build_app(answers, describe(trained), host),
         log_config=None,
         log_level="critical",  # what goes wrong is said in the page
         access_log=False,
