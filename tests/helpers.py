@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 from absl import logging as absl_logging
+from PIL import Image
 
 from configs import digits
 from regnet_flax import main
@@ -84,6 +85,14 @@ def few_digits(train=132, test=60, **changes):
 
 
 # Images
+
+
+def photo(**options):
+    """The contents of an image file of random pixels, wider than high; `options` of Pillow's save."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (21, 34, 3), np.uint8)
+    Image.fromarray(noise).save(file, **{"format": "PNG"} | options)
+    return file.getvalue()
 
 
 def bomb(path, side):
