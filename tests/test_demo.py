@@ -104,7 +104,7 @@ def test_a_network_without_a_regulator():
     ("name", "note"),
     [
         ("resnet_rnn20_convgru", answer.NOT_FUSED),
-        ("dia_resnet20", answer.NOT_FUSED),
+        ("dia_resnet20", answer.NO_REGULATOR),
         ("rla_resnet50", answer.NO_REGULATOR),
         ("regnety_400mf", answer.NO_REGULATOR),
     ],

@@ -57,7 +57,7 @@ def formats() -> tuple[str, ...]:
     return FORMATS + (("HEIF",) if reads_heic() else ())
 
 
-def open_image(file: str | os.PathLike | IO[bytes], formats: Sequence[str] | None = None) -> Image.Image:
+def open_image(file: str | os.PathLike | IO[bytes], formats: tuple[str, ...] | None = None) -> Image.Image:
     """Pillow's Image.open, which refuses images of suspicious size instead of warning of them.
 
     Args:
@@ -82,7 +82,7 @@ def open_image(file: str | os.PathLike | IO[bytes], formats: Sequence[str] | Non
 
 
 def read_image(
-    file: str | os.PathLike | IO[bytes], remarks: list[str] | None = None, formats: Sequence[str] | None = None
+    file: str | os.PathLike | IO[bytes], remarks: list[str] | None = None, formats: tuple[str, ...] | None = None
 ) -> Image.Image:
     """Reads the first frame of an image file as upright 8-bit RGB.
 

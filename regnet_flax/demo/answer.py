@@ -28,7 +28,7 @@ REMARKS = {
     photos.TRANSPARENT: "Its transparent parts are shown on white.",
     photos.DARK: "It has 16 bits and uses the lowest 12 or fewer, so it comes out nearly black.",
 }
-NO_REGULATOR = "This network has no regulator: there are no gates and no state to show, and nothing to switch off."
+NO_REGULATOR = "This network has no regulator beside its blocks: no gates, no state, and nothing to switch off."
 NOT_FUSED = "This network does not fuse its features with H, so H cannot be left out of it."
 
 
@@ -141,9 +141,9 @@ def _stages(blocks: Sequence[BlockFeatures]) -> list[dict[str, Any]]:
 
 
 def _row(name: str, maps: Sequence[np.ndarray], low: float | None = None) -> dict[str, Any]:
-    low, high = np.min(maps) if low is None else low, np.max(maps)
+    low, high = float(np.min(maps)) if low is None else low, float(np.max(maps))
     cells = [{"picture": _url(Image.fromarray(colors(m, low, high))), "mean": float(m.mean())} for m in maps]
-    return {"name": name, "low": float(low), "high": float(high), "cells": cells}
+    return {"name": name, "low": low, "high": high, "cells": cells}
 
 
 def _over(pixels: np.ndarray, cam: np.ndarray) -> Image.Image:

@@ -54,7 +54,7 @@ def build_app(answer: Callable[[bytes], dict[str, Any]], words: Mapping[str, str
     """
     turn = asyncio.Lock()
     text = PAGE.read_text(encoding="utf-8")
-    for name, value in (words | {"max_bytes": str(MAX_BYTES)}).items():
+    for name, value in {**words, "max_bytes": str(MAX_BYTES)}.items():
         text = text.replace(f"{{{{{name}}}}}", html.escape(value))
 
     async def page(_: Request) -> HTMLResponse:
