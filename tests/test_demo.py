@@ -120,11 +120,11 @@ def test_files_that_are_refused(trained, tmp_path, monkeypatch):
     postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
     with failures() as case:
         for label, data, words in (
-            ("text", b"no image", "no image in a format that can be read here (JPEG, PNG"),
-            ("nothing", b"", "no image in a format"),
+            ("text", b"no image", "not an image in a readable format (JPEG, PNG"),
+            ("nothing", b"", "not an image in a readable format"),
             ("cut short", photo()[:900], "cannot be read as an image ("),
             ("a bomb", (tmp_path / "bomb.png").read_bytes(), "more than 89 million pixels"),
-            ("for Ghostscript", postscript, "no image in a format"),
+            ("for Ghostscript", postscript, "not an image in a readable format"),
         ):
             with case(label):
                 reply = client.post("/look", content=data)

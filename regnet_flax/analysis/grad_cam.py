@@ -46,7 +46,7 @@ def grad_cam(
 def _gradients(
     model: Any, variables: dict[str, Any], images: Any, classes: Any, blocks: tuple[str, ...]
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """By a block's name, the gradient of the class's logit by its output, and the output."""
+    """Returns each block's ∂(class logit)/∂(output) and its output, by the block's name."""
     shapes = jax.eval_shape(functools.partial(_outputs, model), variables, images)
     known = sorted(shapes, key=lambda name: [int(number) for number in name.split(".")])
     names = list(blocks) or known[-1:]

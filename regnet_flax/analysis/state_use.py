@@ -78,16 +78,16 @@ def state_use(model: nn.Module, variables: dict[str, Any], images: Any, labels: 
 
 
 def fusing_stages(variables: dict[str, Any]) -> list[int]:
-    """The stages, from 1, whose blocks fuse their features with a regulator's state."""
+    """Returns the stages, from 1, whose blocks fuse their features with a regulator's state."""
     flat: dict[Any, Any] = traverse_util.flatten_dict(dict(variables))
     return sorted({int(path[1].removeprefix("stage")) for path in flat if "conv_fuse" in path})
 
 
 def without_state(variables: dict[str, Any], *stages: int) -> dict[str, Any]:
-    """Variables of the same network with these stages' regulators switched off: their blocks see zeros for H.
+    """Returns the variables with these stages' regulators switched off: their blocks see zeros instead of H.
 
-    A block sees H through the 1×1 convolution of [X, H] alone, so those of that kernel's weights that H meets become
-    zero. The state itself runs on.
+    A block sees H only through the 1×1 convolution of [X, H], so zeroing the kernel's weights for H removes H from the
+    block. The recurrence itself continues.
     """
     flat: dict[Any, Any] = traverse_util.flatten_dict(dict(variables))
     names = [f"stage{stage}" for stage in stages]

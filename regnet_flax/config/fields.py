@@ -274,10 +274,10 @@ FIELDS: dict[str, Field] = {
     "demo.host": Field(
         "127.0.0.1",
         _text,
-        "for --mode demo: the address of its page; this one is for this machine alone",
+        "for --mode demo: the page's address; only this machine reaches the default",
         may_change=True,
     ),
-    "demo.port": Field(8000, _whole(0, 65535), "of the page; 0: any that is free", may_change=True),
+    "demo.port": Field(8000, _whole(0, 65535), "the page's port; 0: any free one", may_change=True),
     "compare.models": Field(
         (),
         _each(_text),

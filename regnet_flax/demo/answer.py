@@ -1,4 +1,4 @@
-"""What the page shows of one image: its classes, Grad-CAM, each block's gates and state, and the network without H."""
+"""Computes what the page shows for an image: classes, Grad-CAM, gates, state, and the network without H."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from regnet_flax.data.augment import normalize
 from regnet_flax.errors import DataError, one_line
 from regnet_flax.trained import Trained
 
-PICTURE = 256  # pixels of the longer side of the larger pictures, at most or about
+PICTURE = 256  # the approximate length in pixels of the larger pictures' longer side
 OPACITY = 0.6  # of Grad-CAM over the image
 
 REMARKS = {
     photos.TRANSPARENT: "Its transparent parts are shown on white.",
     photos.DARK: "It has 16 bits and uses the lowest 12 or fewer, so it comes out nearly black.",
 }
-NO_REGULATOR = "This network has no regulator beside its blocks: no gates, no state, and nothing to switch off."
+NO_REGULATOR = "This network has no regulator beside its blocks, so no gates, no state and nothing to switch off."
 NOT_FUSED = "This network does not fuse its features with H, so H cannot be left out of it."
 
 
 class Answers:
-    """Answers for one network: `Answers(trained)(bytes of an image file)`.
+    """Looks at images with one network: `Answers(trained)(bytes of an image file)`.
 
     Args:
       trained: the network.
@@ -48,28 +48,28 @@ class Answers:
         }
 
     def compile(self) -> None:
-        """Answers for an empty image, which compiles all that an answer takes."""
+        """Compiles the network, by looking at an empty image."""
         self._of_image(Image.new("RGB", (32, 32), "grey"))
 
     def __call__(self, data: bytes) -> dict[str, Any]:
-        """The answer for an image file.
+        """Looks at an image file.
 
         Args:
           data: the file's contents.
 
         Returns:
-          Values that JSON takes, pictures as data: URLs:
+          A dict for JSON, with pictures as data: URLs:
 
-          - "photo" and "input", the image and what the network is given of it; "remarks" on how it was read;
-          - "classes", the `predict.top` most probable, each with "name" and "probability";
-          - "cam", Grad-CAM of the first of them for each stage's last block, each with "block" and "picture";
-          - "stages", those that have a regulator, each with "stage", "blocks", their names, and "rows", one for each
-            array of the state and each gate: "name", "low" and "high", the range of its colours, and "cells", a
-            "picture" and its "mean" for each block. Pictures are root mean squares over the channels of a state, in
-            colours from 0, and means over those of a gate, in colours from the smallest to the largest of the stage;
-          - "without", for each of these stages, and for all, that is switched off: "stages", "name" and "probability"
-            of the class that is most probable then, and "first", the probability of the first of "classes";
-          - "note", why something is missing, or "".
+          - "photo" and "input": the image, and the network's input; "remarks": how the image was read;
+          - "classes": the `predict.top` most probable classes, each with "name" and "probability";
+          - "cam": Grad-CAM of the most probable class for each stage's last block, each with "block" and "picture";
+          - "stages": the stages that have a regulator, each with "stage", "blocks" (their names) and "rows". A row is
+            an array of the state or a gate, with "name", the range "low" to "high" of its colours, and "cells": a
+            "picture" and its "mean" for each block. A state's picture is the root mean square over the channels, and
+            its colours start at 0; a gate's is the mean over the channels, and its colours cover the stage's values;
+          - "without": an entry for each of these stages switched off, and for all of them: "stages", "name" and
+            "probability" of the most probable class, and "first", the probability of the original one;
+          - "note": why something is missing, or "".
 
         Raises:
           DataError: the file cannot be read as an image.
@@ -79,7 +79,7 @@ class Answers:
             image = photos.read_image(io.BytesIO(data), remarks, photos.formats())
         except UnidentifiedImageError as error:
             known = ", ".join(photos.formats())
-            raise DataError(f"the file is no image in a format that can be read here ({known})") from error
+            raise DataError(f"the file is not an image in a readable format ({known})") from error
         except Image.DecompressionBombError as error:
             limit = f"{(Image.MAX_IMAGE_PIXELS or 0) / 1e6:.0f}"
             raise DataError(f"the image has more than {limit} million pixels: make it smaller") from error
@@ -147,7 +147,7 @@ def _row(name: str, maps: Sequence[np.ndarray], low: float | None = None) -> dic
 
 
 def _over(pixels: np.ndarray, cam: np.ndarray) -> Image.Image:
-    """Grad-CAM (h, w) over the image (height, width, channels)."""
+    """Draws Grad-CAM (h, w) over the image (height, width, channels)."""
     height, width = pixels.shape[:2]
     scale = max(1, round(PICTURE / max(height, width)))
     size = (width * scale, height * scale)

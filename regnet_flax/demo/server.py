@@ -1,4 +1,4 @@
-"""--mode demo: a page on this machine, on which one drops a photo and sees what a trained network makes of it."""
+"""--mode demo: serves a page that shows how a trained network sees a photo."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ logger = logging.getLogger("regnet_flax")
 
 
 def build_app(answer: Callable[[bytes], dict[str, Any]], words: Mapping[str, str], host: str = "") -> Starlette:
-    """The page as an ASGI application of two routes: GET / is the page, POST /look takes a file and gives its answer.
+    """Builds an ASGI application with two routes: GET / returns the page, POST /look returns the answer to a file.
 
-    Files are taken up to MAX_BYTES, and are looked at one after another. What goes wrong is {"error": a line}.
+    Files may have up to MAX_BYTES, and are processed one at a time. Errors are {"error": one line}.
 
     Args:
-      answer: from a file's contents to its answer; see `Answers`.
-      words: what the page says of the network; see `describe`.
-      host: by which name, besides localhost and addresses, the page may be asked for.
+      answer: maps a file's contents to its answer; see `Answers`.
+      words: the page's text about the network; see `describe`.
+      host: a name for the page besides localhost and addresses.
     """
     turn = asyncio.Lock()
     text = PAGE.read_text(encoding="utf-8")
@@ -84,7 +84,7 @@ def _answer(answer: Callable[[bytes], dict[str, Any]], data: bytes) -> JSONRespo
         return _error(400, str(error))
     except Exception as error:
         logger.exception("the network failed on an image")
-        return _error(500, f"the network failed on this image ({one_line(error)}): the terminal says more")
+        return _error(500, f"the network failed on this image ({one_line(error)}): see the terminal")
 
 
 def _error(status: int, line: str) -> JSONResponse:
@@ -92,7 +92,7 @@ def _error(status: int, line: str) -> JSONResponse:
 
 
 def _policy(text: str) -> str:
-    """The Content-Security-Policy of the page: its own style and script, pictures within answers, and nothing else."""
+    """Returns the page's Content-Security-Policy, which allows its own style, script and requests and data: URLs."""
     hashes = {}
     for kind in ("style", "script"):
         (inside,) = re.findall(f"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
@@ -104,9 +104,9 @@ def _policy(text: str) -> str:
 
 
 class _Guard:
-    """Refuses what other sites have a browser ask for, and tells the browser what the page may do.
+    """Refuses requests that other sites cause in a browser, and adds the security headers.
 
-    A name that an attacker has point to this machine (DNS rebinding) is neither an address nor one of `names`.
+    In DNS rebinding, an attacker's own name points to this machine. It is neither an address nor one of `names`.
     """
 
     def __init__(self, app: Any, names: tuple[str, ...], policy: str):
@@ -128,7 +128,7 @@ class _Guard:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         own = self._is_own(host) and headers.get("origin", f"http://{host}") == f"http://{host}"
-        app = self._app if own else _error(403, "the page answers to localhost, its address and demo.host alone")
+        app = self._app if own else _error(403, "the page is only available as localhost, an address or demo.host")
         await app(scope, receive, send_with_headers)
 
     def _is_own(self, host: str) -> bool:
@@ -140,7 +140,7 @@ class _Guard:
 
 
 def describe(trained: Trained) -> dict[str, str]:
-    """What the page says of a network: "model" and "about"."""
+    """Returns the page's text about a network: "model" and "about"."""
     height, width, channels = trained.image_shape
     of = "grey " if channels == 1 else ""
     about = f"{trained.source} · {len(trained.class_names)} classes · sees {of}images of {width}×{height} pixels"
@@ -148,10 +148,10 @@ def describe(trained: Trained) -> dict[str, str]:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket.
+    """Opens a listening socket.
 
     Raises:
-      ConfigError: there can be none at this address.
+      ConfigError: the address or port is not available.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -162,8 +162,8 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"demo.host is {host!r} and demo.port {port}, where no page can be ({why}): set another "
-            "--config.demo.port, 0 for any that is free, or leave demo.host alone"
+            f"demo.host is {host!r} and demo.port {port}, which are not available ({why}): set another "
+            "--config.demo.port, or 0 for any free one, or leave demo.host alone"
         ) from error
     return listening
 
@@ -172,7 +172,7 @@ def run(config: Any, options: Options) -> None:
     """Serves the page until a signal ends the program.
 
     Raises:
-      ConfigError: a value is wrong, or the address cannot be had.
+      ConfigError: a value is wrong, or the address or port is not available.
       WorkdirError, CheckpointError, WeightsError: see `with_config`.
     """
     check_config(config)
@@ -190,13 +190,13 @@ def run(config: Any, options: Options) -> None:
 def _serve(trained: Trained, answers: Answers, host: str, listening: socket.socket) -> None:
     address, port = listening.getsockname()[:2]
     if not ipaddress.ip_address(address).is_loopback:
-        logger.warning("demo.host is %s: whoever reaches this machine can use the page", host)
+        logger.warning("demo.host is %s: anyone who can reach this machine can use the page", host)
     place = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     logger.info("%s, %s: open %s; Ctrl-C ends it", trained.config.model.name, trained.source, place)
     settings = uvicorn.Config(
         build_app(answers, describe(trained), host),
         log_config=None,
-        log_level="critical",  # what goes wrong is said in the page
+        log_level="critical",  # the page shows the errors
         access_log=False,
         lifespan="off",
         ws="none",

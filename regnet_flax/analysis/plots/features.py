@@ -28,7 +28,7 @@ def show(axes: Any, array: np.ndarray, **options: Any) -> Any:
 
 
 def colors(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """The colours in which the figures show maps: uint8 (…, 3), of values (…) from `low` to `high`."""
+    """Returns the figures' colours for values (…) between `low` and `high`, as uint8 (…, 3)."""
     import matplotlib
 
     shares = (values - low) / ((high - low) or 1.0)
