@@ -27,6 +27,7 @@ MODES = {
     "models": "regnet_flax.modes.summary",
     "benchmark": "regnet_flax.modes.benchmark",
     "analyze": "regnet_flax.modes.analyze",
+    "demo": "regnet_flax.demo.server",
     "compare": "regnet_flax.modes.compare",
     "export": "regnet_flax.modes.export",
 }

@@ -8,15 +8,18 @@ import json
 import logging
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging as absl_logging
+from PIL import Image
 
 from configs import digits
 from regnet_flax import main
@@ -95,6 +98,30 @@ def shallow(*names, stage_sizes=(1,)):
             fields = model.keywords | {"stage_sizes": stage_sizes}
             patch.setitem(registry.MODELS, name, functools.partial(model.func, **fields))
         yield
+
+
+# Images
+
+
+def photo(**options):
+    """The contents of an image file of random pixels, wider than high; `options` of Pillow's save."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (21, 34, 3), np.uint8)
+    Image.fromarray(noise).save(file, **{"format": "PNG"} | options)
+    return file.getvalue()
+
+
+def bomb(path, side):
+    """Writes a PNG of side × side black pixels in a few kilobytes."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
 
 
 # Workdirs
