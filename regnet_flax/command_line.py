@@ -11,7 +11,7 @@ from typing import Any
 
 from regnet_flax.config_files import DEFAULT_CONFIG, find_config, provide_configs
 from regnet_flax.errors import ConfigError, UsageError
-from regnet_flax.places import fetch, located
+from regnet_flax.places import fetch, in_bucket, located
 
 _IN_CONFIG = "Error whilst parsing config file"  # ml_collections writes this before a traceback
 # These modes take the config from the command line only; the others take it from the workdir's config.json.
@@ -99,6 +99,11 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
     config, workdir = values.config, values.workdir
     if workdir:
         workdir = located(workdir, "--workdir")
+        if values.distributed and in_bucket(workdir):
+            raise UsageError(
+                f"--workdir is {workdir}: with --distributed it must be a directory that all machines see, such as the "
+                "bucket mounted by gcsfuse"
+            )
     else:
         parts = [pathlib.Path(file.partition(":")[0]).stem]
         if config.dataset.name == "folder" and config.dataset.data_dir:  # two folders are two runs

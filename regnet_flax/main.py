@@ -28,10 +28,12 @@ MODES = {
     "models": "regnet_flax.modes.summary",
     "benchmark": "regnet_flax.modes.benchmark",
     "analyze": "regnet_flax.modes.analyze",
+    "demo": "regnet_flax.demo.server",
     "compare": "regnet_flax.modes.compare",
     "export": "regnet_flax.modes.export",
 }
 _DISTRIBUTED = ("train", "eval")
+_COMPUTING = ("train", "eval", "predict", "compare", "benchmark", "analyze")
 _PARALLEL = "regnet_flax.training.parallel"
 
 
@@ -67,17 +69,16 @@ def run(argv: Sequence[str]) -> None:
             raise UsageError(
                 f"--distributed is for --mode {' and '.join(_DISTRIBUTED)}: leave it out with {options.mode}"
             )
-        if places.in_bucket(options.workdir):
-            raise UsageError(
-                f"--workdir is {options.workdir}: with --distributed it must be a directory that all machines see, "
-                "such as the bucket mounted by gcsfuse"
-            )
         from regnet_flax.training import parallel
 
         parallel.initialize(options.distributed)
         level = logging.INFO if parallel.is_primary() else logging.WARNING
     log_to_console(level)
     mode = importlib.import_module(MODES[options.mode])
+    if options.mode in _COMPUTING:
+        from regnet_flax.models.ops import native_library
+
+        native_library.prepare()  # while the data set is read
     with places.local_workdir(options.workdir, hold=options.mode in command_line.BEGIN) as workdir:
         mode.run(config, dataclasses.replace(options, workdir=str(workdir)))
 

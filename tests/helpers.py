@@ -8,19 +8,24 @@ import json
 import logging
 import os
 import pathlib
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging as absl_logging
+from PIL import Image
 
 from configs import digits
 from regnet_flax import main
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import SOURCES, Dataset
+from regnet_flax.models import registry
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -79,6 +84,44 @@ def few_digits(train=132, test=60, **changes):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SOURCES, "digits", lambda **_: few)
         yield
+
+
+@contextlib.contextmanager
+def shallow(*names, stage_sizes=(1,)):
+    """In this process, the models of these names have only so many blocks, for tests that no model matters to.
+
+    To trace and compile a block takes longer than to train it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            model = registry._resolve(name)
+            fields = model.keywords | {"stage_sizes": stage_sizes}
+            patch.setitem(registry.MODELS, name, functools.partial(model.func, **fields))
+        yield
+
+
+# Images
+
+
+def photo(**options):
+    """The contents of an image file of random pixels, wider than high; `options` of Pillow's save."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (21, 34, 3), np.uint8)
+    Image.fromarray(noise).save(file, **{"format": "PNG"} | options)
+    return file.getvalue()
+
+
+def bomb(path, side):
+    """Writes a PNG of side × side black pixels in a few kilobytes."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + side // 8)
+    pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
 
 
 # Workdirs
@@ -214,3 +257,15 @@ def failures():
 
     yield case
     assert not found, f"{len(found)} cases failed:\n" + "\n".join(found)
+
+
+def halves(a):
+    return jnp.asarray(a.reshape(2, -1, *a.shape[1:]))
+
+
+def close(found, expected, rtol):
+    """Checks that errors are within rtol of the largest element."""
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        a, b = (np.asarray(v, np.float64) for v in (a, b))
+        scale = np.abs(b, where=np.isfinite(b), out=np.zeros_like(b)).max(initial=0)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))

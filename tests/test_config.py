@@ -196,6 +196,8 @@ WRONG = {
     "predict.images": [None, 3],
     "predict.top": [0, 1.5],
     "predict.json": ["yes", 1],
+    "demo.host": [None, 127],
+    "demo.port": [-1, 65536, 80.0, "http"],
 }
 
 

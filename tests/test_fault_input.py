@@ -6,8 +6,6 @@ import math
 import os
 import pathlib
 import shutil
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -17,6 +15,7 @@ from PIL import Image
 
 from configs import digits
 from faults import POWERLESS, ROOT, error_of, run
+from helpers import bomb
 from regnet_flax import main
 from regnet_flax.config.check import check_config, flatten
 from regnet_flax.config.fields import FIELDS
@@ -193,19 +192,6 @@ def folder(tmp_path):
             draw(root / split / "ant" / f"{number}.png", (250, 9 * number, 0))
             draw(root / split / "bee" / f"{number}.png", (0, 9 * number, 250))
     return root
-
-
-def bomb(path, side):
-    """Writes a PNG of side × side black pixels in a few kilobytes."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-    packer = zlib.compressobj(9)
-    row = bytes(1 + side // 8)
-    pixels = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b""))
 
 
 def spoil(root, how):

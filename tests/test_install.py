@@ -25,7 +25,7 @@ def test_the_wheel_holds_one_package_with_the_configs_inside(wheel):
     (information,) = (name.partition("/")[0] for name in names if name.endswith(".dist-info/METADATA"))
     assert {name.partition("/")[0] for name in names} == {"regnet_flax", information}
     for folder, installed in (("regnet_flax", "regnet_flax"), ("configs", "regnet_flax/configs")):
-        for path in (file for suffix in ("py", "cc", "h") for file in (ROOT / folder).rglob(f"*.{suffix}")):
+        for path in (file for suffix in ("py", "cc", "h", "html") for file in (ROOT / folder).rglob(f"*.{suffix}")):
             assert f"{installed}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert "regnet_flax/py.typed" in names
     metadata = wheel.read(f"{information}/METADATA").decode()

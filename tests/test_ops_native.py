@@ -14,9 +14,11 @@ import pytest
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 
+from helpers import close, halves
 from regnet_flax.models.ops import CPU, PLAIN, native_library
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+LAYERS = str(ROOT / "tests/test_ops_native_layers.py")
 CELLS = {"rnn": 1, "gru": 3, "lstm": 4}
 pytestmark = pytest.mark.core
 needs_library = pytest.mark.skipif(not native_library.available(), reason="there is no C++ compiler here")
@@ -49,18 +51,6 @@ def value_and_gradients(ops, cell, arrays, directions):
 
 def of_all(ops, cell, cases):
     return [value_and_gradients(ops, cell, *case) for case in cases]
-
-
-def halves(a):
-    return jnp.asarray(a.reshape(2, -1, *a.shape[1:]))
-
-
-def close(found, expected, rtol):
-    """Checks that errors are within rtol of the largest element."""
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
-        a, b = (np.asarray(v, np.float64) for v in (a, b))
-        scale = np.abs(b, where=np.isfinite(b), out=np.zeros_like(b)).max(initial=0)
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * scale, err_msg=jax.tree_util.keystr(path))
 
 
 @needs_library
@@ -274,9 +264,23 @@ def test_with_sanitizers(tmp_path):
         "XDG_CACHE_HOME": str(tmp_path),
     }
     run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, timeout=1800)
-    build = "from regnet_flax.models.ops import native_library; native_library._library()"
+    build = "from regnet_flax.models.ops import native_library as n; n.TIME_LIMIT = 900; n._library()"
     run([sys.executable, "-c", build], env=environment, check=True)
     names = "values or second or devices or nan or sigmoid"
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-s", "-p", "no:cacheprovider", "-k", names, __file__]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        "-q",
+        "-s",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        names,
+        __file__,
+        LAYERS,
+    ]
     done = run(command, env=environment | {"LD_PRELOAD": " ".join(preloaded)})
     assert done.returncode == 0 and "skipped" not in done.stdout, done.stdout + done.stderr

@@ -34,6 +34,19 @@ def grad_cam(
     Raises:
       ValueError: a block does not exist.
     """
+    gradients, outputs = _gradients(model, variables, images, classes, tuple(blocks))
+    maps = {}
+    for name in blocks or outputs:
+        weights = np.asarray(gradients[name]).mean((1, 2), keepdims=True)
+        maps[name] = np.maximum((weights * np.asarray(outputs[name], np.float32)).sum(-1), 0)
+    return maps
+
+
+@functools.partial(jax.jit, static_argnames=("model", "blocks"))
+def _gradients(
+    model: Any, variables: dict[str, Any], images: Any, classes: Any, blocks: tuple[str, ...]
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """Returns each block's ∂(class logit)/∂(output) and its output, by the block's name."""
     shapes = jax.eval_shape(functools.partial(_outputs, model), variables, images)
     known = sorted(shapes, key=lambda name: [int(number) for number in name.split(".")])
     names = list(blocks) or known[-1:]
@@ -65,12 +78,7 @@ def grad_cam(
         return jnp.take_along_axis(logits, classes[:, None], 1).sum(), outputs
 
     unchanged = {name: jnp.zeros(shapes[name].shape) for name in names}
-    gradients, outputs = jax.jit(jax.grad(scores, has_aux=True))(unchanged, variables, classes)
-    maps = {}
-    for name in names:
-        weights = np.asarray(gradients[name]).mean((1, 2), keepdims=True)
-        maps[name] = np.maximum((weights * np.asarray(outputs[name], np.float32)).sum(-1), 0)
-    return maps
+    return jax.grad(scores, has_aux=True)(unchanged, variables, classes)
 
 
 def _outputs(model: nn.Module, variables: dict[str, Any], images: Any) -> dict[str, jax.Array]:

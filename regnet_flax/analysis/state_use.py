@@ -40,10 +40,7 @@ class StageUse:
 
 
 def state_use(model: nn.Module, variables: dict[str, Any], images: Any, labels: Any = None) -> list[StageUse]:
-    """Measures the use of each stage's regulator.
-
-    A block sees H only through the 1×1 convolution of [X, H], so zeroing the kernel's weights for H removes H from the
-    block. The recurrence itself continues.
+    """Measures the use of each stage's regulator, which `without_state` switches off.
 
     Args:
       model: a RegNet that fuses X with H, from create_model.
@@ -57,17 +54,13 @@ def state_use(model: nn.Module, variables: dict[str, Any], images: Any, labels: 
     Raises:
       ValueError: no stage has a regulator, or H replaces X.
     """
-    flat: dict[Any, Any] = traverse_util.flatten_dict(dict(variables))
-    fusing = [path for path in flat if "conv_fuse" in path]
-    stages = sorted({int(path[1].removeprefix("stage")) for path in fusing})
+    stages = fusing_stages(variables)
     if not stages:
         raise ValueError(f"no block of this {type(model).__name__} fuses its features with a regulator's state")
     logits = _logits(model, variables, images)
     found = []
     for stage in stages:
-        own = [path for path in fusing if path[1] == f"stage{stage}"]
-        without = traverse_util.unflatten_dict(flat | {path: _without_h(flat[path]) for path in own})
-        changed = _logits(model, without, images)
+        changed = _logits(model, without_state(variables, stage), images)
         accuracy = None
         if labels is not None:
             before, after = (float((a.argmax(-1) == np.asarray(labels)).mean()) for a in (logits, changed))
@@ -82,6 +75,24 @@ def state_use(model: nn.Module, variables: dict[str, Any], images: Any, labels: 
             )
         )
     return found
+
+
+def fusing_stages(variables: dict[str, Any]) -> list[int]:
+    """Returns the stages, from 1, whose blocks fuse their features with a regulator's state."""
+    flat: dict[Any, Any] = traverse_util.flatten_dict(dict(variables))
+    return sorted({int(path[1].removeprefix("stage")) for path in flat if "conv_fuse" in path})
+
+
+def without_state(variables: dict[str, Any], *stages: int) -> dict[str, Any]:
+    """Returns the variables with these stages' regulators switched off: their blocks see zeros instead of H.
+
+    A block sees H only through the 1×1 convolution of [X, H], so zeroing the kernel's weights for H removes H from the
+    block. The recurrence itself continues.
+    """
+    flat: dict[Any, Any] = traverse_util.flatten_dict(dict(variables))
+    names = [f"stage{stage}" for stage in stages]
+    changed = {path: _without_h(flat[path]) for path in flat if "conv_fuse" in path and path[1] in names}
+    return traverse_util.unflatten_dict(flat | changed)
 
 
 def _without_h(kernel: Any) -> jax.Array:

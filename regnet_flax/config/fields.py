@@ -272,6 +272,13 @@ FIELDS: dict[str, Field] = {
         "JSON on standard output instead of a table; everything else goes to standard error",
         may_change=True,
     ),
+    "demo.host": Field(
+        "127.0.0.1",
+        _text,
+        "for --mode demo: the page's address; only this machine reaches the default",
+        may_change=True,
+    ),
+    "demo.port": Field(8000, _whole(0, 65535), "the page's port; 0: any free one", may_change=True),
     "compare.models": Field(
         (),
         _each(_text),

@@ -25,6 +25,8 @@ EXTENSIONS = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"),
 )
 HEIC = (".heic", ".heif", ".hif")  # readable if pillow-heif is installed
+# Pillow's names for these formats. Pillow runs other programs to decode some of the rest, such as EPS.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "AVIF", "JPEG2000", "PPM", "TIFF")
 # Logged once for images that are not used exactly as stored.
 TRANSPARENT = "some images have transparent parts, which are shown on white"
 DARK = (
@@ -50,8 +52,17 @@ def extensions() -> tuple[str, ...]:
     return EXTENSIONS + (HEIC if reads_heic() else ())
 
 
-def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
+def formats() -> tuple[str, ...]:
+    """Returns Pillow's names for the readable formats."""
+    return FORMATS + (("HEIF",) if reads_heic() else ())
+
+
+def open_image(file: str | os.PathLike | IO[bytes], formats: tuple[str, ...] | None = None) -> Image.Image:
     """Opens an image like Pillow's Image.open, but rejects images of suspicious size instead of warning.
+
+    Args:
+        file: a path or a binary file.
+        formats: the formats to try, by Pillow's names; None tries all.
 
     Raises:
         Image.DecompressionBombError: the image has more than Image.MAX_IMAGE_PIXELS pixels.
@@ -60,7 +71,7 @@ def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     if isinstance(file, (str, os.PathLike)) and os.fspath(file).lower().endswith(HEIC):
         reads_heic()
     # Turning Pillow's warning into an error would affect the whole process.
-    image = Image.open(file)
+    image = Image.open(file, formats=formats)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         image.close()
@@ -70,12 +81,15 @@ def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
     return image
 
 
-def read_image(path: str | os.PathLike, remarks: list[str] | None = None) -> Image.Image:
+def read_image(
+    file: str | os.PathLike | IO[bytes], remarks: list[str] | None = None, formats: tuple[str, ...] | None = None
+) -> Image.Image:
     """Reads the first frame of an image file as upright 8-bit RGB.
 
     Args:
-        path: an image of any size and mode; 16-bit grey is scaled to 8 bits, transparent parts are shown on white.
+        file: an image of any size and mode; 16-bit grey is scaled to 8 bits, transparent parts are shown on white.
         remarks: a list to which the applicable REMARKS are appended.
+        formats: see open_image.
 
     Returns:
         The decoded image, mode "RGB", turned according to its EXIF orientation.
@@ -84,9 +98,9 @@ def read_image(path: str | os.PathLike, remarks: list[str] | None = None) -> Ima
         Exception: whatever Pillow raises for a file that it cannot decode; ValueError for floating-point pixels, and
             for anything but a regular file: a named pipe would block until its other end opens.
     """
-    if not stat.S_ISREG(os.stat(path).st_mode):
+    if isinstance(file, (str, os.PathLike)) and not stat.S_ISREG(os.stat(file).st_mode):
         raise ValueError("not a regular file")
-    with open_image(path) as image:
+    with open_image(file, formats) as image:
         deep = _is_deep(image)
         upright = ImageOps.exif_transpose(image)
         _remark(upright, deep, remarks)

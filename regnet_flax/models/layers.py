@@ -12,7 +12,6 @@ from jax import lax
 from jax.nn.initializers import Initializer
 
 from regnet_flax.models.ops import PLAIN, Ops, Value
-from regnet_flax.models.ops.plain import normalize
 
 Array = jax.Array
 
@@ -94,7 +93,7 @@ class BatchNorm(nn.Module):
         if self.is_initializing() and not self.use_running_average:  # init may run outside the axis
             return PLAIN.batch_norm(x, scale, bias, **options)[0]
         if self.use_running_average:
-            return normalize(x, running["mean"].value, running["var"].value, scale, bias, **options)
+            return self.ops.normalize(x, running["mean"].value, running["var"].value, scale, bias, **options)
         y, mean, variance = self.ops.batch_norm(x, scale, bias, axis_name=self.axis_name, **options)
         for statistic, value in ((running["mean"], mean), (running["var"], variance)):
             value = lax.stop_gradient(value)

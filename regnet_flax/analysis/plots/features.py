@@ -27,6 +27,14 @@ def show(axes: Any, array: np.ndarray, **options: Any) -> Any:
     return axes.imshow(array, interpolation="nearest", **options)
 
 
+def colors(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Returns the figures' colours for values (…) between `low` and `high`, as uint8 (…, 3)."""
+    import matplotlib
+
+    shares = (values - low) / ((high - low) or 1.0)
+    return matplotlib.colormaps[MAP](shares, bytes=True)[..., :3]
+
+
 def feature_maps(
     models: Mapping[str, Sequence[BlockFeatures]],
     path: pathlib.Path,

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from regnet_flax.models.ops import cells, cpu, cpu_batch_norm, native, plain
+from regnet_flax.models.ops import cells, cpu, cpu_batch_norm, native, native_batch_norm, native_convolution, plain
 
 Array = jax.Array
 # An array, or what a back end hands from one of its functions to another in its place; `shape` and `dtype` are its own.
@@ -31,6 +31,7 @@ class Ops:
         (N, height, width, n) in `dtype`, normalised over all axes but the last and over the devices of `axis_name`,
         with a ReLU where asked for; scale, bias, mean and the biased variance have the shape (n,), in float32 or wider.
         Take no gradient of mean and variance.
+      normalize: (x, mean, variance, scale, bias, *, relu, epsilon, dtype) → y, the same by given statistics.
       add_relu: (x, y) → ReLU(x + y), two arrays of one shape.
       concatenate: two Values → a Value, along the channels.
       array: a Value → the array.
@@ -45,6 +46,7 @@ class Ops:
     name: str
     conv: Callable[..., Array] = dataclasses.field(repr=False)
     batch_norm: Callable[..., tuple[Value, Array, Array]] = dataclasses.field(repr=False)
+    normalize: Callable[..., Value] = dataclasses.field(repr=False)
     add_relu: Callable[[Array, Array], Array] = dataclasses.field(repr=False)
     concatenate: Callable[[Value, Value], Value] = dataclasses.field(repr=False)
     array: Callable[[Value], Array] = dataclasses.field(repr=False)
@@ -64,6 +66,7 @@ PLAIN = Ops(
     name="plain",
     conv=plain.conv,
     batch_norm=plain.batch_norm,
+    normalize=plain.normalize,
     add_relu=plain.add_relu,
     concatenate=plain.concatenate,
     array=plain.array,
@@ -74,13 +77,14 @@ PLAIN = Ops(
 )
 CPU = Ops(
     name="cpu",
-    conv=cpu.conv,
-    batch_norm=cpu_batch_norm.batch_norm,
     add_relu=cpu_batch_norm.add_relu,
-    concatenate=cpu.concatenate,
-    array=cpu.array,
     separable=cpu.separable,
-    # C++ where there is a library, otherwise those of cpu.py.
+    # C++ where there is a library, otherwise those of cpu.py and cpu_batch_norm.py.
+    batch_norm=native_batch_norm.batch_norm,
+    normalize=native_batch_norm.normalize,
+    conv=native_convolution.conv,
+    concatenate=native_convolution.concatenate,
+    array=native_convolution.array,
     rnn_step=native.rnn_step,
     gru_step=native.gru_step,
     lstm_step=native.lstm_step,

@@ -101,17 +101,24 @@ def conv(
     Returns:
       (N, height, width, outputs).
     """
-    if _asks_for_more(array(x), kernel, **options):
+    if asks_for_more(x, kernel, **options):
         return plain.conv(array(x), kernel, strides, padding, **options)
-    if isinstance(padding, str):
-        padding = lax.padtype_to_pads(x.shape[1:3], kernel.shape[:2], strides, padding)
-    where = tuple(strides), tuple(map(tuple, padding))
+    where = tuple(strides), explicit(padding, x.shape, kernel.shape, strides)
     operands, make = (x.operands, x.make) if isinstance(x, Remade) else ((x,), _unchanged)
     return _conv(*vary_together(array(x), kernel), operands, make, *where)
 
 
-def _asks_for_more(
-    x: Array,
+def explicit(
+    padding: str | Sequence[tuple[int, int]], shape: Sequence[int], kernel: Sequence[int], strides: Sequence[int]
+) -> Padding:
+    """A convolution's padding in numbers, for images and a kernel of these shapes."""
+    if isinstance(padding, str):
+        padding = lax.padtype_to_pads(shape[1:3], kernel[:2], strides, padding)
+    return tuple((low, high) for low, high in padding)
+
+
+def asks_for_more(
+    x: Any,
     kernel: Array,
     lhs_dilation: Sequence[int] | None = None,
     rhs_dilation: Sequence[int] | None = None,
@@ -121,7 +128,7 @@ def _asks_for_more(
     **others: Any,
 ) -> bool:
     """Whether a convolution is other than `_conv` computes it."""
-    if x.ndim != 4 or any(value is not None for value in others.values()):
+    if len(x.shape) != 4 or any(value is not None for value in others.values()):
         return True
     dilated = any(size != 1 for size in (*(lhs_dilation or ()), *(rhs_dilation or ())))
     layouts = (lax.conv_dimension_numbers(x.shape, kernel.shape, n) for n in (dimension_numbers, plain.NHWC))

@@ -8,8 +8,10 @@ in `cpu`. See benchmarks/README.md for what was measured.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,43 +38,66 @@ def batch_norm(
 
     The statistics are not differentiated.
     """
+    return by_passes(PASSES, x, scale, bias, relu=relu, epsilon=epsilon, dtype=dtype, axis_name=axis_name)
+
+
+class Passes(NamedTuple):
+    """The passes over X of which `batch_norm` consists."""
+
+    statistics: Callable[..., tuple[Array, Array]]  # (x, axis_name) → mean and biased variance, over the devices too
+    gradient_sums: Callable[..., tuple[Array, Array]]  # → the gradients of bias and scale, of this device
+    input_gradient: Callable[..., Array]
+
+
+def by_passes(
+    passes: Passes,
+    x: Array,
+    scale: Array,
+    bias: Array,
+    *,
+    relu: bool,
+    epsilon: float,
+    dtype: Any,
+    axis_name: str | None,
+) -> tuple[Remade, Array, Array]:
+    """`batch_norm`, of other passes."""
     dtype = jnp.dtype(dtype or x.dtype)
     x, scale, bias = vary_together(x, scale, bias)
-    normalized: Any = _batch_norm(x, scale, bias, epsilon, relu, dtype, axis_name)
+    normalized: Any = _batch_norm(x, scale, bias, passes, epsilon, relu, dtype, axis_name)
     y, mean, variance = normalized
     factor = lax.rsqrt(variance + epsilon) * scale
-    return Remade(y, (x, mean, factor, bias), _normalizer(relu, dtype)), mean, variance
+    return Remade(y, (x, mean, factor, bias), Normalizer(relu, dtype)), mean, variance
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _batch_norm(x, scale, bias, epsilon, relu, dtype, axis_name):
-    return _forward(x, scale, bias, epsilon, relu, dtype, axis_name)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
+def _batch_norm(x, scale, bias, passes, epsilon, relu, dtype, axis_name):
+    return _forward(x, scale, bias, passes, epsilon, relu, dtype, axis_name)[0]
 
 
-def _forward(x, scale, bias, epsilon, relu, dtype, axis_name):
-    mean = over_devices(_mean(x), axis_name)
-    variance = over_devices(_variance(x, mean), axis_name)
-    y = _normalizer(relu, dtype)(x, mean, lax.rsqrt(variance + epsilon) * scale, bias)
+def _forward(x, scale, bias, passes, epsilon, relu, dtype, axis_name):
+    mean, variance = passes.statistics(x, axis_name)
+    y = Normalizer(relu, dtype)(x, mean, lax.rsqrt(variance + epsilon) * scale, bias)
     return (y, mean, variance), (x, scale, bias, mean, variance)
 
 
-@functools.cache  # so that equal ones are one
-def _normalizer(relu, dtype):
-    def make(x, mean, factor, bias):
+@dataclasses.dataclass(frozen=True)
+class Normalizer:
+    """Makes Y from X, its mean, factor and bias, which the last axis has."""
+
+    relu: bool
+    dtype: Any
+
+    def __call__(self, x: Array, mean: Array, factor: Array, bias: Array) -> Array:
         y = (x - mean) * factor + bias
-        return (jax.nn.relu(y) if relu else y).astype(dtype)
-
-    return make
+        return (jax.nn.relu(y) if self.relu else y).astype(self.dtype)
 
 
-def _backward(epsilon, relu, dtype, axis_name, saved, gradients):
+def _backward(passes, epsilon, relu, dtype, axis_name, saved, gradients):
     del dtype
     x, scale, bias, mean, variance = saved
-    root = lax.rsqrt(variance + epsilon)
-    by_bias, by_scale = local = _gradient_sums(gradients[0], x, mean, root, scale, bias, relu=relu)
-    dx = _input_gradient(
-        gradients[0], x, mean, root, scale, bias, *(over_devices(s, axis_name) for s in local), relu=relu
-    )
+    values = gradients[0], x, mean, lax.rsqrt(variance + epsilon), scale, bias
+    by_bias, by_scale = local = passes.gradient_sums(*values, relu=relu)
+    dx = passes.input_gradient(*values, *(over_devices(s, axis_name) for s in local), relu=relu)
     return dx, by_scale.astype(scale.dtype), by_bias.astype(bias.dtype)
 
 
@@ -82,6 +107,11 @@ def _wide(x):
 
 def _pixels(x):
     return x.size // x.shape[-1]
+
+
+def _statistics(x, axis_name):
+    mean = over_devices(_mean(x), axis_name)
+    return mean, over_devices(_variance(x, mean), axis_name)
 
 
 @no_inline
@@ -101,19 +131,20 @@ def _before(d, x, mean, root, scale, bias, relu):
 
 
 @functools.partial(no_inline, static=("relu",))
-def _gradient_sums(d, x, mean, root, scale, bias, *, relu):
+def gradient_sums(d, x, mean, root, scale, bias, *, relu):
     d, x = _before(d, x, mean, root, scale, bias, relu)
     return tuple(pixel_sums([d, d * x]))
 
 
 @functools.partial(no_inline, static=("relu",))
-def _input_gradient(d, x, mean, root, scale, bias, by_bias, by_scale, *, relu):
+def input_gradient(d, x, mean, root, scale, bias, by_bias, by_scale, *, relu):
     count, dtype = _pixels(x), x.dtype
     d, x = _before(d, x, mean, root, scale, bias, relu)
     return ((d - (by_bias + x * by_scale) / count) * (root * scale)).astype(dtype)
 
 
 _batch_norm.defvjp(_forward, _backward)
+PASSES = Passes(_statistics, gradient_sums, input_gradient)
 
 
 def add_relu(x: Array, y: Array) -> Array:

@@ -24,18 +24,27 @@ import subprocess
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.ffi
+import jax.numpy as jnp
 import jaxlib.version
 import platformdirs
+
+from regnet_flax.models.ops.varying import vary_together
 
 logger = logging.getLogger("regnet_flax")
 
 SOURCES = pathlib.Path(__file__).parent / "cpp"
 TARGETS = [f"regnet_flax_{cell}_{way}" for cell in ("rnn", "gru", "lstm") for way in ("forward", "backward")]
+TARGETS += [f"regnet_flax_{name}" for name in ("convolution", "input_gradient", "filter_gradient")]
+TARGETS += [f"regnet_flax_{name}" for name in ("moments", "norm_gradient_sums", "norm_gradient")]
 # NaN and infinities are kept. Products and sums are contracted, which -std=c++17 alone would turn off.
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast"]
 FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-pthread", "-DNDEBUG", "-w"]
+DTYPES = (jnp.float32, jnp.bfloat16)  # of the images
 TIME_LIMIT = 120  # seconds
 _LOCK = threading.Lock()  # a run traces its programs in threads
 
@@ -51,6 +60,12 @@ def available() -> bool:
     """
     with _LOCK:
         return _registered()
+
+
+def prepare() -> None:
+    """Begins to build the library, in a thread, where JAX computes on a CPU; `available` waits for it."""
+    if jax.default_backend() == "cpu":
+        threading.Thread(target=available, daemon=True).start()
 
 
 def in_use() -> bool:
@@ -87,7 +102,7 @@ def _library() -> pathlib.Path:
     if os.environ.get("REGNET_FLAX_NATIVE", "") == "0":
         raise _OffError("REGNET_FLAX_NATIVE is 0")
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    flags = [*FLAGS, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*FLAGS, *_instructions(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
     parts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
     parts += [*compiler, *flags, jaxlib.version.__version__, platform.system(), platform.machine()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -97,6 +112,18 @@ def _library() -> pathlib.Path:
             raise _OffError(f"there is no C++ compiler {compiler[0]!r}: install one, or name it in CXX")
         _build([*compiler, *flags, "-I", jax.ffi.include_dir(), str(SOURCES / "calls.cc")], path)
     return path
+
+
+def _instructions() -> list[str]:
+    """Flags that leave out the code for other processors than this one, to build in half the time."""
+    with contextlib.suppress(OSError):  # only Linux has the file
+        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        words = set(next((line for line in lines if line.startswith("flags")), "").split())
+        if words >= {"avx512f", "avx512bw", "avx512dq", "avx512vl"}:
+            return ["-DONLY_AVX512"]
+        if "avx2" in words:
+            return ["-DONLY_AVX2"]
+    return []
 
 
 def cache_directory() -> pathlib.Path:
@@ -130,3 +157,25 @@ def _build(command: list[str], path: pathlib.Path) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(part)
     logger.info("native operations: built by %s in %.1f s", command[0], time.monotonic() - start)
+
+
+def derivable(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Gives a function of one static argument and arrays the derivatives of `reference`, which computes the same."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        derivable = jax.custom_jvp(function, nondiff_argnums=(0,))
+
+        @derivable.defjvp
+        def _(form, primals, tangents):
+            return derivable(form, *primals), jax.jvp(functools.partial(reference, form), primals, tangents)[1]
+
+        return derivable
+
+    return decorate
+
+
+def call(target: str, results: Any, *arrays: Any, **attributes: Any) -> Any:
+    """Calls a native operation with the leaves of `arrays`; `results` are types, such as `jax.typeof` gives."""
+    return jax.ffi.ffi_call(target, results, vmap_method="broadcast_all")(
+        *vary_together(*jax.tree.leaves(arrays)), **attributes
+    )

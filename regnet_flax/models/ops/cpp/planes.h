@@ -78,14 +78,22 @@ INLINE void read(const Images& from, int64_t index, int count, V& v) {
 INLINE void write(const Images& to, int64_t index, int count, const V& v) {
   if (!to.narrow) {
     float* p = reinterpret_cast<float*>(to.data) + index;
-    memcpy(p, &v, count == LANES ? sizeof v : 4 * count);
+    if (count == LANES) {  // of a length that the compiler knows, it is an instruction
+      memcpy(p, &v, sizeof v);
+    } else {
+      memcpy(p, &v, 4 * count);
+    }
   } else {
     const U bits = (U)v;
     const U even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const U rounded = v == v ? even : (bits >> 16) | 0x40u;
     const Half half = __builtin_convertvector(rounded, Half);
     uint16_t* p = reinterpret_cast<uint16_t*>(to.data) + index;
-    memcpy(p, &half, count == LANES ? sizeof half : 2 * count);
+    if (count == LANES) {
+      memcpy(p, &half, sizeof half);
+    } else {
+      memcpy(p, &half, 2 * count);
+    }
   }
 }
 

@@ -1,0 +1,99 @@
+"""Batch normalisation's passes over memory as native operations; cpp/batch_norm.h has them.
+
+They take float32 and bfloat16 images. Other dtypes, and a machine without the library, have the passes of
+`cpu_batch_norm`, of which the equations are. Sums are float32 over some pixels and float64 over all.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from regnet_flax.models.ops import cpu, cpu_batch_norm, native_library, plain
+from regnet_flax.models.ops.native_library import call, derivable
+from regnet_flax.models.ops.plain import over_devices
+
+Array = jax.Array
+
+
+def batch_norm(
+    x: Array,
+    scale: Array,
+    bias: Array,
+    *,
+    relu: bool = False,
+    epsilon: float = 1e-5,
+    dtype: Any = None,
+    axis_name: str | None = None,
+) -> tuple[cpu.Remade, Array, Array]:
+    """`cpu_batch_norm.batch_norm`, its passes as native operations where they can."""
+    passes = PASSES if _takes(x, scale, bias, dtype) else cpu_batch_norm.PASSES
+    return cpu_batch_norm.by_passes(
+        passes, x, scale, bias, relu=relu, epsilon=epsilon, dtype=dtype, axis_name=axis_name
+    )
+
+
+def _takes(x, scale, bias, dtype):
+    alike = scale.dtype == bias.dtype == jnp.float32 and (dtype or x.dtype) == x.dtype
+    return alike and x.dtype in native_library.DTYPES and native_library.available()
+
+
+def normalize(
+    x: Array,
+    mean: Array,
+    variance: Array,
+    scale: Array,
+    bias: Array,
+    *,
+    relu: bool = False,
+    epsilon: float = 1e-5,
+    dtype: Any = None,
+) -> Array | cpu.Remade:
+    """`plain.normalize`, for a convolution that normalises while it reads X."""
+    y = plain.normalize(x, mean, variance, scale, bias, relu=relu, epsilon=epsilon, dtype=dtype)
+    if not _takes(x, scale, bias, dtype):
+        return y
+    factor = lax.rsqrt(variance + epsilon) * scale
+    return cpu.Remade(y, (x, mean, factor, bias), cpu_batch_norm.Normalizer(relu, y.dtype))
+
+
+def _statistics(x, axis_name):
+    own_mean, own_variance = _moments(None, x)
+    if axis_name is None:
+        return own_mean, own_variance
+    mean = over_devices(own_mean, axis_name)
+    return mean, over_devices(own_variance + jnp.square(own_mean - mean), axis_name)
+
+
+@derivable(lambda _, x: plain.statistics(x, None))
+def _moments(_, x):
+    numbers = jax.typeof(x).update(shape=x.shape[-1:], dtype=jnp.dtype(jnp.float32))
+    return tuple(call("regnet_flax_moments", [numbers, numbers], x))
+
+
+def _gradient_sums(d, x, mean, root, scale, bias, *, relu):
+    return _sums(relu, d, x, mean, root, scale, bias)
+
+
+@derivable(lambda relu, *values: cpu_batch_norm.gradient_sums(*values, relu=relu))
+def _sums(relu, d, x, mean, root, scale, bias):
+    numbers = [jax.typeof(d).update(shape=mean.shape, dtype=mean.dtype)] * 2
+    by_bias, products = call("regnet_flax_norm_gradient_sums", numbers, d, x, mean, root * scale, bias, relu=relu)
+    return by_bias, products * root
+
+
+def _input_gradient(d, x, mean, root, scale, bias, by_bias, by_scale, *, relu):
+    return _gradient(relu, d, x, mean, root, scale, bias, by_bias, by_scale)
+
+
+@derivable(lambda relu, *values: cpu_batch_norm.input_gradient(*values, relu=relu))
+def _gradient(relu, d, x, mean, root, scale, bias, by_bias, by_scale):
+    factor, pixels = root * scale, x.size // x.shape[-1]
+    lines = by_bias * factor / pixels, by_scale * root * factor / pixels
+    return call("regnet_flax_norm_gradient", jax.typeof(x), d, x, mean, factor, bias, *lines, relu=relu)
+
+
+PASSES = cpu_batch_norm.Passes(_statistics, _gradient_sums, _input_gradient)

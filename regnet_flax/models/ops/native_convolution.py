@@ -1,0 +1,170 @@
+"""Convolutions as native operations: forward, and the gradients of inputs and kernel; cpp/convolution.h has them.
+
+A convolution takes what batch normalisation and concatenation give as it is: it normalises, applies the ReLU and joins
+the channels while it reads, so that neither result is ever written unless something else needs it.
+
+They take float32 and bfloat16 images, any kernel without groups or dilation, and strides 1 and 2. Everything else, and
+a machine without the library, has the forms of `cpu`. Sums are float32. Under vmap one call computes all, each with its
+own weights. As in `cpu`, forward mode is refused, and derivatives of the backward pass are JAX's own, of `plain`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regnet_flax.models.ops import cpu, native_library, plain
+from regnet_flax.models.ops.cpu_batch_norm import Normalizer
+from regnet_flax.models.ops.native_library import DTYPES, call, derivable
+from regnet_flax.models.ops.varying import vary_together
+
+Array = jax.Array
+Arrays = tuple[Array, ...]
+
+
+@flax.struct.dataclass
+class Concatenated:
+    """Two Values along the channels, which a convolution reads where they are."""
+
+    parts: tuple[Array | cpu.Remade, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.parts[0].shape
+        return (*first[:-1], sum(part.shape[-1] for part in self.parts))
+
+    @property
+    def dtype(self) -> Any:
+        return self.parts[0].dtype
+
+
+def concatenate(x: Array | cpu.Remade, y: Array | cpu.Remade) -> Concatenated | cpu.Remade:
+    """Along the channels."""
+    alike = x.dtype == y.dtype and x.dtype in DTYPES
+    return Concatenated((x, y)) if alike and native_library.available() else cpu.concatenate(x, y)
+
+
+def array(x: Array | cpu.Remade | Concatenated) -> Array:
+    """What `batch_norm` and `concatenate` give, as an array."""
+    return plain.concatenate(*map(cpu.array, x.parts)) if isinstance(x, Concatenated) else cpu.array(x)
+
+
+class _Form(NamedTuple):
+    """What a convolution is, but for its arrays."""
+
+    strides: tuple[int, int]
+    padding: cpu.Padding
+    makes: tuple[Normalizer | None, ...]  # of each part, from its operands; None: it is the operand
+
+    def geometry(self, kernel_shape: Sequence[int]) -> dict[str, Any]:
+        (top, _), (left, _) = self.padding
+        return {"geometry": np.array([*kernel_shape[:2], self.strides[0], top, left], np.int64)}
+
+    def kinds(self) -> dict[str, Any]:
+        return {"kinds": np.array([0 if make is None else 1 + make.relu for make in self.makes], np.int64)}
+
+
+def conv(
+    x: Array | cpu.Remade | Concatenated,
+    kernel: Array,
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    **options: Any,
+) -> Array:
+    """`cpu.conv`, as native operations where they can."""
+    if (
+        len(x.shape) != 4
+        or x.dtype not in DTYPES
+        or kernel.dtype != x.dtype
+        or len(set(strides)) != 1
+        or strides[0] > 2
+        or cpu.asks_for_more(x, kernel, **options)
+        or not native_library.available()
+    ):
+        return cpu.conv(
+            cpu.concatenate(*x.parts) if isinstance(x, Concatenated) else x, kernel, strides, padding, **options
+        )
+    parts = x.parts if isinstance(x, Concatenated) else (x,)
+    arrays, operands, makes = [], [], []
+    for part in parts:
+        made_from, make = (cpu.array(part),), None
+        if isinstance(part, cpu.Remade) and isinstance(part.make, Normalizer):
+            made_from, make = part.operands, part.make
+        first, *vectors = made_from
+        arrays.append(cpu.array(part))
+        operands.append((first, *(vector.astype(jnp.float32) for vector in vectors)))
+        makes.append(make)
+    form = _Form((strides[0], strides[1]), cpu.explicit(padding, x.shape, kernel.shape, strides), tuple(makes))
+    flat, structure = jax.tree.flatten((arrays, operands, kernel))
+    arrays, operands, kernel = jax.tree.unflatten(structure, vary_together(*flat))
+    return _conv(form, tuple(arrays), tuple(operands), kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _conv(form: _Form, arrays: Arrays, operands: tuple[Arrays, ...], kernel: Array) -> Array:
+    return _outputs(form, operands, kernel)
+
+
+def _forward(form, arrays, operands, kernel):
+    return _outputs(form, operands, kernel), (operands, kernel)
+
+
+def _backward(form, saved, d):
+    operands, kernel = saved
+    shapes = tuple(part[0].shape for part in operands)
+    by_kernel = _kernel_gradient((form, kernel.shape), operands, d)
+    return _input_gradients((form, shapes), d, kernel), None, by_kernel.astype(kernel.dtype)
+
+
+_conv.defvjp(_forward, _backward)
+
+
+def _plain_outputs(form, operands, kernel):
+    parts = [part[0] if make is None else make(*part) for make, part in zip(form.makes, operands, strict=True)]
+    return plain.conv(jnp.concatenate(parts, -1), kernel, form.strides, form.padding)
+
+
+@derivable(_plain_outputs)
+def _outputs(form, operands, kernel):
+    x = jax.typeof(operands[0][0])
+    sizes = zip(x.shape[1:3], kernel.shape, form.padding, form.strides, strict=False)
+    height, width = (max(0, (size + sum(pads) - length) // stride + 1) for size, length, pads, stride in sizes)
+    outputs = x.update(shape=(x.shape[0], height, width, kernel.shape[3]))
+    attributes = form.geometry(kernel.shape) | form.kinds()
+    return call("regnet_flax_convolution", outputs, operands, kernel.astype(jnp.float32), **attributes)
+
+
+def _plain_input_gradients(static, d, kernel):
+    form, shapes = static
+    plain_form = form._replace(makes=(None,) * len(shapes))
+    like = [jnp.zeros(shape, d.dtype) for shape in shapes]
+    outputs = lambda *parts: _plain_outputs(plain_form, [(part,) for part in parts], kernel)  # noqa: E731
+    return jax.vjp(outputs, *vary_together(*like, d)[:-1])[1](d)
+
+
+@derivable(_plain_input_gradients)
+def _input_gradients(static, d, kernel):
+    form, shapes = static
+    results = [jax.typeof(d).update(shape=shape) for shape in shapes]
+    wide = kernel.astype(jnp.float32)
+    return tuple(call("regnet_flax_input_gradient", results, d, wide, **form.geometry(kernel.shape)))
+
+
+def _plain_kernel_gradient(static, operands, d):
+    form, shape = static
+    wide = [[a.astype(jnp.float32) for a in part] for part in operands]
+    kernel = vary_together(jnp.zeros(shape, jnp.float32), d)[0]
+    return jax.vjp(lambda kernel: _plain_outputs(form, wide, kernel), kernel)[1](d.astype(jnp.float32))[0]
+
+
+@derivable(_plain_kernel_gradient)
+def _kernel_gradient(static, operands, d):
+    form, shape = static
+    kernel = jax.typeof(d).update(shape=shape, dtype=jnp.float32)
+    return call("regnet_flax_filter_gradient", kernel, operands, d, **form.geometry(shape), **form.kinds())

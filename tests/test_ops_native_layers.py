@@ -1,0 +1,207 @@
+"""The native convolutions and batch normalisation against the plain equations, in float64 where the digits count."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from helpers import close, halves
+from regnet_flax.models.ops import CPU, PLAIN, native_library
+
+pytestmark = [
+    pytest.mark.core,
+    pytest.mark.skipif(not native_library.available(), reason="there is no C++ compiler here"),
+]
+
+# Images, height, width, inputs, outputs, kernel, stride, zeros above and below: one pixel, no image, a stem, odd sizes,
+# groups of one, two and four vectors of outputs, several blocks of rows, no padding, much of it, an uneven one.
+CONVOLUTIONS = [
+    (1, 1, 1, 1, 1, 3, 1, (1, 1)),
+    (0, 4, 4, 3, 5, 3, 1, (1, 1)),
+    (3, 9, 7, 3, 16, 3, 1, (1, 1)),
+    (2, 7, 9, 20, 33, 3, 2, (1, 1)),
+    (2, 8, 8, 16, 32, 1, 2, (0, 0)),
+    (2, 4, 4, 64, 64, 3, 1, (1, 1)),
+    (1, 40, 70, 40, 24, 3, 1, (1, 1)),
+    (1, 14, 15, 3, 64, 7, 2, (3, 3)),
+    (2, 6, 6, 4, 4, 5, 1, (0, 0)),
+    (2, 3, 3, 4, 4, 1, 1, (2, 2)),
+    (2, 6, 5, 4, 4, 3, 2, (0, 1)),
+]
+
+
+def convolution(ops, x, kernel, stride=1, padding=(1, 1)):
+    return ops.conv(x, kernel, (stride, stride), (padding, padding))
+
+
+def block(ops, x, y, scale, bias, kernel, axis_name=None):
+    """A convolution of two arrays, one normalised with a ReLU and one without."""
+    normalized, mean, variance = ops.batch_norm(x, scale, bias, relu=True, axis_name=axis_name)
+    plain, *_ = ops.batch_norm(y, bias, scale, axis_name=axis_name)
+    statistics = jax.lax.stop_gradient((mean, variance))
+    return ops.conv(ops.concatenate(normalized, plain), kernel, (1, 1), ((1, 1),) * 2), statistics
+
+
+def both(function, arrays, seed=0):
+    """The value, and the gradients of a sum over it in which each element has its own weight."""
+    value, vjp, rest = jax.vjp(lambda *a: split(function(*a)), *arrays, has_aux=True)
+    d = np.random.default_rng(seed).normal(size=value.shape)
+    return value, rest, vjp(jnp.asarray(d, value.dtype))
+
+
+def split(result):
+    return result if isinstance(result, tuple) else (result, ())
+
+
+def normal(rng, *shape, scale=1.0, mean=0.0):
+    return (rng.normal(size=shape) * scale + mean).astype(np.float32)
+
+
+def block_arrays(channels=5, seed=0, images=4):
+    rng = np.random.default_rng(seed)
+    x, y = (normal(rng, images, 5, 3, channels, mean=20) for _ in range(2))
+    scale, bias = (normal(rng, channels, mean=1) for _ in range(2))
+    return x, y, scale, bias, normal(rng, 3, 3, 2 * channels, 6, scale=0.3)
+
+
+def cases():
+    rng = np.random.default_rng(1)
+    found = []
+    for n, height, width, inputs, outputs, size, stride, padding in CONVOLUTIONS:
+        arrays = normal(rng, n, height, width, inputs), normal(rng, size, size, inputs, outputs)
+        found.append((functools.partial(convolution, stride=stride, padding=padding), arrays))
+    return [*found, *((block, block_arrays(channels)) for channels in (5, 16, 20))]
+
+
+def run(ops, arrays):
+    return [both(functools.partial(f, ops), a) for (f, _), a in zip(cases(), arrays, strict=True)]
+
+
+def test_values_and_gradients():
+    """Of float32; and of bfloat16 images and kernels, whose sums are float32 too."""
+    arrays = [a for _, a in cases()]
+    narrow = [tuple(a.astype(jnp.bfloat16) if a.ndim == 4 else a for a in case) for case in arrays]
+    program = jax.jit(functools.partial(run, CPU)).lower(arrays)
+    names = ("convolution", "input_gradient", "filter_gradient", "moments", "norm_gradient_sums", "norm_gradient")
+    assert all(f"regnet_flax_{name}" in program.as_text() for name in names)
+    found, narrow_found = program.compile()(arrays), jax.jit(functools.partial(run, CPU))(narrow)
+    with jax.enable_x64(True):
+        wide, narrow_wide = (jax.tree.map(lambda a: np.asarray(a, np.float64), c) for c in (arrays, narrow))
+        reference = jax.jit(functools.partial(run, PLAIN))
+        expected, narrow_expected = reference(wide), reference(narrow_wide)
+    count = len(CONVOLUTIONS)
+    close(found[:count], expected[:count], 1e-6)
+    close(found[count:], expected[count:], 4e-6)  # float32 in the normalisation: of X − mean, too
+    close(narrow_found, narrow_expected, 0.03)
+    assert all(a.dtype == jnp.bfloat16 for _, _, (x, *_) in narrow_found for a in [x])
+
+
+@pytest.mark.parametrize("relu", [False, True])
+def test_batch_norm_far_from_zero(relu):
+    """Mean 1,000, deviation 1: E[x²] − E[x]² would have no digit left."""
+    rng = np.random.default_rng(0)
+    x, d = normal(rng, 40, 9, 5, 3, mean=1000), normal(rng, 40, 9, 5, 3)
+    scale, bias = normal(rng, 3), normal(rng, 3)
+
+    def everything(ops, x, d, scale, bias):
+        def function(*arrays):
+            y, *statistics = ops.batch_norm(*arrays, relu=relu)
+            return ops.array(y), statistics
+
+        y, vjp, statistics = jax.vjp(function, x, scale, bias, has_aux=True)
+        return y, statistics, vjp(d)
+
+    found = jax.jit(functools.partial(everything, CPU))(x, d, scale, bias)
+    with jax.enable_x64(True):
+        wide = [np.asarray(a, np.float64) for a in (x, d, scale, bias)]
+        expected = jax.jit(functools.partial(everything, PLAIN))(*wide)
+    close(found[1], expected[1], 1e-6)
+    close((found[0], found[2]), (expected[0], expected[2]), 1e-4)
+
+
+def test_second_derivatives_and_transformations():
+    arrays, others = block_arrays(), block_arrays(seed=1)
+    stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), arrays, others)
+
+    def everything(ops):
+        both_of = functools.partial(both, functools.partial(block, ops))
+        x, y, *rest = arrays
+
+        def gradients(*arrays):
+            return both_of(arrays)[2]
+
+        def repeated(x, kernel):
+            def body(x, _):
+                out, _ = block(ops, x, y, *rest[:2], kernel)
+                return out[..., :5], None
+
+            return jax.lax.scan(jax.checkpoint(body), x, length=2)[0].sum()
+
+        return {
+            "forward over reverse": jax.jvp(gradients, arrays, others)[1],
+            "reverse over reverse": jax.vjp(gradients, *arrays)[1](gradients(*others)),
+            "all by vmap": jax.vmap(lambda *a: both_of(a))(*stacked),
+            "kernels by vmap of vmap": jax.vmap(jax.vmap(lambda k: both_of((x, y, *rest[:2], k))))(
+                jnp.stack([jnp.stack([rest[2], -rest[2], rest[2] / 2])] * 2)
+            ),
+            "scan and checkpoint": jax.grad(repeated, (0, 1))(x, rest[2]),
+        }
+
+    close(jax.jit(everything, static_argnums=0)(CPU), jax.jit(everything, static_argnums=0)(PLAIN), 1e-4)
+
+
+def test_devices():
+    """By pmap, the statistics of both devices' images."""
+    *images, scale, bias, kernel = block_arrays()
+    images = jax.tree.map(halves, tuple(images))
+
+    def gradients(ops):
+        def one(images, vectors):
+            function = functools.partial(block, ops, axis_name="batch")
+            return both(function, (*images, *vectors))
+
+        by_device = jax.pmap(one, axis_name="batch", in_axes=(0, None), devices=jax.devices()[:2])
+        return by_device(images, (scale, bias, kernel))
+
+    close(gradients(CPU), gradients(PLAIN), 1e-4)
+
+
+def test_nan_stays_where_it_is():
+    """It spreads to the pixels whose taps see it, and by batch normalisation over its channel."""
+    rng = np.random.default_rng(0)
+    x, kernel = normal(rng, 3, 8, 9, 4), normal(rng, 3, 3, 4, 5)
+    x[1, 4, 8, 2] = np.nan
+    found, expected = (
+        jax.jit(lambda x, k, ops=ops: both(functools.partial(convolution, ops), (x, k)))(x, kernel)
+        for ops in (CPU, PLAIN)
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.isnan(a), np.isnan(b))
+    assert np.isnan(found[0]).sum() == 6 * 5
+    value, (mean, variance), _ = both(
+        functools.partial(block, CPU), (x, x, *[np.ones(4, np.float32)] * 2, kernel[:, :, [0, 1, 2, 3] * 2])
+    )
+    assert np.isnan(value).all()
+    for a in (mean, variance):
+        np.testing.assert_array_equal(np.isnan(a), [False, False, True, False])
+
+
+def test_what_it_cannot_do_is_computed_by_the_plain_form():
+    x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
+    grouped = jnp.ones((3, 3, 2, 4))
+
+    def program(x, kernel, strides=(1, 1), **options):
+        return str(jax.make_jaxpr(lambda x, k: CPU.conv(x, k, strides, "SAME", **options))(x, kernel))
+
+    assert "regnet_flax_" in program(x, kernel)
+    for other in (
+        program(x, kernel, (3, 3)),
+        program(x, kernel, (1, 2)),
+        program(x, kernel, rhs_dilation=(2, 2)),
+        program(x, grouped, feature_group_count=2),
+    ):
+        assert "regnet_flax_" not in other
+    with jax.enable_x64(True):
+        assert "regnet_flax_" not in program(x.astype(jnp.float64), kernel.astype(jnp.float64))
