@@ -62,6 +62,10 @@ class StreamError(RunError):
     """Reading stopped, as when a worker process was killed; the message is one line."""
 
 
+class HubError(RunError):
+    """The Hugging Face Hub refused, or could not be reached; the message is one line."""
+
+
 class Interrupted(Error):
     """The run was asked to stop, and has saved.
 

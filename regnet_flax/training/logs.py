@@ -1,4 +1,4 @@
-"""What a run writes as it goes: metrics.jsonl, TensorBoard events, train.log, and a trace where one is asked for."""
+"""What a run writes as it goes: metrics.jsonl, trackers such as TensorBoard, train.log, and a trace if asked."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import json
 import logging
 import math
 import pathlib
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from regnet_flax import files
-from regnet_flax.training.workdir import LOG, METRICS, read_metrics
+from regnet_flax.config.check import flatten
+from regnet_flax.config.fields import FIELDS
+from regnet_flax.errors import one_line
+from regnet_flax.trackers.registry import open_trackers
+from regnet_flax.training.workdir import LOG, METRICS, read_metrics, seed_line
 
 logger = logging.getLogger("regnet_flax")
 
@@ -22,23 +25,29 @@ BEFORE, TRACED = 2, 5  # calls: the first ones compile
 
 
 class MetricsLog:
-    """metrics.jsonl, one object a line, and the same as TensorBoard events.
+    """metrics.jsonl, one object a line, and the same in the trackers.
 
     Args:
       workdir: where they are.
       step: that the run resumes from; what was logged beyond it is cut, since the run will log it again.
+      trackers: `log.trackers`.
+      config: resolved.
+      seeds: that train together, or one.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        step: int,
+        trackers: Sequence[str] = FIELDS["log.trackers"].default,
+        config: Mapping[str, Any] | None = None,
+        seeds: Sequence[int] = (0,),
+    ):
         path = workdir / METRICS
         lines = [line for line in read_metrics(workdir) if line["step"] <= step]
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = open(path, "a", encoding="utf-8")
-        try:
-            self._events = _Events(workdir, step + 1)
-        except ImportError:
-            logger.warning("tensorboardX is not installed: no TensorBoard events are written")
-            self._events = None
+        self._trackers = open_trackers(trackers, workdir, step + 1, dict(flatten(config or {})), seeds)
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line; it holds at least "step"."""
@@ -46,57 +55,28 @@ class MetricsLog:
         finite = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        if self._events is not None:
-            scalars = {_tag(k): v for k, v in finite.items() if isinstance(v, (int, float)) and k != "step"}
-            self._events.write(scalars, line["step"])
+        for seed, tracker in self._trackers:
+            if seed is not None and str(seed) not in finite["seeds"]:
+                tracker.finish("its loss or gradient is not finite")
+                continue
+            values = finite if seed is None else seed_line(finite, seed)
+            scalars = {_tag(k): v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+            tracker.log(line["step"], scalars)
 
-    def close(self) -> None:
-        try:
-            self._file.close()
-        finally:
-            if self._events is not None:
-                self._events.close()
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        with contextlib.ExitStack() as ends:
+            ends.callback(self._file.close)
+            for _, tracker in self._trackers:
+                ends.callback(tracker.finish, "" if error is None else one_line(error))
 
 
 def _tag(name: str) -> str:
-    """What TensorBoard calls a metric, under the heading of its kind: "train/loss" for "train_loss"."""
+    """What trackers call a metric, under the heading of its kind: "train/loss" for "train_loss"."""
     kind, _, rest = name.partition("_")
     return f"{kind}/{rest}" if kind in ("train", "eval") else f"train/{name}"
-
-
-class _Events:
-    """A file of TensorBoard events.
-
-    tensorboardX's SummaryWriter writes in a thread: its flush does not wait for what is still queued, so that a killed
-    run would lack events whose checkpoint stands, and once the disk is full that thread is gone and the queue blocks.
-
-    Args:
-      workdir: where it is.
-      first: the step from which on TensorBoard is to forget what earlier files have.
-    """
-
-    def __init__(self, workdir: pathlib.Path, first: int):
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
-
-        protocol: Any = event_pb2
-        self._event, self._scalar = protocol.Event, summary.scalar
-        self._writer = event_file_writer.EventsWriter(str(workdir / "events"))
-        start = protocol.SessionLog(status=protocol.SessionLog.START)
-        self._add(self._event(step=first, session_log=start))
-        self._writer.flush()
-
-    def _add(self, event: Any) -> None:
-        event.wall_time = time.time()
-        self._writer.write_event(event)
-
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self._add(self._event(step=step, summary=self._scalar(name, value)))
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class RunLog(logging.Handler):

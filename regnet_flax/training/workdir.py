@@ -83,6 +83,13 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return read_json_lines(workdir / METRICS)
 
 
+def seed_line(line: dict[str, Any], seed: int | str) -> dict[str, Any]:
+    """A line of metrics.jsonl as one seed's: what the seeds have of their own is not a mean here."""
+    seeds = line.get("seeds", {})
+    means = {name for values in seeds.values() for name in values}
+    return {name: value for name, value in line.items() if name not in means} | seeds.get(str(seed), {})
+
+
 def plain(value: Any) -> Any:
     """A config, or any nest of mappings and sequences, as JSON has it."""
     if hasattr(value, "items"):
