@@ -96,11 +96,11 @@ def pull(repository: str, *, revision: str | None = None) -> pathlib.Path:
       HubError: there is no such repository, file or revision, or the Hub cannot be reached and nothing was fetched
         before.
     """
-    hub = _hub()
+    api = _hub().HfApi()
     try:
-        file = hub.hf_hub_download(repository, FILE, revision=revision)
+        file = api.hf_hub_download(repository, FILE, revision=revision)
         # The same commit's.
-        hub.hf_hub_download(repository, model_card.NAME, revision=pathlib.Path(file).parent.name)
+        api.hf_hub_download(repository, model_card.NAME, revision=pathlib.Path(file).parent.name)
     except Exception as error:
         raise HubError(f"{repository} could not be read: {one_line(error)}") from error
     return pathlib.Path(file)

@@ -255,6 +255,21 @@ def test_the_sweep_runs(tmp_path):
     assert {path.name for path in (tmp_path / "runs/sweep").iterdir()} == {"0", "1", "2", "3"}
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_conversion_to_onnx_runs(files):
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    (block,) = (block for block in blocks(ROOT / "docs/guides/exporting.md", "python") if block.title == "to_onnx.py")
+    space = {"__name__": "__main__"}
+    exec(block.code, space)
+    session = runtime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    for count in (3, 1):
+        images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), np.uint8)
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.astype(np.float32)})
+        expected = space["trained"].predict(images)
+        np.testing.assert_allclose(jax.nn.softmax(found), expected, atol=1e-5)
+
+
 def test_a_tracker_of_ones_own_is_one(tmp_path):
     (block,) = blocks(ROOT / "docs/guides/tracking.md", "python")
     pathlib.Path(block.title).write_text(block.code)
