@@ -107,6 +107,8 @@ def server(tmp_path, monkeypatch):
     thread.start()
     # What HF_ENDPOINT, HF_HUB_CACHE and HF_HUB_DISABLE_XET set, when huggingface_hub is imported.
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    template = server.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from helpers import LINE, error_of, few_digits, metrics, run_program, tiny_config
+from regnet_flax.config.fields import TRACKERS
 from regnet_flax.errors import ConfigError
 from regnet_flax.modes.train import train_and_evaluate
 from regnet_flax.trackers import registry
@@ -63,26 +64,27 @@ def warnings(caplog):
 
 
 def test_a_run_and_its_resumption_are_one_run_of_the_tracker(tmp_path, calls, logger, caplog):
-    trackers = ("mine_tracker:Mine", "mine_tracker:Broken", "tensorboard")
-    config = tiny_config(**{"log.trackers": trackers, "log.every_steps": 2, "train.max_steps": 2})
+    trackers, workdir = ("mine_tracker:Mine", "mine_tracker:Broken", "tensorboard"), tmp_path / "run"
+    changes = {"log.trackers": trackers, "log.every_steps": 1, "train.max_steps": 2, "eval.every_epochs": 0}
+    config = tiny_config(**changes)
     with few_digits():
-        for steps in (2, 4):
-            config.train.max_steps = steps
-            train_and_evaluate(config, tmp_path / "run", jax.local_devices()[:1])
+        train_and_evaluate(config, workdir, jax.local_devices()[:1])
     (_, first), (_, values), *_ = calls
-    assert first == (tmp_path / "run", "run", "", "", 1)
+    assert first == (workdir, "run", "", "", 1)
     assert values["train.batch_size"] == 32 and values["dataset.num_classes"] == 10 and values["seed"] == 0
-    ids = json.loads((tmp_path / "run" / "trackers.json").read_text())
+    logged = [(step, values) for name, step, values in (call for call in calls if call[0] == "run")]
+    assert [step for step, _ in logged] == [1, 2]
+    for (_, values), line in zip(logged, metrics(workdir), strict=True):
+        assert values.pop("train/images_per_second", 1) > 0
+        del line["step"]
+        assert list(values.values()) == list(line.values()) and "train/learning_rate" in values
+
+    with MetricsLog(workdir, 2, trackers, config) as log:
+        log.write({"step": 3})
+    ids = json.loads((workdir / "trackers.json").read_text())
     assert ids == {"mine_tracker:Mine": {"0": "id0"}, "mine_tracker:Broken": {"0": "id2"}}
     starts = [(call[1].id, call[1].step) for call in calls if call[0] == "start"]
     assert starts == [("", 1), ("", 1), ("id0", 3), ("id2", 3)]
-
-    logged = [(step, values) for name, step, values in (call for call in calls if call[0] == "run")]
-    assert [step for step, _ in logged] == [2, 4]
-    for (_, values), line in zip(logged, metrics(tmp_path / "run"), strict=True):
-        assert values.pop("train/images_per_second", 1) > 0
-        del line["step"]
-        assert list(values.values()) == list(line.values()) and "eval/accuracy" in values
     assert [call for call in calls if call[0] == "finish"] == [("finish", "run", "")] * 2
     # Once for each process that trains, though it logs more than once.
     assert (
@@ -93,6 +95,10 @@ def test_a_run_and_its_resumption_are_one_run_of_the_tracker(tmp_path, calls, lo
         ]
         * 2
     )
+
+
+def test_every_name_has_its_class():
+    assert tuple(registry.SHIPPED) == TRACKERS and all(callable(registry._class_of(name)) for name in TRACKERS)
 
 
 def test_each_seed_is_a_run_of_its_own_and_an_error_is_told(tmp_path, calls):

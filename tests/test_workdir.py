@@ -31,7 +31,7 @@ def strictly(text):
 
 
 def test_lines_are_written_as_they_come(tmp_path):
-    with MetricsLog(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         for step in (10, 20):
             log.write({"step": step, "train_loss": 1 / step})
             assert [line["step"] for line in strictly((tmp_path / "metrics.jsonl").read_text())][-1] == step
@@ -40,7 +40,7 @@ def test_lines_are_written_as_they_come(tmp_path):
 
 @pytest.mark.parametrize(("step", "kept"), [(0, []), (10, [10]), (25, [10, 20]), (30, [10, 20, 30])])
 def test_what_was_logged_beyond_the_restored_step_is_cut(tmp_path, step, kept):
-    with MetricsLog(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         for number in (10, 20, 30):
             log.write({"step": number})
     with MetricsLog(tmp_path, step) as log:
@@ -77,7 +77,7 @@ def test_there_may_be_no_metrics_yet(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_left_out(tmp_path, bad):
-    with MetricsLog(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         log.write({"step": 10, "train_loss": bad, "train_accuracy": 0.5})
     assert strictly((tmp_path / "metrics.jsonl").read_text()) == [{"step": 10, "train_accuracy": 0.5}]
 
@@ -86,7 +86,7 @@ def test_what_is_not_finite_is_left_out(tmp_path, bad):
 
 
 def test_tensorboard_has_every_metric(tmp_path):
-    with MetricsLog(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         log.write(LINE)
         log.write({"step": 2340, "train_loss": math.nan, "train_accuracy": 0.25})
     shown = events(tmp_path)
@@ -108,7 +108,7 @@ def test_tensorboard_has_every_metric(tmp_path):
 
 @pytest.mark.parametrize("step", [0, 10, 20])
 def test_tensorboard_shows_a_resumed_run_once(tmp_path, step):
-    with MetricsLog(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         for number in (10, 20, 30):
             log.write({"step": number, "train_loss": 1.0})
     for file in tmp_path.glob("events.*"):
@@ -121,7 +121,7 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path, step):
 
 def test_without_tensorboardx_there_is_a_warning_only(tmp_path, logger, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with MetricsLog(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         log.write(LINE)
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "tensorboardX is not installed: no TensorBoard events are written"

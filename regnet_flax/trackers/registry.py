@@ -10,7 +10,6 @@ import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from regnet_flax.config.fields import TRACKERS
 from regnet_flax.errors import ConfigError, WorkdirError, one_line
 from regnet_flax.files import read_json, write_json
 from regnet_flax.models.plugins import import_plugins
@@ -18,6 +17,14 @@ from regnet_flax.models.plugins import import_plugins
 IDS = "trackers.json"  # in the workdir, {"wandb": {"0": "the id of seed 0's run"}}
 TENSORBOARD = "tensorboard"
 PROJECT = "regnet_flax"  # or experiment
+
+# The names of config.fields.TRACKERS.
+SHIPPED = {
+    TENSORBOARD: "tensorboard:TensorBoard",
+    "wandb": "services:Wandb",
+    "mlflow": "services:Mlflow",
+    "trackio": "services:Trackio",
+}
 
 logger = logging.getLogger("regnet_flax")
 
@@ -90,14 +97,17 @@ def _own_class(location: str) -> Callable[[Start], Tracker]:
         import_plugins([module])
     except ValueError as error:
         raise ConfigError(f"log.trackers: {error}") from error
-    found = getattr(importlib.import_module(module), name, None)
+    found: Any = getattr(importlib.import_module(module), name, None)
     if not callable(found):
         raise ConfigError(f"log.trackers has {location!r}, and {module} has no class {name}: correct the name")
     return found
 
 
 def _class_of(name: str) -> Callable[[Start], Tracker]:
-    return importlib.import_module(f"regnet_flax.trackers.{name}").Run if name in TRACKERS else _own_class(name)
+    if name not in SHIPPED:
+        return _own_class(name)
+    module, _, found = SHIPPED[name].partition(":")
+    return getattr(importlib.import_module(f"regnet_flax.trackers.{module}"), found)
 
 
 class GuardedTracker:

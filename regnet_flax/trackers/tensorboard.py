@@ -9,7 +9,7 @@ from typing import Any
 from regnet_flax.trackers.registry import Start
 
 
-class Run:
+class TensorBoard:
     """A file of TensorBoard events.
 
     tensorboardX's SummaryWriter writes in a thread: its flush does not wait for what is still queued, so that a killed

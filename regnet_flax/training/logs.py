@@ -55,8 +55,9 @@ class MetricsLog:
         finite = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
+        seeds = line.get("seeds", {})
         for seed, tracker in self._trackers:
-            if seed is not None and str(seed) not in finite["seeds"]:
+            if seed is not None and str(seed) not in seeds:
                 tracker.finish("its loss or gradient is not finite")
                 continue
             values = finite if seed is None else seed_line(finite, seed)
