@@ -8,7 +8,7 @@ import importlib.util
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from regnet_flax.errors import ConfigError, WorkdirError, one_line
 from regnet_flax.files import read_json, write_json
@@ -98,9 +98,9 @@ def _own_class(location: str) -> Callable[[Start], Tracker]:
     except ValueError as error:
         raise ConfigError(f"log.trackers: {error}") from error
     found: Any = getattr(importlib.import_module(module), name, None)
-    if not callable(found):
-        raise ConfigError(f"log.trackers has {location!r}, and {module} has no class {name}: correct the name")
-    return found
+    if callable(found):
+        return cast(Callable[[Start], Tracker], found)
+    raise ConfigError(f"log.trackers has {location!r}, and {module} has no class {name}: correct the name")
 
 
 def _class_of(name: str) -> Callable[[Start], Tracker]:
