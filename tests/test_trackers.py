@@ -141,7 +141,12 @@ def test_a_missing_package_or_class_is_one_line_before_anything_is_made(tmp_path
         ("mine_other:Other", "'mine_other' cannot be imported"),
     ):
         for mode in ("train", "compare"):
-            arguments = [f"--mode={mode}", f"--config.log.trackers=('{name}',)", "--workdir=run"]
+            arguments = [
+                f"--mode={mode}",
+                f"--config.log.trackers=('{name}',)",
+                "--workdir=run",
+                "--config.train.max_steps=1",
+            ]
             arguments += ["--config.compare.models=('resnet8',)"] if mode == "compare" else []
             assert said in error_of(run_program(*arguments), 2)
     assert not os.path.exists("run")
