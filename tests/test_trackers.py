@@ -6,13 +6,11 @@ import os
 import struct
 import sys
 
-import jax
 import pytest
 
-from helpers import LINE, error_of, few_digits, metrics, run_program, tiny_config
+from helpers import LINE, Recorder, error_of, run_program
 from regnet_flax.config.fields import TRACKERS
 from regnet_flax.errors import ConfigError
-from regnet_flax.modes.train import train_and_evaluate
 from regnet_flax.trackers import registry
 from regnet_flax.training.logs import MetricsLog
 
@@ -21,25 +19,10 @@ TAGS = {f"train/{name}" for name in ("epoch", "loss", "accuracy", "learning_rate
 TAGS |= {f"eval/{name}" for name in ("loss", "accuracy", "top5_accuracy")}
 
 MODULE = """
-class Mine:
-    calls = []
-
-    def __init__(self, start):
-        self.id = start.id or f"id{len(self.calls)}"
-        self.name = start.name
-        self.calls.append(("start", start))
-
-    def config(self, values):
-        self.calls.append(("config", values))
-
-    def log(self, step, values):
-        self.calls.append((self.name, step, values))
-
-    def finish(self, error):
-        self.calls.append(("finish", self.name, error))
+from helpers import Recorder
 
 
-class Broken(Mine):
+class Broken(Recorder):
     def log(self, step, values):
         raise SystemExit("the service\\nis down")
 """
@@ -47,13 +30,13 @@ class Broken(Mine):
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
-    """What a tracker in the current directory was given."""
+    """What trackers were given; `mine_tracker`, in the current directory, has one that fails."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(Recorder, "calls", [])
+    monkeypatch.delitem(sys.modules, "mine_tracker", raising=False)
     (tmp_path / "mine_tracker.py").write_text(MODULE)
-    registry.check_installed(["mine_tracker:Mine", "mine_tracker:Broken"])
-    yield sys.modules["mine_tracker"].Mine.calls
-    del sys.modules["mine_tracker"]
+    return Recorder.calls
 
 
 def warnings(caplog):
@@ -64,37 +47,26 @@ def warnings(caplog):
 
 
 def test_a_run_and_its_resumption_are_one_run_of_the_tracker(tmp_path, calls, logger, caplog):
-    trackers, workdir = ("mine_tracker:Mine", "mine_tracker:Broken", "tensorboard"), tmp_path / "run"
-    changes = {"log.trackers": trackers, "log.every_steps": 1, "train.max_steps": 2, "eval.every_epochs": 0}
-    config = tiny_config(**changes)
-    with few_digits():
-        train_and_evaluate(config, workdir, jax.local_devices()[:1])
-    (_, first), (_, values), *_ = calls
-    assert first == (workdir, "run", "", "", 1)
-    assert values["train.batch_size"] == 32 and values["dataset.num_classes"] == 10 and values["seed"] == 0
-    logged = [(step, values) for name, step, values in (call for call in calls if call[0] == "run")]
-    assert [step for step, _ in logged] == [1, 2]
-    for (_, values), line in zip(logged, metrics(workdir), strict=True):
-        assert values.pop("train/images_per_second", 1) > 0
-        del line["step"]
-        assert list(values.values()) == list(line.values()) and "train/learning_rate" in values
-
-    with MetricsLog(workdir, 2, trackers, config) as log:
-        log.write({"step": 3})
-    ids = json.loads((workdir / "trackers.json").read_text())
-    assert ids == {"mine_tracker:Mine": {"0": "id0"}, "mine_tracker:Broken": {"0": "id2"}}
-    starts = [(call[1].id, call[1].step) for call in calls if call[0] == "start"]
+    trackers, workdir = ("helpers:Recorder", "mine_tracker:Broken", "tensorboard"), tmp_path / "run"
+    for step in (0, 2):
+        with MetricsLog(workdir, step, trackers, {"train": {"batch_size": 32}}) as log:
+            log.write({"step": step + 1, "learning_rate": 0.5})
+            log.write({"step": step + 2, "learning_rate": math.nan})
+    started = ("start", "run", (workdir, "run", "", "", 1))
+    config = ("config", "run", {"train.batch_size": 32, "seed": 0})
+    assert calls[:4] == [started, config, started, config]
+    assert json.loads((workdir / "trackers.json").read_text()) == {
+        "helpers:Recorder": {"0": "id0"},
+        "mine_tracker:Broken": {"0": "id2"},
+    }
+    starts = [(call[2].id, call[2].step) for call in calls if call[0] == "start"]
     assert starts == [("", 1), ("", 1), ("id0", 3), ("id2", 3)]
+    logged = [call[2:] for call in calls if call[0] == "log"]
+    assert logged == [(1, {"train/learning_rate": 0.5}), (2, {}), (3, {"train/learning_rate": 0.5}), (4, {})]
     assert [call for call in calls if call[0] == "finish"] == [("finish", "run", "")] * 2
+    failed = "log.trackers: mine_tracker:Broken failed and is left out until the run is resumed; training goes on"
     # Once for each process that trains, though it logs more than once.
-    assert (
-        warnings(caplog)
-        == [
-            "log.trackers: mine_tracker:Broken failed and is left out until the run is resumed; training goes on "
-            "(SystemExit: the service is down)"
-        ]
-        * 2
-    )
+    assert warnings(caplog) == [f"{failed} (SystemExit: the service is down)"] * 2
 
 
 def test_every_name_has_its_class():
@@ -102,32 +74,32 @@ def test_every_name_has_its_class():
 
 
 def test_each_seed_is_a_run_of_its_own_and_an_error_is_told(tmp_path, calls):
-    with pytest.raises(RuntimeError), MetricsLog(tmp_path / "run", 0, ["mine_tracker:Mine"], {}, (3, 4)) as log:
+    with pytest.raises(RuntimeError), MetricsLog(tmp_path / "run", 0, ["helpers:Recorder"], {}, (3, 4)) as log:
         log.write(SEEDS)
         log.write(
             SEEDS | {"step": 8, "train_loss": 2.0, "seeds": {"4": {"train_loss": 2.0}}, "learning_rate": math.nan}
         )
         raise RuntimeError("the\nend")
-    starts = [call[1] for call in calls if call[0] == "start"]
+    starts = [call[2] for call in calls if call[0] == "start"]
     assert [(start.name, start.group) for start in starts] == [("run seed 3", "run"), ("run seed 4", "run")]
-    assert [call[1]["seed"] for call in calls if call[0] == "config"] == [3, 4]
+    assert [call[2]["seed"] for call in calls if call[0] == "config"] == [3, 4]
     assert calls[4:] == [
-        ("run seed 3", 7, {"train/loss": 1.0}),
-        ("run seed 4", 7, {"train/loss": 2.0}),
+        ("log", "run seed 3", 7, {"train/loss": 1.0}),
+        ("log", "run seed 4", 7, {"train/loss": 2.0}),
         ("finish", "run seed 3", "its loss or gradient is not finite"),
-        ("run seed 4", 8, {"train/loss": 2.0}),
+        ("log", "run seed 4", 8, {"train/loss": 2.0}),
         ("finish", "run seed 4", "RuntimeError: the end"),
     ]
     assert json.loads((tmp_path / "run" / "trackers.json").read_text()) == {
-        "mine_tracker:Mine": {"3": "id0", "4": "id2"}
+        "helpers:Recorder": {"3": "id0", "4": "id2"}
     }
 
 
 def test_a_damaged_file_of_ids_is_warned_of(tmp_path, calls, logger, caplog):
-    for text in ("{", "[]", '{"mine_tracker:Mine": 3}'):
+    for text in ("{", "[]", '{"helpers:Recorder": 3}'):
         (tmp_path / "trackers.json").write_text(text)
-        with MetricsLog(tmp_path, 0, ["mine_tracker:Mine"]):
-            assert calls[-2][1].id == ""
+        with MetricsLog(tmp_path, 0, ["helpers:Recorder"]):
+            assert calls[-2][2].id == ""
     assert [message for message in warnings(caplog)] == [
         f"{tmp_path / 'trackers.json'} is damaged: trackers begin new runs"
     ] * 3
