@@ -154,6 +154,7 @@ def test_a_run_is_pushed_and_pulled(server, workdir, tmp_path, monkeypatch):
     other = tmp_path / "mine" / "other.safetensors"
     other.parent.mkdir()
     other.write_bytes(file.read_bytes())
+    other.with_name("README.md").write_bytes(file.with_name("README.md").read_bytes())  # of weights.safetensors
     with failures() as case:
         with case("no card"), pytest.raises(WeightsError, match="no model card"):
             hub.push(other, "user/model")

@@ -259,4 +259,6 @@ def test_trackios_data_base(tmp_path, monkeypatch, logger, caplog, capsys):
 
     runs = run_seeds(tmp_path / "seeds", "trackio")
     assert [storage.get_logs("of-mine", one)[0]["train/loss"] for one in runs] == [1.0, 2.0]
+    # Trackio's current run, which the next one would end, is left alone.
+    assert sys.modules["trackio.context_vars"].current_run.get() is None
     assert not warnings(caplog) and capsys.readouterr().out == ""
