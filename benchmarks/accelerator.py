@@ -1,12 +1,12 @@
-"""What is worth measuring on a GPU, the most useful first, in one call within a time; the next call resumes.
+"""Runs the most useful measurements on a GPU, in order of value, within a time limit; the next call resumes.
 
     python benchmarks/accelerator.py --out DIR --minutes 9 --data-dir CIFAR10_FOLDER
 
 In this order: RegNet-20's and ResNet-20's training against the fastest PyTorch (3 minutes); a training step of several
 seeds together against a loop over them (2 minutes); the Pallas kernels against `ops="auto"` (1.5 minutes); the CIFAR-10
-comparison of table III, 200 epochs, for as long as there is, less what the last part needs; a core of the parity tests
-(2 minutes). What is done stands in DIR, summed up in DIR/accelerator.json, and is not repeated. CIFAR-10 is read from
-class folders: TensorFlow, TFDS and Grain are not needed. Arguments --config.FIELD=VALUE go to the comparison.
+comparison of table III, 200 epochs, in the remaining time, less what the last part needs; a core of the parity tests
+(2 minutes). Finished parts are stored in DIR, summed up in DIR/accelerator.json, and not repeated. CIFAR-10 is read
+from class folders: TensorFlow, TFDS and Grain are not needed. Arguments --config.FIELD=VALUE go to the comparison.
 """
 
 import argparse
@@ -18,14 +18,14 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PATHS = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # packages may have been carried there
+PATHS = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # packages may have been copied there
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join(PATHS)}
 PARITY = ["tests/test_block_parity.py::test_cell", "tests/test_parity.py::test_ten_sgd_steps"]
 PARITY += ["tests/test_parity.py::test_network", "tests/test_ops_gpu.py"]
 
 
 class Budget:
-    """The time that is left. What does not fit is stopped by SIGTERM, on which the program saves, and resumed later."""
+    """The remaining time. A command that exceeds it gets SIGTERM, on which the program saves, and resumes later."""
 
     def __init__(self, minutes, reserve=30):
         self._end = time.monotonic() + 60 * minutes - reserve
@@ -34,7 +34,7 @@ class Budget:
         return self._end - time.monotonic()
 
     def run(self, name, command, log, seconds):
-        """Runs a command for at most so many seconds; returns its exit code, None if the time was too short."""
+        """Runs a command for at most `seconds`; returns its exit code, None if the time was too short."""
         seconds = min(seconds, self.left())
         if seconds < 20:
             return None
@@ -60,14 +60,14 @@ def main():
     parser.add_argument("--out", required=True, type=pathlib.Path)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--data-dir", default="", help="CIFAR-10 as train/<class>/ and test/<class>/")
-    parser.add_argument("--torch-device", default="cuda", help="of the parity tests")
+    parser.add_argument("--torch-device", default="cuda", help="for the parity tests")
     parser.add_argument("--models", nargs="+", default=["regnet20_convlstm", "resnet20"])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16"])
-    parser.add_argument("--modes", nargs="+", default=["graphs", "compiled"], help="of versus_torch.py")
+    parser.add_argument("--modes", nargs="+", default=["graphs", "compiled"], help="for versus_torch.py")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--seeds", default="(0, 1, 2, 3, 4)", help="of the comparison")
-    parser.add_argument("--seeds-of", default="synthetic", help="--only of seeds.py")
+    parser.add_argument("--seeds", default="(0, 1, 2, 3, 4)", help="for the comparison")
+    parser.add_argument("--seeds-of", default="synthetic", help="seeds.py's --only")
     parser.add_argument("--epochs", type=int, default=200)
     arguments, overrides = parser.parse_known_args()
     if wrong := [word for word in overrides if not word.startswith("--config.")]:
@@ -78,7 +78,7 @@ def main():
     done = json.loads(record.read_text()) if record.exists() else {}
 
     def step(name, minutes, command, result):
-        """One measurement, unless it was done before; `result` is the file that it leaves."""
+        """Makes one measurement, unless it was done before; `result` is the file that it writes."""
         if done.get(name, {}).get("exit_code") == 0:
             return
         began = time.monotonic()

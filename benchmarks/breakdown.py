@@ -2,9 +2,9 @@
 
     python benchmarks/breakdown.py --out breakdown.json
 
-A traced operation belongs to the part of the model that its root was traced in; what is fused into it goes with it.
-On a CPU, convolutions and products run in Eigen's own threads and are not traced: they are most of what is left of the
-step's time, named "not traced".
+A traced operation counts for the part of the model in which its root was traced, including everything fused into it.
+On a CPU, convolutions and products run in Eigen's own threads and are not traced: they make up most of the remaining
+time, called "not traced".
 """
 
 import argparse
@@ -28,7 +28,7 @@ CONVOLUTION = re.compile(r"/(conv\d*|conv_fuse|shortcut_conv)/(jit\(\w+\)/)?\w+$
 
 
 def part(where):
-    """Of what operation traced in `where` is."""
+    """Returns the part of the model of an operation traced in `where`."""
     if "RegNet)" not in where:
         return "loss and SGD"
     direction = "backward" if "transpose(" in where else "forward"
@@ -40,7 +40,7 @@ def part(where):
 
 
 def traced(train, wait):
-    """Milliseconds a step of each operation, by its name in the compiled program."""
+    """Returns milliseconds per step of each operation, by its name in the compiled program."""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             for _ in range(STEPS):
@@ -56,7 +56,7 @@ def traced(train, wait):
 
 
 def breakdown(model, batch, size, dtype):
-    """Milliseconds of a step by part, largest first, and of the whole step without a trace."""
+    """Returns milliseconds of a step by part, largest first, and those of the whole step without a trace."""
     calls, wait, facts = versus_torch.our_calls(model, batch, size, dtype)
     times = []
     for _ in range(3 + 2 * STEPS):
@@ -69,9 +69,9 @@ def breakdown(model, batch, size, dtype):
     parts = collections.Counter()
     for name, milliseconds in traced(calls["train"], wait).items():
         opcode, where = programs.get(name, ("", None))
-        if opcode not in ("call", "while", "conditional"):  # what they call is counted itself
+        if opcode not in ("call", "while", "conditional"):  # the operations that they call are counted
             parts[part(where[1]) if where else "the rest"] += milliseconds
-    facts.pop("environment")  # the file has it once
+    facts.pop("environment")  # it is in the file once
     parts["not traced"] = step - sum(parts.values())
     return {"step_ms": round(step, 1), "parts_ms": {k: round(v, 1) for k, v in parts.most_common()}, "facts": facts}
 
@@ -87,7 +87,7 @@ def main():
     results = {}
     for model in arguments.models:
         found = results[model] = breakdown(model, arguments.batch, arguments.size, arguments.dtype)
-        print(f"\n{model}: {found['step_ms']} ms a step\n\n| part | ms | share |\n| --- | --- | --- |")
+        print(f"\n{model}: {found['step_ms']} ms per step\n\n| part | ms | share |\n| --- | --- | --- |")
         for name, milliseconds in found["parts_ms"].items():
             print(f"| {name} | {milliseconds} | {milliseconds / found['step_ms']:.0%} |")
     if arguments.out:

@@ -1,17 +1,16 @@
-"""How many photographs a second one core reads, decodes and crops at random to 224×224, beside PyTorch and tf.data.
+"""How many photographs per second one core reads, decodes and crops to 224×224, against PyTorch and tf.data.
 
     python benchmarks/input.py DIR --out input.json        # DIR holds JPEGs, at any depth
 
-Each pipeline runs in this process on one core, in turn, in rounds of EPOCHS epochs from its start to its end; rates are
-images by second of the process's CPU time, which other programs on the machine disturb less than the clock, and by
-second of the clock.
+The pipelines run in turn in this process on one core, in rounds of EPOCHS epochs from start to end. Rates are images
+per second of the process's CPU time, which other programs on the machine disturb less, and per second of wall time.
 
-- grain: data/stream.py, one thread; uint8 batches, flipped and normalised on the device later.
-- torch: PyTorch's DataLoader, num_workers=0; RandomResizedCrop and RandomHorizontalFlip as torchvision has them for
-  Pillow images, and PILToTensor: uint8.
+- grain: data/stream.py, one thread; uint8 batches, to be flipped and normalised on the device.
+- torch: PyTorch's DataLoader, num_workers=0; torchvision's RandomResizedCrop and RandomHorizontalFlip for Pillow
+  images, and PILToTensor: uint8.
 - torch_float: the same, with torchvision's usual ToTensor and Normalize.
-- tf_data: tf.data with tf.image.decode_and_crop_jpeg, which decodes no more than the crop, and tf.image.resize, which
-  does not antialias; random crops and flips; uint8.
+- tf_data: tf.data with tf.image.decode_and_crop_jpeg, which decodes only the crop, and tf.image.resize, which does not
+  antialias; random crops and flips; uint8.
 """
 
 import argparse
@@ -76,7 +75,7 @@ def torch_batches(files, seed, floats=False):
         yield from loader
 
 
-@functools.cache  # so that no round but the first, which does not count, traces it
+@functools.cache  # so that only the first round, which does not count, traces it
 def tf_dataset(files):
     def load(file):
         data = tf.io.read_file(file)
@@ -115,7 +114,7 @@ PIPELINES = {
 
 
 def measure(batches):
-    """Images by second of CPU time and of the clock."""
+    """Returns images per second of CPU time and of wall time."""
     count = 0
     began = time.process_time(), time.perf_counter()
     for batch in batches:
@@ -140,7 +139,7 @@ def main():
         names = list(PIPELINES)
         for name in names if round_number % 2 else names[::-1]:
             rate = measure(PIPELINES[name](files, round_number))
-            if round_number:  # the first warms up
+            if round_number:  # the first one is a warm-up
                 rates[name].append(rate)
     ours = np.array(rates["grain"])
     results = {"photographs": len(files), "size": SIZE, "batch": BATCH, "rounds": arguments.rounds, "pipelines": {}}

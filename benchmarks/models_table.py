@@ -20,7 +20,7 @@ BEGIN, END = "<!-- models: python benchmarks/models_table.py --write -->", "<!--
 
 
 def costs(name):
-    """(parameters, multiply-adds, image size, classes), at 224 pixels and 1000 classes for ImageNet's models."""
+    """Returns (parameters, multiply-adds, image size, classes): 224 pixels and 1000 classes for ImageNet models."""
     imagenet = getattr(create_model(name), "stem", "imagenet") == "imagenet"
     size, classes = (224, 1000) if imagenet else (32, 10)
     parts = summarize(create_model(name, num_classes=classes), (size, size, 3))
@@ -34,7 +34,7 @@ def cell(name):
 
 
 def table(names):
-    """The table's lines; names outside the families of many depths get a row each."""
+    """Returns the table's lines; each name outside the families of many depths gets its own row."""
     lines = [f"| | plain | {' | '.join(f'`_{cell}`' for cell in REGULATORS)} |", "| --- " * 5 + "|"]
     left = set(names)
     for family in (RESNETS, *OTHERS):
@@ -57,7 +57,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--check", action="store_true", help="exit with 1 if the file's table is not up to date")
-    what.add_argument("--write", action="store_true", help="put the table between the file's markers")
+    what.add_argument("--write", action="store_true", help="write the table between the file's markers")
     parser.add_argument("--file", type=pathlib.Path, default=PAGE)
     arguments = parser.parse_args()
     text = arguments.file.read_text()

@@ -2,8 +2,8 @@
 
     python benchmarks/parity_run.py --out parity_digits.json --picture parity_digits.png
 
-The PyTorch model is the tests' reference, and its optimiser torch.optim.SGD. In float32 the two drift apart once
-rounding has turned the sign of a ReLU; in float64 they do not.
+The PyTorch model is the tests' reference, with torch.optim.SGD. In float32 the two drift apart once rounding flips the
+sign of a ReLU's input; in float64 they do not.
 """
 
 import argparse
@@ -32,7 +32,7 @@ BATCH = 64
 
 
 def batches(count):
-    """Normalised images (N, height, width, channels) in float64, and labels."""
+    """Yields normalised images (N, height, width, channels) in float64, and labels."""
     train = sources.load_dataset("digits").train
     mean, std = sources.channel_statistics(train.images)
     images = (train.images / 255 - np.array(mean)) / np.array(std)
@@ -44,7 +44,7 @@ def batches(count):
 
 
 def run(name, count, dtype):
-    """The loss at each step, ours and PyTorch's."""
+    """Returns the loss at each step, ours and PyTorch's."""
     torch.manual_seed(0)
     theirs = torch_reference.build(name, num_classes=10, in_channels=1).train()
     start = {key: value.numpy().copy() for key, value in theirs.state_dict().items()}

@@ -1,10 +1,10 @@
-"""What `model.overrides.remat` saves in memory and costs in time.
+"""How much memory `model.overrides.remat` saves, and how much time it costs.
 
     python benchmarks/remat.py --out benchmarks/results/remat_cpu.json
 
-One training step of a network with and without remat: the memory that the compiled step asks for and the floating-point
-operations it is made of, both XLA's own account (of the unrolled network: XLA counts a loop's body once); and its time
-in alternating rounds on this machine's first device.
+One training step of a network with and without remat: the memory and the floating-point operations of the compiled
+step, both as XLA reports them (for the unrolled network: XLA counts a loop's body once); and its time in alternating
+rounds on this machine's first device.
 """
 
 import argparse
@@ -27,7 +27,7 @@ tx = optimizer.make_optimizer("sgd", lambda count: jnp.float32(0.1), weight_deca
 
 
 def compiled_step(name, size, batch, remat):
-    """The compiled training step, and the shapes of its arguments."""
+    """Returns the compiled training step, and the shapes of its arguments."""
     model = create_model(name, remat=remat, unroll=99)
     images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.float32)
     data = {"images": images, "labels": jax.ShapeDtypeStruct((batch,), jnp.int32)}
@@ -43,10 +43,10 @@ def compiled_step(name, size, batch, remat):
 
 
 def analysis(compiled):
-    """What XLA says of a compiled step."""
+    """Returns XLA's analysis of a compiled step."""
     memory = compiled.memory_analysis()
     return {
-        "temporary_bytes": memory.temp_size_in_bytes,  # activations and the like, beside state and batch
+        "temporary_bytes": memory.temp_size_in_bytes,  # activations and the like, apart from state and batch
         "argument_bytes": memory.argument_size_in_bytes,
         "flops": compiled.cost_analysis()["flops"],
     }

@@ -1,9 +1,9 @@
-"""What `nn.scan` over a stage's blocks costs and saves.
+"""The costs and savings of `nn.scan` over a stage's blocks.
 
     python benchmarks/scan.py --out scan.json
 
-Training steps of a network whose blocks run under an unrolled scan against those of the same network as a Python loop,
-in alternating rounds; and the time to compile a rolled scan of 110 layers against one of 20.
+Training steps of a network with its blocks under an unrolled scan against the same network with a Python loop, in
+alternating rounds; and the time to compile a rolled scan of 110 layers against one of 20.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def initial_state(model, images):
 
 
 def step_times(name, batch, rounds):
-    """Seconds of a training step, scanned and looped, by alternating rounds."""
+    """Returns seconds of a training step, scanned and looped, in alternating rounds."""
     rng = np.random.default_rng(0)
     data = {
         "images": jnp.asarray(rng.normal(size=(batch, 32, 32, 3)), jnp.float32),
@@ -42,7 +42,7 @@ def step_times(name, batch, rounds):
     }
     scanned, looped = create_model(name, unroll=99), create_model(name, scan=False)
     state = initial_state(scanned, data["images"])
-    # A copy, since each step gives up the state that it is given.
+    # A copy, because each step donates its state.
     variables = jax.tree.map(jnp.copy, {"params": state.params, "batch_stats": state.batch_stats})
     states = {"scan": state, "loop": steps.create_train_state(unstack_blocks(variables), tx)}
     functions = {"scan": train_step(scanned), "loop": train_step(looped)}
@@ -51,13 +51,13 @@ def step_times(name, batch, rounds):
         for kind in ("scan", "loop") if round_number % 2 else ("loop", "scan"):
             begin = time.perf_counter()
             states[kind], _ = jax.block_until_ready(functions[kind](states[kind], data))
-            if round_number:  # the first compiled
+            if round_number:  # the first one compiles
                 times[kind].append(time.perf_counter() - begin)
     return times
 
 
 def compile_time(name):
-    """Seconds to lower and compile a training step with rolled scans."""
+    """Returns seconds to lower and compile a training step with rolled scans."""
     model = create_model(name, unroll=1)
     images = jnp.zeros((128, 32, 32, 3))
     state = jax.eval_shape(lambda: initial_state(model, images))

@@ -1,4 +1,4 @@
-"""What training several seeds of a model together costs: vmapped, and taking turns, against one seed.
+"""The cost of training several seeds of a model together, vmapped or in turn, against one seed.
 
     python benchmarks/seeds.py --out seeds.json
 
@@ -32,7 +32,7 @@ def programs(config, seeds):
 
 
 def measure(config, seeds, rounds, calls):
-    """Seconds to compile, and the median of a step's, of each program."""
+    """Returns each program's seconds to compile, and its median seconds per step."""
     made = programs(config, seeds)
     compile_seconds, states, times = {}, {}, {name: [] for name in made}
     count = made["one seed"].steps_per_call
@@ -63,13 +63,13 @@ def measure(config, seeds, rounds, calls):
 
 
 def main():
-    jax.config.update("jax_enable_compilation_cache", False)  # of earlier processes
+    jax.config.update("jax_enable_compilation_cache", False)  # it has programs of earlier processes
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--out", help="JSON file to write")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--calls", type=int, default=3, help="of each program in a round")
-    parser.add_argument("--only", default="", help="model of one measurement")
+    parser.add_argument("--calls", type=int, default=3, help="calls of each program per round")
+    parser.add_argument("--only", default="", help="the model of a single measurement")
     arguments = parser.parse_args()
     xla_flags.set_defaults()  # as regnet_flax.main does
     small, digits_model, cifar = digits.get_config("regnet14_convlstm"), digits.get_config(), cifar10.get_config()

@@ -1,13 +1,13 @@
-"""The CIFAR networks in PyTorch, written for speed: what versus_torch.py measures the package against.
+"""The CIFAR networks in PyTorch, written for speed: versus_torch.py measures the package against them.
 
-The names in the state dict, and the values, are those of tests/torch_reference.py, which is written for reading;
-tests/test_torch_peer.py compares the two. What is done for speed:
+State-dict names and values are those of tests/torch_reference.py, which is written for readability;
+tests/test_torch_peer.py compares the two. The optimisations:
 
 - A separable gate's preactivation has several forms (FORMS); none repeats or interleaves X and H.
-- The first block of a stage has no state: products with it, and the forget and reset gates, are left out.
-- Fresh arrays are overwritten by their ReLU, and products and sums are taken together (addcmul, lerp).
-- SGD updates all parameters in one call (`fused`), gradients are dropped rather than zeroed, and inference runs in
-  inference mode, compiled with frozen weights where asked: batch normalisations are then folded into convolutions.
+- The first block of a stage has no state, so products with it and the forget and reset gates are skipped.
+- ReLUs work in place on fresh arrays, and products and sums are combined (addcmul, lerp).
+- SGD updates all parameters in one call (`fused`), gradients are dropped instead of zeroed, and inference runs in
+  inference mode, compiled with frozen weights if requested: batch normalisations are then folded into convolutions.
 """
 
 import functools
@@ -20,26 +20,26 @@ from torch._inductor import config as inductor_config
 
 
 def _pair(x, h, weight):
-    """x ⊙ w_x + h ⊙ w_h of one gate; `weight` is (n, 2, 1, 1), a missing h is zero."""
+    """Returns x ⊙ w_x + h ⊙ w_h of one gate; `weight` is (n, 2, 1, 1), a missing h is zero."""
     y = x * weight[:, 0:1, :, 0]
     return y if h is None else torch.addcmul(y, h, weight[:, 1:2, :, 0])
 
 
 def per_gate(x, h, pointwise, depthwise, bias):
-    """For each gate the pair by multiplication and addition, and a depthwise convolution of its own."""
+    """Computes each gate's pairs by multiplication and addition, with one depthwise convolution per gate."""
     parts = zip(pointwise, depthwise, bias, strict=True)
     return [F.conv2d(_pair(x, h, w), k, b, padding=1, groups=x.shape[1]) for w, k, b in parts]
 
 
 def all_gates(x, h, pointwise, depthwise, bias):
-    """The pairs of all gates side by side, in one depthwise convolution."""
+    """Puts the pairs of all gates side by side into one depthwise convolution."""
     pairs = torch.cat([_pair(x, h, w) for w in pointwise], 1)
     kernel = torch.cat(list(depthwise))
     return F.conv2d(pairs, kernel, torch.cat(list(bias)), padding=1, groups=len(kernel)).chunk(len(bias), 1)
 
 
 def folded(x, h, pointwise, depthwise, bias):
-    """The pair's weights folded into the depthwise kernel: for each gate one convolution of X and one of H."""
+    """Folds the pair's weights into the depthwise kernel: one convolution of X and one of H per gate."""
     n, found = x.shape[1], []
     for w, k, b in zip(pointwise, depthwise, bias, strict=True):
         y = F.conv2d(x, k * w[:, :1], b, padding=1, groups=n)
@@ -51,7 +51,7 @@ FORMS = {"per gate": per_gate, "all gates": all_gates, "folded": folded}
 
 
 class Cell(nn.Module):
-    """`cell(x, state) -> state`, a tuple with H first; None as the state is zeros. Row g·n + c is gate g, channel c."""
+    """`cell(x, state) -> state`, a tuple with H first; state None means zeros. Row g·n + c is gate g, channel c."""
 
     gates: int
 
@@ -59,11 +59,11 @@ class Cell(nn.Module):
         super().__init__()
         rows = self.gates * n
         self.n, self.form = n, FORMS[form]
-        self.pointwise = nn.Conv2d(2 * n, rows, 1, groups=n, bias=False)  # both for their weights only
+        self.pointwise = nn.Conv2d(2 * n, rows, 1, groups=n, bias=False)  # both only hold weights
         self.depthwise = nn.Conv2d(rows, rows, 3, padding=1, groups=rows)
 
     def preactivations(self, x, h, *gates):
-        """W_g[X, H] + b_g of each of `gates`."""
+        """Returns W_g[X, H] + b_g of each of `gates`."""
         parameters = self.pointwise.weight, self.depthwise.weight, self.depthwise.bias
         rows = ([whole.split(self.n)[g] for g in gates] for whole in parameters)
         return self.form(x, h, *rows)
@@ -161,10 +161,10 @@ class Network(nn.Module):
 
 
 def build(name, classes=10, form="per gate", width=16, counts=None):
-    """`resnet{6m+2}` or `regnet{6m+2}_{convrnn,convgru,convlstm}`, with one separable regulator per stage.
+    """Builds `resnet{6m+2}` or `regnet{6m+2}_{convrnn,convgru,convlstm}`, with one separable regulator per stage.
 
     Raises:
-        ValueError: for any other name.
+        ValueError: it is any other name.
     """
     match = re.fullmatch(r"resnet(\d+)|regnet(\d+)_(convrnn|convgru|convlstm)", name)
     depth = int(match[1] or match[2]) if match else 0
@@ -174,7 +174,7 @@ def build(name, classes=10, form="per gate", width=16, counts=None):
 
 
 def calls(model, batch, size, dtype, tasks, threads, form="per gate", channels_last=False, mode="eager"):
-    """Functions by task ("train", "infer") that each start one step on data that lies on the device, a function that
+    """Returns functions by task ("train", "infer") that each start one step on data on the device, a function that
     waits for the last of them, and facts. `mode` is "eager", "compiled", or "graphs" (compiled, with CUDA graphs).
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -182,7 +182,7 @@ def calls(model, batch, size, dtype, tasks, threads, form="per gate", channels_l
         torch.set_num_threads(threads)
     if device == "cuda":
         torch.backends.cudnn.benchmark = True
-        torch.set_float32_matmul_precision("high")  # TF32, as XLA takes by default on a GPU that has it
+        torch.set_float32_matmul_precision("high")  # TF32, which XLA uses by default on GPUs that have it
         torch.backends.cudnn.allow_tf32 = True
     layout = torch.channels_last if channels_last else torch.contiguous_format
     network = build(model, form=form).to(device).to(memory_format=layout)
@@ -207,7 +207,7 @@ def calls(model, batch, size, dtype, tasks, threads, form="per gate", channels_l
 
     if "train" not in tasks:
         network.eval()
-        inductor_config.freezing = True  # takes effect without gradients only
+        inductor_config.freezing = True  # only takes effect without gradients
     found = {"train": train, "infer": infer}
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None

@@ -1,4 +1,4 @@
-"""Processes that take turns: each variant of a measurement has one, and waits while another one works."""
+"""Processes that take turns: each variant of a measurement has its own, which waits while another one works."""
 
 import json
 import os
@@ -8,21 +8,21 @@ import time
 
 
 def pin(threads):
-    """Leaves this process `threads` of its cores; before JAX or PyTorch count them."""
+    """Restricts this process to `threads` of its cores; call it before JAX or PyTorch count them."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def serve(calls, wait, facts):
-    """The variant's side: warms up, tells its facts, and answers "train 3" on stdin by the seconds of one of 3 steps.
+    """Runs the variant's side: warms up, prints facts, and answers "train 3" on stdin with the seconds per step of 3.
 
     Args:
-        calls: by task a function that starts one step and returns what to wait for.
-        wait: waits for that.
-        facts: what the measurement keeps about the variant; gets the seconds of the first call of each task.
+        calls: maps a task to a function that starts one step and returns an object to wait for.
+        wait: waits for that object.
+        facts: facts about the variant to store; the seconds of each task's first call are added.
     """
-    for task, call in calls.items():  # what is compiled or chosen at the first calls
+    for task, call in calls.items():  # the first calls compile, and choose kernels
         began = time.perf_counter()
         wait(call())
         facts[f"first_{task}_s"] = round(time.perf_counter() - began, 2)
@@ -38,22 +38,22 @@ def serve(calls, wait, facts):
 
 
 class WorkerError(RuntimeError):
-    """A variant's process ended; what it said is on stderr."""
+    """A variant's process ended; its messages are on stderr."""
 
 
 class Worker:
-    """A variant's process, seen from outside; `command` is a program that calls `serve`."""
+    """The parent's view of a variant's process; `command` is a program that calls `serve`."""
 
     def __init__(self, name, command, environment):
         self.name, self.facts = name, {}
-        # All of them are there at once, and JAX would take most of a GPU's memory for the first.
+        # All of them exist at once, and JAX would give most of a GPU's memory to the first.
         environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | environment
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
 
     def ready(self):
-        """Waits until the variant has warmed up; then it has its facts."""
+        """Waits until the variant has warmed up and sent its facts."""
         self.facts = json.loads(self._answer())
         return self
 
@@ -64,7 +64,7 @@ class Worker:
         return line
 
     def seconds(self, task, count):
-        """Of one step, over `count` of them."""
+        """Returns the seconds per step, over `count` steps."""
         self._process.stdin.write(f"{task} {count}\n")
         self._process.stdin.flush()
         return float(self._answer())

@@ -1,16 +1,16 @@
-"""Training steps and inference against the fastest PyTorch, on this machine: images per second, and the ratio to it.
+"""Training steps and inference against the fastest PyTorch on this machine: images per second, and their ratio.
 
     python benchmarks/versus_torch.py --models resnet20 --out versus_torch.json
 
-First pass: the ways to run the network in PyTorch have one turn each, and the two fastest stay. torch_peer.py has forms
-of the regulator; each runs eagerly, channels first and channels last, and the two fastest of these are compiled too.
-Rounds: the two that stay and ours, each in a process of its own with as many threads, take turns in alternating order.
-The figures are medians over the rounds. A ratio is taken within each round, to the variant of PyTorch with the best
-median. A training step is forward pass, loss, backward pass, batch statistics and SGD with momentum and weight decay,
-on a batch that lies on the device, without compilation and warm-up.
+First pass: each way to run the network in PyTorch gets one turn, and the two fastest stay. torch_peer.py has several
+forms of the regulator; each runs eagerly, channels first and channels last, and the two fastest of these are also
+compiled. Rounds: the two that stay and ours, each in its own process with the same number of threads, take turns in
+alternating order. The figures are medians over the rounds. A ratio is computed within each round, to the PyTorch
+variant with the best median. A training step is forward pass, loss, backward pass, batch statistics and SGD with
+momentum and weight decay, on a batch on the device, without compilation and warm-up.
 
-A file given with --out keeps the results of other models and settings. The first pass is stored there as it goes: the
-same command resumes it, and does not repeat it.
+A file given with --out keeps the results of other models and settings. The first pass is stored there as it proceeds:
+the same command resumes it without repeating anything.
 """
 
 import argparse
@@ -28,13 +28,13 @@ import turns
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = 10
 OURS = {"ours": {}, "ours, plain": {"ops": "plain"}, "ours, gpu": {"ops": "gpu"}}
-FORMS = ("per gate", "folded", "all gates")  # of torch_peer.FORMS, the one that is most likely the best first
+FORMS = ("per gate", "folded", "all gates")  # from torch_peer.FORMS, with the likely best one first
 MODES = ("compiled", "eager")
 TASKS = {"train": "training", "infer": "inference"}
 
 
 def peers(model, modes):
-    """PyTorch's variants for a model, by name: the options of torch_peer.calls."""
+    """Returns PyTorch's variants for a model: maps names to options of torch_peer.calls."""
     found = {}
     for form in FORMS if model.startswith("regnet") else (None,):
         for mode in modes:
@@ -46,7 +46,7 @@ def peers(model, modes):
 
 
 def our_calls(model, batch, size, dtype, tasks=("train",), **options):
-    """Functions by task that each start one step and return what to wait for; how to wait; and facts."""
+    """Returns functions by task that each start one step and return an object to wait for; a wait; and facts."""
     import jax
     import jax.numpy as jnp
 
@@ -85,7 +85,7 @@ def our_calls(model, batch, size, dtype, tasks=("train",), **options):
 
 
 def work(name, settings, tasks, threads, options):
-    """A variant's process."""
+    """Runs a variant's process."""
     if threads:
         turns.pin(threads)
     sys.path.insert(0, str(ROOT))
@@ -100,7 +100,7 @@ def work(name, settings, tasks, threads, options):
 
 
 class Measurement:
-    """One model in one type: its first pass and its rounds. `record` is the dict that is stored."""
+    """The measurement of one model in one dtype: first pass and rounds. `record` is the dict that is stored."""
 
     def __init__(self, model, dtype, arguments, record, store):
         self.settings = model, arguments.batch, arguments.size, dtype
@@ -111,9 +111,9 @@ class Measurement:
             raise SystemExit(2)
 
     def workers(self, names, task):
-        """The processes of these variants, ready, by name; one that cannot be had is left out with a line about it.
+        """Starts the processes of these variants, by name; one that fails is left out with a message.
 
-        On a CPU they compile side by side. A GPU's libraries choose kernels by timing them: there, one after another.
+        On a CPU they compile in parallel. A GPU's libraries choose kernels by timing them, so there they start in turn.
         """
         environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if self.arguments.huge_pages else {}
         ready, threads = {}, self.arguments.threads
@@ -132,9 +132,9 @@ class Measurement:
         return ready
 
     def first_pass(self, task, end):
-        """One turn of PyTorch's variants, until the clock says `end`; None stands for one that failed.
+        """Gives PyTorch's variants one turn each, until time `end`; None marks a failed one.
 
-        Compiling takes a minute or so: only the two fastest eager variants are compiled, where eager ones are tried.
+        Compiling takes about a minute, so if eager variants are tried, only the two fastest of them are compiled.
         """
         found = self.record["first_pass"].setdefault(task, {})
         theirs = {name: options for name, options in self.variants.items() if name not in OURS}
@@ -147,11 +147,11 @@ class Measurement:
                 self.first_turn(name, task, found, end)
 
     def first_turn(self, name, task, found, end):
-        """Puts a variant's images per second into `found`, unless it has them."""
+        """Stores a variant's images per second in `found`, unless they are there."""
         if name in found:
             return
         if found and time.monotonic() > end:
-            print(f"{self.settings[0]}, {TASKS[task]}: {name} not tried, the time is over", flush=True)
+            print(f"{self.settings[0]}, {TASKS[task]}: {name} not tried, no time left", flush=True)
             return
         found[name] = None
         for worker in self.workers([name], task).values():
@@ -162,16 +162,16 @@ class Measurement:
         self.store()
 
     def steps(self, worker, task):
-        """How many of them take a variant's time of one turn."""
+        """Returns how many steps fill a variant's turn."""
         return max(1, round(self.arguments.seconds / worker.seconds(task, 1)))
 
     def best(self, task, names):
-        """The two fastest of these in the first pass."""
+        """Returns the two fastest of these in the first pass."""
         rates = {name: rate for name, rate in self.record["first_pass"][task].items() if rate and name in names}
         return sorted(rates, key=rates.get, reverse=True)[:2]
 
     def rounds(self, task):
-        """Images per second and ratios to PyTorch's best, by variant."""
+        """Measures images per second and ratios to PyTorch's best, by variant."""
         peers = self.arguments.peers or self.best(task, self.variants)
         workers = self.workers([*self.arguments.ours, *peers], task)
         counts = {name: self.steps(worker, task) for name, worker in workers.items()}
@@ -186,7 +186,7 @@ class Measurement:
         for name, worker in workers.items():
             worker.close()
             where = worker.facts.pop("environment", {})
-            self.record |= {key: where[key] for key in where if key != "command"}  # that of the process
+            self.record |= {key: where[key] for key in where if key != "command"}  # that is the child process's command
             found[name] = {"facts": worker.facts, "seconds_a_step": [round(t, 6) for t in times[name]]}
             found[name] |= spread("images_per_second", [self.settings[1] / t for t in times[name]], 1)
             if best:
@@ -196,13 +196,13 @@ class Measurement:
 
 
 def spread(name, values, digits):
-    """The median and the range."""
+    """Returns the median and the range."""
     low, high = round(min(values), digits), round(max(values), digits)
     return {name: round(statistics.median(values), digits), f"{name}_range": [low, high]}
 
 
 def table(results):
-    """A Markdown table of the results."""
+    """Formats the results as a Markdown table."""
     lines = ["| model | type | | variant | images/s | ratio to PyTorch's best |", "| --- " * 6 + "|"]
     for result in results:
         for task, words in TASKS.items():
@@ -212,7 +212,7 @@ def table(results):
                     if figure in found:
                         low, high = found[f"{figure}_range"]
                         cells.append(f"{found[figure]:{form}} ({low:{form}} to {high:{form}})")
-                    else:  # nothing of PyTorch's took part
+                    else:  # no PyTorch variant took part
                         cells.append("–")
                 lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -225,15 +225,15 @@ def parse():
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--ours", nargs="+", default=["ours"], choices=list(OURS))
     parser.add_argument("--modes", nargs="*", default=MODES, choices=[*MODES, "graphs"], help="graphs: on a GPU")
-    parser.add_argument("--peers", nargs="+", default=[], help="PyTorch's variants by name, without a first pass")
+    parser.add_argument("--peers", nargs="+", default=[], help="names of PyTorch's variants, to skip the first pass")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of one variant's turn")
-    parser.add_argument("--threads", type=int, default=2, help="and cores, of every process; 0: as many as there are")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of one variant's turn")
+    parser.add_argument("--threads", type=int, default=2, help="threads and cores of every process; 0: all")
     parser.add_argument("--huge-pages", action="store_true", help="GLIBC_TUNABLES=glibc.malloc.hugetlb=1 everywhere")
-    parser.add_argument("--python", default=sys.executable, help="interpreter of our side, if not this one")
-    parser.add_argument("--minutes", type=float, default=60.0, help="until the first pass takes no further variant")
+    parser.add_argument("--python", default=sys.executable, help="interpreter for our side, if not this one")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after these the first pass starts no variant")
     parser.add_argument("--first-pass", action="store_true", help="no rounds")
     parser.add_argument("--out", default="", help="JSON file")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)

@@ -1,6 +1,6 @@
-"""The defaults, which every other config starts from and changes.
+"""The defaults. Every other config starts from them and changes some.
 
-The fields, each with its default, what it must be and what it means, are the rows of regnet_flax/config/fields.py;
+The fields, with their defaults, valid values and meanings, are the rows of regnet_flax/config/fields.py;
 `python -m regnet_flax.main --helpfields` lists them. Override a field on the command line with
 --config.train.batch_size=64; a tuple with --config.dataset.mean='(0.5,)'.
 """

@@ -3,7 +3,7 @@
     python -m regnet_flax.main --config configs/cifar10.py
     python -m regnet_flax.main --config configs/cifar10.py:regnet56_convgru
 
-Test error by the paper's table III: ResNet-20 8.38 %, RegNet-20 7.60 % (ConvRNN), 7.42 % (ConvGRU), 7.28 % (ConvLSTM).
+Test error in the paper's table III: ResNet-20 8.38 %, RegNet-20 7.60 % (ConvRNN), 7.42 % (ConvGRU), 7.28 % (ConvLSTM).
 """
 
 from configs import base

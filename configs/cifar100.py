@@ -1,4 +1,4 @@
-"""The paper's CIFAR recipe on CIFAR-100; by its table III RegNet-20 reaches 29.69 to 30.03 %, ResNet-20 31.72 %.
+"""The paper's CIFAR recipe on CIFAR-100. Error in its table III: RegNet-20 29.69 to 30.03 %, ResNet-20 31.72 %.
 
 python -m regnet_flax.main --config configs/cifar100.py:regnet20_convgru
 """

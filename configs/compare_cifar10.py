@@ -1,4 +1,4 @@
-"""The paper's CIFAR models against their baselines on CIFAR-10, by its recipe: six models × three seeds.
+"""The paper's CIFAR models against their baselines on CIFAR-10, with its recipe: six models × three seeds.
 
     python -m regnet_flax.main --mode compare --config configs/compare_cifar10.py
 

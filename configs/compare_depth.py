@@ -1,4 +1,4 @@
-"""How deep a ResNet must be to reach a RegNet: RegNet-20, 32 and 56 against ResNet-20 to 110, on CIFAR-10.
+"""How deep a ResNet must be to match a RegNet: RegNet-20, 32 and 56 against ResNet-20 to 110, on CIFAR-10.
 
     python -m regnet_flax.main --mode compare --config configs/compare_depth.py
 

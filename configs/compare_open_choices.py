@@ -1,9 +1,9 @@
-"""The choices that the paper leaves open, one changed at a time, of RegNet-20 with a ConvLSTM on CIFAR-10.
+"""The choices that the paper leaves open, changed one at a time, for RegNet-20 with a ConvLSTM on CIFAR-10.
 
     python -m regnet_flax.main --mode compare --config configs/compare_open_choices.py
 
-The first is ours by default: H alone is batch-normalised, by each block's own; one regulator per stage; X[c] is paired
-with H[c]; the fusing convolutions start from He's values. ResNet-20 comes last.
+The first model has our defaults: only H is batch-normalised, separately in each block; one regulator per stage; X[c] is
+paired with H[c]; the fusing convolutions start from He's values. ResNet-20 comes last.
 """
 
 from configs import cifar10

@@ -1,8 +1,8 @@
-"""Where a regulator helps: RegNet-20 with a ConvLSTM in some stages only, on CIFAR-10; without any it is ResNet-20.
+"""Where a regulator helps: RegNet-20 with a ConvLSTM in some of its stages, on CIFAR-10; with none it is ResNet-20.
 
     python -m regnet_flax.main --mode compare --config configs/compare_placement.py
 
-The paper finds that it helps most in the early stages.
+The paper finds that a regulator helps most in the early stages.
 """
 
 from configs import cifar10

@@ -1,4 +1,4 @@
-"""The models of two public projects against the paper's, on CIFAR-10, all by the paper's recipe.
+"""The models of two public projects against the paper's, on CIFAR-10, all with the paper's recipe.
 
     python -m regnet_flax.main --mode compare --config configs/compare_projects.py
 

@@ -1,4 +1,4 @@
-"""Networks with a recurrence along their depth, on CIFAR-10 by one recipe: RegNet-20, DIANet-20 and ResNet-20.
+"""Networks with a recurrence along their depth, on CIFAR-10 with one recipe: RegNet-20, DIANet-20 and ResNet-20.
 
 python -m regnet_flax.main --mode compare --config configs/compare_recurrence.py
 """

@@ -1,8 +1,8 @@
-"""What sharing a regulator and separable gates cost: one regulator per stage or per block, separable or dense.
+"""The cost of sharing a regulator and of separable gates: one regulator per stage or per block, separable or dense.
 
     python -m regnet_flax.main --mode compare --config configs/compare_sharing.py
 
-On CIFAR-10. The first, shared and separable, is the paper's, as read here; ResNet-20 comes last.
+On CIFAR-10. The first model, shared and separable, is the paper's as we read it; ResNet-20 comes last.
 """
 
 from configs import cifar10

@@ -1,15 +1,15 @@
-"""Photographs of one's own, a few hundred of any size: DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*.
+"""Your own photographs, a few hundred of any size: DIR/train/<class>/* and DIR/test/<class>/*, or DIR/<class>/*.
 
     python -m regnet_flax.main --config configs/folder.py --config.dataset.data_dir=DIR
     python -m regnet_flax.main --config configs/folder.py:resnet18,finetune --config.dataset.data_dir=DIR \
         --config.model.init_from=resnet18.pth
 
-DIR/val/, beside DIR/test/, is what chooses the best checkpoint.
+If there is a DIR/val/ beside DIR/test/, it chooses the best checkpoint.
 
-Photographs keep their shape: training takes random crops, flipped and changed at random, and testing takes the centre.
-`finetune` starts from weights of 224×224 images, such as torchvision's ResNets, with a new head. Its accuracy has not
-been measured, nor has that of training from scratch. configs/rnn_photos.py has a public project's recipe, which is
-faster and needs no Grain.
+Photographs keep their aspect ratio: training uses random crops, flips and TrivialAugment, testing the centre.
+`finetune` starts from weights for 224×224 images, such as torchvision's ResNets, with a new head. Neither its accuracy
+nor that of training from scratch has been measured. configs/rnn_photos.py has a public project's recipe, which is
+faster and does not need Grain.
 """
 
 from configs import base
@@ -26,7 +26,7 @@ def get_config(model: str = "regnet20_convlstm"):
     config.dataset.name = "folder"
     config.dataset.image_size = 96
     config.dataset.augment = (CROP, "flip", "trivialaugment")
-    config.train.batch_size = 16  # of few images, large batches make few steps
+    config.train.batch_size = 16  # with few images, large batches would leave few steps
     config.train.epochs = 100
     config.optimizer.learning_rate = 0.05
     config.optimizer.weight_decay = 5e-4

@@ -4,11 +4,11 @@
     python -m regnet_flax.main --config configs/imagenet.py:regnet50_convgru
     python -m regnet_flax.main --config configs/imagenet.py:resnet101,modern --config.dtype=bfloat16
 
-`modern`: what torchvision's references train with: warm-up and cosine, label smoothing, mixup, cutmix, TrivialAugment,
-random erasing, averaged weights, and no decay on biases and batch normalisations. Theirs runs for 600 epochs with a
-weight decay of 2e-5, on crops of 176 pixels, erases one image in ten, and has a rate of 0.5 for batches of 1024; here
-these are 120 epochs, 1e-4, 224 pixels, one in two, and the same rate per image.
-Where memory is short: --config.optimizer.accumulate_steps=4, --config.model.overrides.remat=True.
+`modern` uses the techniques of torchvision's reference training: warm-up and cosine, label smoothing, mixup, cutmix,
+TrivialAugment, random erasing, averaged weights, and no decay of biases and batch normalisations. Theirs has 600
+epochs, a weight decay of 2e-5, crops of 176 pixels, erases one image in ten, and has a rate of 0.5 for batches of 1024;
+this one has 120 epochs, 1e-4, 224 pixels, one image in two, and the same rate per image.
+If memory is short: --config.optimizer.accumulate_steps=4, --config.model.overrides.remat=True.
 """
 
 from configs import base

@@ -2,7 +2,7 @@
 
     python -m regnet_flax.main --config configs/proj_cifar10.py
 
-It reports no accuracy. Its last batch of an epoch is a small one; here the remainder is left out.
+It reports no accuracy. The last batch of an epoch is smaller there; here the remainder is skipped.
 """
 
 from configs import cifar10

@@ -14,7 +14,7 @@ def get_config(model: str = "resnet_rnn20_convrnn"):
     config = base.get_config()
     config.model.name = model
     if model.startswith(("resnet20", "resnet32", "resnet44", "resnet56", "resnet110")):
-        config.model.overrides.init = "torch"  # PyTorch's initial values, as all of the project's models have
+        config.model.overrides.init = "torch"  # all of the project's models start from PyTorch's initial values
     config.dataset.name = "cifar10"
     config.dataset.mean = (0.5,)
     config.dataset.std = (0.5,)

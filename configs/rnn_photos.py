@@ -1,13 +1,13 @@
-"""A public project's recipe for photographs of one's own: DIR/train/<class>/* and DIR/test/<class>/*, of any size.
+"""A public project's recipe for your own photographs, of any size: DIR/train/<class>/* and DIR/test/<class>/*.
 
     python -m regnet_flax.main --config configs/rnn_photos.py --config.dataset.data_dir=DIR
     python -m regnet_flax.main --config configs/rnn_photos.py:regnety_400mf --config.dataset.data_dir=DIR \
         --config.dataset.image_size=224 --config.train.batch_size=32
 
-DIR/val/, beside DIR/test/, is what chooses the best checkpoint.
+If there is a DIR/val/ beside DIR/test/, it chooses the best checkpoint.
 
-Resized, flipped, rotated by up to 15 degrees, changed in colour and moved by up to 10 %, at random; the test images are
-only resized.
+Training images are resized, then randomly flipped, rotated by up to 15 degrees, changed in colour and moved by up to
+10 %; test images are only resized.
 """
 
 from configs import rnn_cifar10

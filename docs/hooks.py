@@ -1,7 +1,7 @@
-"""What the site needs beside mkdocs: the repository's own files, and equations without JavaScript.
+"""Extends mkdocs: adds the repository's own files to the site, and renders equations without JavaScript.
 
-Pages link to files of the repository by their place in it, as in [cifar10.py](../../configs/cifar10.py), so that the
-links work where the repository is read too. The site has these files under repo/.
+Pages link to files of the repository by relative paths, as in [cifar10.py](../../configs/cifar10.py), so that the links
+also work in the repository. The site has these files under repo/.
 """
 
 import html
@@ -50,7 +50,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(content, page, config, files):
-    """Turns LaTeX into MathML, which browsers draw themselves."""
+    """Turns LaTeX into MathML, which browsers render natively."""
 
     def equation(match):
         return convert(html.unescape(match[2]), display="block" if match[1] == "div" else "inline")

@@ -6,7 +6,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# First, for a Ctrl-C while the others are imported.
+# First, to handle a Ctrl-C during the other imports.
 from regnet_flax import interrupt  # noqa: F401
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0.dev0"
 __all__ = ["__version__", "create_model", "list_models", "load", "register_regulator"]
 
-# Imported when they are first used: the command line answers before JAX is there.
+# Imported on first use, so that the command line answers before JAX is imported.
 _LAZY = {
     "create_model": "regnet_flax.models.registry",
     "list_models": "regnet_flax.models.registry",
@@ -36,7 +36,7 @@ def __dir__() -> list[str]:
 
 
 def load(workdir: str | os.PathLike[str], checkpoint: str | int = "best", *, seed: int | None = None) -> Trained:
-    """Loads the model that a run has trained.
+    """Loads the model that a run trained.
 
         trained = regnet_flax.load("runs/digits-regnet20_convlstm-0")
         probabilities = trained.predict("photo.jpg")  # float32 (1, classes)
@@ -46,17 +46,17 @@ def load(workdir: str | os.PathLike[str], checkpoint: str | int = "best", *, see
       workdir: the run's directory. Its config.json names the modules of `model.plugins`, which are imported.
         Or a file of weights that `--mode export` wrote, which has one checkpoint of one seed.
       checkpoint: "best", "last" or a step.
-      seed: which of several seeds that trained together; the first by default.
+      seed: one of several seeds that trained together; the first by default.
 
     Returns:
       The model with its variables, config and class names; see `trained.Trained`.
 
     Raises:
-      WorkdirError: there is no such workdir, or no checkpoint in it.
-      ConfigError: it has no such seed, or another value of config.json is wrong.
+      WorkdirError: the workdir does not exist, or holds no checkpoint.
+      ConfigError: the run has no such seed, or another value of config.json is wrong.
       CheckpointError: no checkpoint can be read.
       WeightsError: the file cannot be read, or does not say what it is of.
     """
-    from regnet_flax import trained  # which imports what training needs
+    from regnet_flax import trained  # imports everything that training needs
 
     return trained.load(workdir, checkpoint, seed=seed)

@@ -1,4 +1,4 @@
-"""Reads the command line: flags, the config file, and the config that a workdir keeps."""
+"""Reads the command line: flags, the config file, and the config stored in a workdir."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from regnet_flax.config_files import DEFAULT_CONFIG, find_config, provide_config
 from regnet_flax.errors import ConfigError, UsageError
 from regnet_flax.files import expanded
 
-_IN_CONFIG = "Error whilst parsing config file"  # ml_collections, before a traceback
-# These modes take the config from the command line alone; the others take it from the workdir's config.json.
+_IN_CONFIG = "Error whilst parsing config file"  # ml_collections writes this before a traceback
+# These modes take the config from the command line only; the others take it from the workdir's config.json.
 _BEGIN = ("train", "compare")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line says beside the config.
+    """The command line's options other than the config.
 
     Attributes:
       mode: what to do.
-      workdir: where the run is kept.
+      workdir: the run's directory.
       distributed: "", or how this process finds the others; see `parallel.initialize`.
       profile: whether to write a trace of a few training steps into the workdir.
     """
@@ -36,16 +36,16 @@ class Options:
 
 
 def usage(modes: Sequence[str]) -> str:
-    """What --help prints."""
+    """Returns the text of --help."""
     return f"""\
 usage: python -m regnet_flax.main [--config FILE] [--mode MODE] [--workdir DIR] [--config.FIELD=VALUE …]
 
   --config FILE          a config file, or FILE:MODEL for another model; {DEFAULT_CONFIG} by default
   --mode MODE            {", ".join(modes)}; train by default. Interrupted runs resume: run train again
-  --workdir DIR          where the run is kept; runs/<config>-<model>-<seed> by default, runs/<config> for compare, with
-                         the folder's name after <config> for images of your own
+  --workdir DIR          the run's directory; runs/<config>-<model>-<seed> by default, runs/<config> for compare; for
+                         your own images, the folder's name follows <config>
   --distributed auto     train or eval as one of several processes that Slurm, Kubernetes, Open MPI or a TPU started
-  --distributed HOST:PORT,PROCESSES,INDEX    the same, told which: process 0's machine and a free port on it
+  --distributed HOST:PORT,PROCESSES,INDEX    the same, set by hand: process 0's machine and a free port on it
   --profile              write a trace of a few training steps into WORKDIR/profile, for TensorBoard or Perfetto
   --config.FIELD=VALUE   sets a field of the config, such as --config.train.batch_size=64
   --helpfields           lists the fields of a config
@@ -64,10 +64,10 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
 
     Returns:
       The locked config and the other flags. Modes other than train and compare take the config from the workdir's
-      config.json where there is one, the command line's overrides on top.
+      config.json if there is one; overrides on the command line take precedence.
 
     Raises:
-      UsageError: wrong flags, fields or values.
+      UsageError: a flag, field or value is wrong.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -76,18 +76,18 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
     _check_fields(rest)
     file = find_config(name)
     provide_configs(file.partition(":")[0])
-    # ml_collections asks that the file come before the overrides.
+    # ml_collections requires the file before the overrides.
     arguments = ["regnet_flax", f"--config={file}", *rest]
 
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", help_string="config file", flag_values=values, sys_argv=arguments)
-    flags.DEFINE_string("workdir", "", "where the run is kept: runs/<config>-<model>-<seed> by default", values)
+    flags.DEFINE_string("workdir", "", "the run's directory: runs/<config>-<model>-<seed> by default", values)
     flags.DEFINE_enum("mode", "train", list(modes), "what to do", values)
     flags.DEFINE_string("distributed", "", "auto, or HOST:PORT,PROCESSES,INDEX, to train with other processes", values)
     flags.DEFINE_bool("profile", False, "write a trace of a few training steps into the workdir", values)
     try:
         left = values(arguments)
-    except Exception as error:  # the config is a program, and may end in anything
+    except Exception as error:  # the config is a program and can raise anything
         of_the_config = not isinstance(error, flags.Error) or _IN_CONFIG in str(error)
         if isinstance(error, flags.IllegalFlagValueError) and (wrong := _wrong_field(arguments, str(error))):
             raise UsageError(wrong) from error
@@ -116,7 +116,7 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
 
 
 def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
-    """The value of --config, None where it is not given, and the other arguments."""
+    """Returns the value of --config, None if it is not given, and the other arguments."""
     names = [arg for arg in argv if re.match(r"--?config(=|$)", arg)]
     rest = list(argv)
     if not names:
@@ -133,7 +133,7 @@ def _take_config(argv: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def _check_fields(arguments: Sequence[str]) -> None:
-    """Raises UsageError for an override of what is no field, which names the nearest ones."""
+    """Raises UsageError for an override of an unknown field; the message names the nearest ones."""
     names = [match[1] for arg in arguments if (match := re.match(r"--?(?:no)?config\.([^=\[\s]+)", arg))]
     if not names:
         return
@@ -156,7 +156,7 @@ def _check_fields(arguments: Sequence[str]) -> None:
 
 
 def _take_stored(config: Any, workdir: str, overrides: dict[str, Any]) -> None:
-    """Gives the config the values of the workdir's config.json, if there is one, and the overrides on top."""
+    """Sets the config to the workdir's config.json, if there is one, and applies the overrides."""
     from regnet_flax.config.resolve import fill_in
     from regnet_flax.training.workdir import CONFIG, read_plain_config
 
@@ -173,7 +173,7 @@ def _take_stored(config: Any, workdir: str, overrides: dict[str, Any]) -> None:
 
 
 def _wrong_field(arguments: Sequence[str], problem: str) -> str:
-    """What is wrong with the value that absl could not parse, as check_config says it; "" if it is no field's."""
+    """Explains a value that absl could not parse, in check_config's words; "" if it belongs to no field."""
     from regnet_flax.config.fields import FIELDS
 
     for argument in arguments:
@@ -188,5 +188,5 @@ def _one_line(error: BaseException) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if any(_IN_CONFIG in line for line in lines):
-        lines = lines[-1:]  # of a traceback
+        lines = lines[-1:]  # the last line of a traceback
     return " ".join(lines) or type(error).__name__

@@ -1,4 +1,4 @@
-"""Finds config files, and the `configs` package that they import from."""
+"""Finds config files and the `configs` package that they import."""
 
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
@@ -8,23 +8,23 @@ from regnet_flax.errors import UsageError, one_line
 from regnet_flax.files import expanded
 
 PACKAGE = Path(__file__).resolve().parent
-# A wheel has the configs inside the package; in the repository they stand beside it.
+# A wheel has the configs inside the package; the repository has them beside it.
 SHIPPED = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 DEFAULT_CONFIG = "configs/digits.py"
 
 
 def find_config(name: str | None) -> str:
-    """Finds a config file: as given, or else among the shipped configs.
+    """Finds a config file: first as a path, then among the shipped configs.
 
     Args:
-      name: a path such as "mine.py" or "configs/cifar10.py", with ":" and the config's argument after it if it has one;
-        None for the shipped DEFAULT_CONFIG, whatever the current directory holds.
+      name: a path such as "mine.py" or "configs/cifar10.py", followed by ":" and the config's argument if it has one;
+        None for the shipped DEFAULT_CONFIG, regardless of the current directory.
 
     Returns:
-      The absolute path, with ":" and the argument if there is one.
+      The absolute path, followed by ":" and the argument if there is one.
 
     Raises:
-      UsageError: there is no such file.
+      UsageError: no such file exists.
     """
     file, colon, argument = (name or DEFAULT_CONFIG).partition(":")
     shipped = SHIPPED / file.removeprefix("configs/")
@@ -36,16 +36,16 @@ def find_config(name: str | None) -> str:
 
 
 def provide_configs(config_file: str) -> None:
-    """Lets a config file say `from configs import base`, from any directory.
+    """Makes `from configs import base` work in a config file in any directory.
 
-    `configs` is the package's own, unless configs/base.py stands in the folder above that of the config file, as in
-    another project laid out like this one: then it is that project's.
+    `configs` is this package's own, unless the folder above the config file's has a configs/base.py, as in another
+    project laid out like this one: then it is that project's.
 
     Args:
       config_file: the config file's absolute path.
 
     Raises:
-      UsageError: that project's configs/__init__.py ends in an error.
+      UsageError: that project's configs/__init__.py raises an error.
     """
     project = Path(config_file).parent.parent
     folder = project / "configs" if (project / "configs" / "base.py").is_file() else SHIPPED
@@ -55,7 +55,7 @@ def provide_configs(config_file: str) -> None:
         return
     for name in [name for name in sys.modules if name.partition(".")[0] == "configs"]:
         del sys.modules[name]
-    # Not by sys.path: installed from a wheel, the folder has the package's modules beside it, which would be found too.
+    # sys.path will not do: in a wheel the package's modules lie beside this folder, and would be importable too.
     init = folder / "__init__.py"
     spec = spec_from_file_location("configs", init, submodule_search_locations=[str(folder)])
     assert spec is not None and spec.loader is not None

@@ -1,4 +1,4 @@
-"""The machine and the versions that a result was made with."""
+"""The machine and the versions that produced a result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regnet_flax.models.ops import native_library
 
 
 def environment(devices: list[Any]) -> dict[str, Any]:
-    """Hardware and versions, for results.json."""
+    """Returns hardware and versions, for results.json."""
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "regnet-flax")
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -44,8 +44,8 @@ def environment(devices: list[Any]) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, as the system has it; its architecture where it has none."""
-    with contextlib.suppress(OSError):  # Linux alone has the file
+    """Returns the processor's name as the system reports it, or else its architecture."""
+    with contextlib.suppress(OSError):  # only Linux has the file
         for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             name, _, value = line.partition(":")
             if name.strip() == "model name":

@@ -1,20 +1,20 @@
-"""Every error that a user can cause or meet, each with the exit code of the command line, and text as it is shown."""
+"""Every error that a user can cause or meet, each with its exit code, and functions that format messages."""
 
 from __future__ import annotations
 
 
 class Error(Exception):
-    """The base of them all; the message says what is wrong and how to fix it.
+    """The base of all errors here; the message says what is wrong and how to fix it.
 
     Attributes:
-      exit_code: of the command line.
+      exit_code: the exit code of the command line.
     """
 
     exit_code = 1
 
 
 class InputError(Error, ValueError):
-    """What the user gave is wrong."""
+    """The user's input is wrong."""
 
     exit_code = 2
 
@@ -24,11 +24,11 @@ class UsageError(InputError):
 
 
 class ConfigError(InputError):
-    """Config values are wrong: one line for each, with the field, its value and the fix."""
+    """Config values are wrong; the message has one line per value, with the field, its value and the fix."""
 
 
 class DataError(InputError):
-    """A data set is missing, unreadable or not what was asked for; the message is one line."""
+    """A data set is missing, unreadable or not the expected one; the message is one line."""
 
     def __init__(self, message: str):
         super().__init__(printable(message))
@@ -47,7 +47,7 @@ class ProcessError(InputError):
 
 
 class RunError(Error, RuntimeError):
-    """The run failed, though what the user gave is right."""
+    """The run failed although the user's input is right."""
 
 
 class CheckpointError(RunError):
@@ -59,7 +59,7 @@ class NonFiniteError(RunError):
 
 
 class StreamError(RunError):
-    """Reading stopped, as when a worker process was killed; the message is one line."""
+    """Reading stopped, for instance because a worker process was killed; the message is one line."""
 
 
 class HubError(RunError):
@@ -67,7 +67,7 @@ class HubError(RunError):
 
 
 class Interrupted(Error):
-    """The run was asked to stop, and has saved.
+    """A signal asked the run to stop, and it has saved.
 
     Attributes:
       exit_code: 128 + the signal's number.
@@ -79,7 +79,7 @@ class Interrupted(Error):
 
 
 def printable(text: str) -> str:
-    """Returns the text with what no terminal shows, such as a file name's newlines and stray bytes, as escapes."""
+    """Returns the text with unprintable characters, such as newlines and stray bytes in a file name, escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
 
 

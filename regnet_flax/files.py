@@ -1,4 +1,4 @@
-"""What several rooms need of files: whole writes, JSON, lines of JSON; and durations as text."""
+"""File helpers for the whole package: atomic writes, JSON, JSON lines; and durations as text."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ logger = logging.getLogger("regnet_flax")
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is of a cloud's storage, such as "gs://bucket/run"."""
+    """Whether a path names cloud storage, such as "gs://bucket/run"."""
     return bool(re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", os.fspath(path)))
 
 
 def expanded(path: str, field: str) -> pathlib.Path:
-    """The path with ~ and ~user replaced.
+    """Returns the path with ~ and ~user replaced.
 
     Args:
       path: as the user gave it.
-      field: which gave it, for the message.
+      field: the field or flag that gave it, for the message.
 
     Raises:
-      UsageError: there is no such home directory, or the path is no local one.
+      UsageError: there is no such home directory, or the path is not local.
     """
     if is_remote(path):
         raise UsageError(f"{field} is {path!r}: it must be {LOCAL}")
@@ -43,15 +43,15 @@ def expanded(path: str, field: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields the path of a new file that takes the place of `path` once it is whole and on the disk.
+    """Yields the path of a new file that replaces `path` once it is complete and on the disk.
 
-    If the write fails or is interrupted, the file that was there stays. The directory is made.
+    If the write fails or is interrupted, the old file stays. The directory is created if needed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         part.touch()
-        mode = part.stat().st_mode  # by the umask, which some libraries that write files pass over
+        mode = part.stat().st_mode  # follows the umask, which some libraries ignore when they write files
         yield part
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
@@ -64,18 +64,18 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes all of it or nothing, as UTF-8."""
+    """Writes the text atomically, as UTF-8."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
-    """Writes all of it or nothing."""
+    """Writes the value atomically, as JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_json(path: pathlib.Path) -> Any:
-    """The file's value; None where there is no such file.
+    """Returns the file's value, or None if there is no such file.
 
     Raises:
       WorkdirError: the file is not JSON.
@@ -89,7 +89,7 @@ def read_json(path: pathlib.Path) -> Any:
 
 
 def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines that have a "step"; others, such as a last line cut short, are warned of."""
+    """Returns the objects of a JSON lines file that have a "step"; warns of others, such as a truncated last line."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -105,13 +105,13 @@ def read_json_lines(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def dataset_title(settings: Mapping[str, Any]) -> str:
-    """What people call a config's data set: the folder's name, for images of one's own."""
+    """Returns the data set's name for people; for image folders, the folder's name."""
     name = settings["name"]
     return (pathlib.Path(settings["data_dir"]).name or name) if name == "folder" else name
 
 
 def duration(seconds: float) -> str:
-    """Such as "42 s", "3 min 05 s" or "2 h 07 min"."""
+    """Formats a duration, such as "42 s", "3 min 05 s" or "2 h 07 min"."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

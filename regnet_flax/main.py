@@ -18,7 +18,7 @@ from regnet_flax import command_line, xla_flags
 from regnet_flax.errors import Error, Interrupted, UsageError
 from regnet_flax.training.display import log_to_console, outlive_output, working
 
-# From --mode to the module whose `run(config, options)` does it; only that one is imported.
+# Maps --mode to the module whose `run(config, options)` does the work; only that module is imported.
 MODES = {
     "train": "regnet_flax.modes.train",
     "eval": "regnet_flax.modes.evaluate",
@@ -35,17 +35,17 @@ _PARALLEL = "regnet_flax.training.parallel"
 
 
 def parse(argv: Sequence[str]) -> tuple[Any, command_line.Options]:
-    """The config and the other options of a command line; see `command_line.parse`."""
+    """Returns the config and the other options of a command line; see `command_line.parse`."""
     return command_line.parse(argv, list(MODES))
 
 
 def run(argv: Sequence[str]) -> None:
-    """Does what the command line says, and raises what goes wrong."""
+    """Runs the command line; errors propagate to the caller."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if stream is None:  # closed, as a daemon's
+        if stream is None:  # closed, as in a daemon
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        elif isinstance(stream, io.TextIOWrapper):  # a terminal may not show each character, as of a file's name
+        elif isinstance(stream, io.TextIOWrapper):  # a file's name may have characters that the terminal cannot show
             stream.reconfigure(errors="backslashreplace")
     if any(arg in ("-h", "--help", "-help", "--helpfull") for arg in argv):
         print(command_line.usage(list(MODES)), end="")
@@ -75,7 +75,7 @@ def run(argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code: 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n."""
+    """Runs the command line and returns its exit code: 0 done, 1 failed, 2 wrong input, 128 + n stopped by signal n."""
     try:
         code = _exit_code(argv)
     except Exception:
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parallel_joined() -> bool:
-    # Importing it imports JAX, for which a mistyped flag should not wait.
+    # Importing it imports JAX, and a mistyped flag should not wait for that.
     return _PARALLEL in sys.modules and sys.modules[_PARALLEL].joined()
 
 
@@ -99,7 +99,7 @@ def _exit_code(argv: Sequence[str] | None) -> int:
             run(sys.argv[1:] if argv is None else argv)
             sys.stdout.flush()
         finally:
-            working("")  # a message is written below it
+            working("")  # clear the status line before any message
     except Interrupted as stopped:
         _say(str(stopped))
         return stopped.exit_code
@@ -107,7 +107,7 @@ def _exit_code(argv: Sequence[str] | None) -> int:
         for line in str(error).splitlines():
             _say(f"error: {line}")
         return error.exit_code
-    except BrokenPipeError as error:  # as of `| head`, which has read what it wants
+    except BrokenPipeError as error:  # `| head` has read enough
         outlive_output(error)
         return 128 + signal.SIGPIPE
     except OSError as error:
@@ -128,7 +128,7 @@ def console() -> NoReturn:
     """Runs the command line and ends the process with its exit code."""
     code = main()
     if code == 1:
-        # The threads of a save that failed wait minutes for each other, and Python waits for them.
+        # After a failed save, threads wait minutes for each other, and Python would wait for them.
         for child in multiprocessing.active_children():
             child.terminate()
         sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""What results.json holds of a finished run, and its message."""
+"""Collects the results of a finished run for results.json, and reports them."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ logger = logging.getLogger("regnet_flax")
 
 
 def collect_results(run: Run, config: Any, path: pathlib.Path, test: dict[str, Any] | None) -> dict[str, Any]:
-    """What results.json holds of a finished run.
+    """Returns the contents of results.json.
 
     Args:
-      run: finished.
-      config: resolved.
+      run: the finished run.
+      config: its resolved config.
       path: the workdir.
-      test: metrics of the test split at the run's end, where a validation split chose the checkpoint; by the names
-        "step" and "test_…".
+      test: metrics of the test split, named "step" and "test_…", if a validation split chose the checkpoint.
     """
     lines = workdir.read_metrics(path)
     rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
@@ -44,18 +43,18 @@ def collect_results(run: Run, config: Any, path: pathlib.Path, test: dict[str, A
 
 
 def _last_and_best(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The evaluations of a run's end and of its highest accuracy, from lines of metrics.jsonl."""
+    """Returns the last evaluation and the one with the highest accuracy, from lines of metrics.jsonl."""
     evals = [{k: v for k, v in line.items() if k in ("step", "epoch") or k.startswith("eval_")} for line in lines]
     evals = [line for line in evals if "eval_accuracy" in line]
     return {
         "last": evals[-1] if evals else None,
-        # The later of two equal ones, as Orbax keeps them.
+        # The later of two equal ones, because Orbax keeps that one.
         "best": max(reversed(evals), key=lambda line: line["eval_accuracy"]) if evals else None,
     }
 
 
 def _of_seeds(lines: list[dict[str, Any]], run: Run, test: dict[str, Any] | None) -> dict[str, Any]:
-    """Each seed's own, where there are several; the run's "best" is of the highest mean."""
+    """Returns each seed's results if there are several; the run's "best" has the highest mean."""
     if len(run.seeds) < 2:
         return {}
     found = {}
@@ -68,7 +67,7 @@ def _of_seeds(lines: list[dict[str, Any]], run: Run, test: dict[str, Any] | None
 
 
 def report(results: dict[str, Any], path: pathlib.Path) -> None:
-    """Says how a finished run ended, and where the rest is."""
+    """Logs how a finished run ended, and where its files are."""
     split = "validation" if "test" in results else "test"
     means = f", means of {len(results['seeds'])} seeds" if "seeds" in results else ""
     if results["last"]:

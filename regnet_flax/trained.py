@@ -1,4 +1,4 @@
-"""What a run has trained, ready to be used: `load(workdir).predict(images)`."""
+"""A trained model, ready for use: `load(workdir).predict(images)`."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ Path = str | os.PathLike[str]
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A model with what it was trained to.
+    """A model with its trained variables.
 
     Attributes:
       model: from create_model.
-      variables: its "params" and "batch_stats", the averages where the run keeps them.
-      config: the run's, a ConfigDict, in which what was left to the data set is filled in.
+      variables: its "params" and "batch_stats"; the moving averages if the run keeps them.
+      config: the run's resolved config, a ConfigDict.
       class_names: in the order of the logits.
       image_shape: (height, width, channels) of the images that the model takes.
-      step: of the checkpoint; of a file of weights, what it says, or 0.
+      step: the checkpoint's step; for a file of weights, the step that it records, or 0.
       weights: the file of weights, "" for a checkpoint.
     """
 
@@ -54,16 +54,16 @@ class Trained:
 
     @property
     def source(self) -> str:
-        """Where the variables are from: "step 12", or a file's name."""
+        """Where the variables come from: "step 12", or a file's name."""
         return pathlib.Path(self.weights).name if self.weights else f"step {self.step}"
 
     def predict(self, images: np.ndarray | Path | Iterable[Path]) -> np.ndarray:
-        """The probability of each class for each image.
+        """Returns the probability of each class for each image.
 
         Args:
-          images: uint8 pixels, (N, height, width, channels) or one image's (height, width, channels); or the path of an
-            image file, or a list of paths. Arrays of `image_shape` are taken as they are; all other images are resized
-            as those of the test split were. The run's normalisation is done here.
+          images: uint8 pixels, (N, height, width, channels), or (height, width, channels) for one image; or the path of
+            an image file, or a list of paths. Arrays of `image_shape` are used as they are; all other images are
+            resized like those of the test split. The images are normalised as in the run.
 
         Returns:
           float32 (N, classes), each row summing to 1.
@@ -79,7 +79,7 @@ class Trained:
         return probabilities(self.model, self.variables, inputs, settings.mean, settings.std, size)
 
     def to_input(self, image: Image.Image) -> np.ndarray:
-        """What the model is given of an upright RGB image: uint8 of `image_shape`; see `to_input`."""
+        """Converts an upright RGB image to the model's input: uint8 of `image_shape`; see `to_input`."""
         return to_input(image, self.image_shape, crop=stream.CROP in self.config.dataset.augment)
 
     def _arrays(self, images: np.ndarray) -> np.ndarray:
@@ -117,7 +117,8 @@ def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = No
         return _of_exported(path)
     if not (stored := read_config(path)):
         raise WorkdirError(
-            f"{path} is no workdir of a run, which has a config.json, and no file: name the directory that one wrote"
+            f"{path} has no config.json, so it is not the workdir of a run, and it is not a file of weights: "
+            "name one that a run wrote"
         )
     seeds = stored.get("seeds", [stored.get("seed", 0)])
     if seed is not None and seed not in seeds:
@@ -131,10 +132,10 @@ def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = No
 
 
 def with_config(config: Any, workdir: Path) -> Trained:
-    """As `load`, by a config of the workdir with some values changed, such as `eval.checkpoint`.
+    """Loads like `load`, but with a given config, such as the workdir's with another `eval.checkpoint`.
 
-    With `model.init_from` the variables are that file's, and no run is needed: class names, images and normalisation
-    are the workdir's, if it has a run, or else what the file says of them, or else the data set's.
+    With `model.init_from` the variables come from that file, and no run is needed: class names, image shape and
+    normalisation come from the workdir's run if it has one, or else from the file, or else from the data set.
 
     Raises:
       ConfigError, WeightsError: the file cannot be used; see load_weights.
@@ -201,7 +202,7 @@ def _of_exported(path: pathlib.Path) -> Trained:
 
 
 def description(trained: Trained) -> dict[str, str]:
-    """What a file of weights says of its model beside the arrays; `described` reads it."""
+    """Returns the metadata that a file of weights stores about its model; `described` reads it."""
     config = trained.config
     facts = {
         "class_names": trained.class_names,
@@ -217,7 +218,7 @@ def description(trained: Trained) -> dict[str, str]:
 
 
 def described(metadata: Mapping[str, str]) -> dict[str, Any] | None:
-    """The facts of `description` in a file's metadata; None where it lacks one."""
+    """Reads the facts of `description` from a file's metadata; None if one is missing."""
     try:
         found = {name: json.loads(metadata[name]) for name in ("class_names", "image_shape", "mean", "std")}
         counts = [int(number) for number in found["image_shape"]]
@@ -229,12 +230,12 @@ def described(metadata: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def to_input(image: Image.Image, shape: Sequence[int], crop: bool = False) -> np.ndarray:
-    """What the model is given of an image: resized as image folders are for evaluation.
+    """Converts an image to the model's input, resized like images of a folder in evaluation.
 
     Args:
       image: upright RGB, of any size.
-      shape: (height, width, channels); of one channel, the image is made grey.
-      crop: take the centre, as for a model that was trained on random crops.
+      shape: (height, width, channels); with one channel, the image is converted to grey.
+      crop: whether to take the centre, as for a model trained on random crops.
 
     Returns:
       uint8 of this shape.
@@ -254,7 +255,7 @@ def _classify(model: nn.Module, variables: Any, images: jax.Array, mean: Any, st
 def probabilities(
     model: nn.Module, variables: dict[str, Any], images: np.ndarray, mean: Any, std: Any, batch_size: int
 ) -> np.ndarray:
-    """The probability of each class for each image.
+    """Returns the probability of each class for each image.
 
     Args:
       model: from create_model.
@@ -270,7 +271,7 @@ def probabilities(
     batch_size = min(batch_size, len(images))
     results = []
     for start in range(0, len(images), batch_size):
-        # The last batch is filled up, so that one shape is compiled.
+        # The last batch is padded, so that only one shape is compiled.
         indices = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
         results.append(np.asarray(_classify(model, variables, images[indices], mean, std)))
     return np.concatenate(results)[: len(images)]

@@ -1,4 +1,4 @@
-"""What the program sets of XLA before JAX starts: flags that make a CPU faster, and a place for compiled programs."""
+"""Sets up XLA before JAX starts: flags that speed up CPUs, and a cache for compiled programs."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import platform
 
 import platformdirs
 
-# Convolutions by Eigen instead of YNNPACK: benchmarks/README.md has what it brings. jaxlib 0.12 is better without, and
-# a flag that a version does not know ends the process, so that only versions that were measured are named.
+# Convolutions by Eigen instead of YNNPACK: benchmarks/README.md has the gain. jaxlib 0.12 is faster without it. An
+# unknown flag ends the process, so only versions that were measured appear here.
 _FLAGS = {"0.10.2": "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"}
 
-MAX_BYTES = 1 << 30  # the programs that were used longest ago go first
+MAX_BYTES = 1 << 30  # the least recently used programs go first
 
 
 def set_defaults() -> None:
-    """Puts this jaxlib's flag into XLA_FLAGS, before JAX computes anything.
+    """Adds this jaxlib's flag to XLA_FLAGS, before JAX computes anything.
 
-    Not where XLA_FLAGS has another value of it, nor where JAX_PLATFORMS leaves CPUs out.
+    It does nothing if XLA_FLAGS already sets that flag, or if JAX_PLATFORMS excludes CPUs.
     """
     flag = _FLAGS.get(importlib.metadata.version("jaxlib"), "")
     given, platforms = os.environ.get("XLA_FLAGS", ""), os.environ.get("JAX_PLATFORMS", "") or "cpu"
@@ -30,11 +30,11 @@ def set_defaults() -> None:
 
 
 def keep_compiled() -> None:
-    """Turns the cache on, before JAX is imported, by environment variables, which child processes see too.
+    """Turns on the compilation cache before JAX is imported, by environment variables, which child processes inherit.
 
-    JAX's own variables come first: JAX_ENABLE_COMPILATION_CACHE=false turns the cache off, and
+    JAX's own variables take precedence: JAX_ENABLE_COMPILATION_CACHE=false turns the cache off, and
     JAX_COMPILATION_CACHE_DIR, JAX_COMPILATION_CACHE_MAX_SIZE and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS change it.
-    Where the directory cannot be made, there is no cache.
+    If the directory cannot be made, there is no cache.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -48,9 +48,9 @@ def keep_compiled() -> None:
 
 
 def _processor_hash() -> str:
-    # JAX's keys leave out what instructions a CPU has: a home directory may be that of many machines.
+    # JAX's cache keys ignore the CPU's instruction set, and several machines may share a home directory.
     parts = [platform.machine(), platform.processor()]
-    with contextlib.suppress(OSError):  # Linux alone has the file
+    with contextlib.suppress(OSError):  # only Linux has the file
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         parts += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""The program itself, announcing each of its phases: python announced.py FD ARGUMENT…
+"""Runs the program and announces each of its phases: python announced.py FD ARGUMENT…
 
-Writes "+NAME" and "-NAME", a line each, into the file descriptor FD as a phase begins and ends, and "=compile" where
-XLA begins to compile the step, so that a test can inflict a fault in the midst of it. Nothing else is changed.
+Writes the lines "+NAME" and "-NAME" to the file descriptor FD when a phase begins and ends, and "=compile" when XLA
+begins to compile the step, so that a test can inflict a fault in the middle. Nothing else is changed.
 """
 
 import functools
@@ -40,7 +40,7 @@ from regnet_flax.training.trainer import Trainer  # noqa: E402
 
 announce("-import")
 
-# What is lowered is compiled next, by XLA alone: JAX's names of the step, or of evaluation beside it, and of `init`.
+# XLA compiles a function right after it is lowered. JAX's names of the step, of evaluation beside it, and of `init`.
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 NAMES = {"jit(_fun)": "compile", "jit(init)": "initialize"}
 jax.monitoring.register_event_duration_secs_listener(

@@ -1,7 +1,7 @@
-"""The package against the PyTorch reference: the same weights and inputs in both, and the record of the errors.
+"""Compares the package with the PyTorch reference, with the same weights and inputs, and records the errors.
 
-A comparison raises AssertionError where an error of norms, ‖ours − theirs‖ / ‖theirs‖ of one array, is above the bound
-of its row in BOUNDS; `pytest --parity-report FILE` writes the largest error that each row saw.
+A comparison raises AssertionError if an error of norms, ‖ours − theirs‖ / ‖theirs‖ of one array, exceeds the bound of
+its row in BOUNDS; `pytest --parity-report FILE` writes the largest error of each row.
 """
 
 import functools
@@ -27,7 +27,7 @@ from regnet_flax.training.step import cross_entropy
 
 BATCH, CLASSES = 6, 10
 
-# What is compared, how, and in which type: the largest relative error of norms.
+# The bounds: what is compared, how, and in which dtype → the largest relative error of norms.
 BOUNDS = {
     ("cells, 3 steps", "states", "float32"): 1e-5,
     ("cells, 3 steps", "gradients of parameters, X and state", "float32"): 1e-4,
@@ -68,19 +68,19 @@ ERRORS: dict[tuple[str, str, str], tuple[float, str]] = {}  # the largest of eac
 
 
 def batch_norm(train, dtype):
-    """As a model makes them."""
+    """Makes a batch normalisation like a model."""
     return functools.partial(BatchNorm, use_running_average=not train, dtype=dtype)
 
 
 def relative(found, expected):
-    """‖found − expected‖ / ‖expected‖."""
+    """Returns ‖found − expected‖ / ‖expected‖."""
     found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
     assert found.shape == expected.shape, f"{found.shape} against {expected.shape}"
     return float(np.linalg.norm(found - expected) / (np.linalg.norm(expected) + 1e-300))
 
 
 def check(row, found, expected, name=""):
-    """Compares one array, and keeps the error."""
+    """Compares one array, and records the error."""
     error = relative(found, expected)
     where = (os.environ.get("PYTEST_CURRENT_TEST", "").split("::")[-1].split(" ")[0] + " " + name).strip()
     if not error <= ERRORS.get(row, (-1.0, ""))[0]:
@@ -89,7 +89,7 @@ def check(row, found, expected, name=""):
 
 
 def check_all(row, found, expected):
-    """Compares arrays by name; one that is zero everywhere would prove nothing."""
+    """Compares arrays by name; an array of zeros would prove nothing."""
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert np.linalg.norm(array) > 0, f"{name} is zero"
@@ -97,9 +97,9 @@ def check_all(row, found, expected):
 
 
 def write_report(file):
-    """Puts the errors into a file as a Markdown table, between the markers if it has them, or as the whole file.
+    """Writes the errors as a Markdown table, between the file's markers if it has them, or as the whole file.
 
-    A row that was not run stays as it is in the file, so that a run of some tests alone brings their rows up to date.
+    Rows of tests that did not run stay unchanged, so a run of some tests updates only their rows.
     """
     text = file.read_text() if file.exists() else ""
     before = {tuple(line.strip("| ").split(" | ")[:4]): line for line in text.splitlines()}
@@ -125,28 +125,28 @@ def write_report(file):
 
 
 def to_nhwc(array):
-    """A tensor (N, channels, height, width) as an array (N, height, width, channels)."""
+    """Converts a tensor (N, channels, height, width) to an array (N, height, width, channels)."""
     return array.detach().cpu().numpy().transpose(0, 2, 3, 1)
 
 
 def to_tensor(array, device):
-    """The other way, as a leaf that takes a gradient."""
+    """Converts back, to a leaf tensor with a gradient."""
     return torch.tensor(array.transpose(0, 3, 1, 2).copy(), device=device, requires_grad=True)
 
 
 def arrays(state_dict):
-    """Of a state dict or of named gradients."""
+    """Returns the arrays of a state dict or of named gradients."""
     return {name: t.detach().cpu().numpy().copy() for name, t in state_dict.items() if "num_batches" not in name}
 
 
 def random_variables(shapes, rng, dtype):
-    """Of the same structure; nothing is left at its initial value."""
+    """Draws variables of the same structure; none keeps its initial value."""
 
     def draw(path, a):
         names = [key.key for key in path]
         if names[-1] == "kernel":
             values = rng.normal(0, math.prod(a.shape[:-1]) ** -0.5, a.shape)
-        elif names[-1] == "var" or "se" in names:  # a narrow squeeze may else be dead to every image
+        elif names[-1] == "var" or "se" in names:  # a narrow squeeze may otherwise be dead for every image
             values = rng.uniform(0.5, 1.5, a.shape)
         else:
             values = (names[-1] == "scale") + rng.normal(0, 0.2, a.shape)
@@ -156,14 +156,14 @@ def random_variables(shapes, rng, dtype):
 
 
 def load(module, variables, names):
-    """Puts variables into a PyTorch module by the names that `names` gives them."""
+    """Loads variables into a PyTorch module under the names that `names` gives."""
     state = {name: torch.from_numpy(array) for name, array in names(variables).items()}
     missing, unexpected = module.load_state_dict(state, strict=False)
     assert not unexpected and all("num_batches" in name for name in missing), (missing, unexpected)
 
 
 def named_within(model, place, prefix):
-    """From the variables of a part of a model, at `place`, to PyTorch's names, without their `prefix`."""
+    """Maps the variables of a part of a model, at `place`, to PyTorch's names, without their `prefix`."""
 
     def names(variables):
         for key in reversed(place):
@@ -174,7 +174,7 @@ def named_within(model, place, prefix):
 
 
 def watch_counts(module):
-    """N = batch × height × width of what each BatchNorm2d of a module sees, filled in when it runs."""
+    """Records N = batch × height × width of the input of each BatchNorm2d of a module when it runs."""
     counts = {}
 
     def hook(name, _, inputs, output):
@@ -187,7 +187,7 @@ def watch_counts(module):
 
 
 def check_statistics(row, found, before, after, counts):
-    """PyTorch keeps the unbiased variance, Flax the biased one: what PyTorch adds is corrected by (N − 1) / N."""
+    """Compares running statistics; corrects PyTorch's update of the unbiased variance by (N − 1) / N."""
     expected = {}
     for key, value in after.items():
         if key.endswith("running_var"):
@@ -199,18 +199,18 @@ def check_statistics(row, found, before, after, counts):
 
 
 def compile_for(dtype):
-    """jax.jit; float64 checks the equations, not the optimiser, and compiles in half the time without it."""
+    """Returns jax.jit; float64 checks equations, not XLA's optimisations, and compiles twice as fast without them."""
     quick = dtype == "float64" and jax.default_backend() == "cpu"
     return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0} if quick else None)
 
 
 def compare_cell(cell, theirs, names, dtype, device, steps=3):
-    """A cell's states over some steps from a random state, and the gradients of a random sum of them.
+    """Compares a cell's states over some steps from a random state, and the gradients of a random sum of them.
 
     Args:
       cell: a Regulator.
       theirs: the reference's cell.
-      names: from {"params": …} to PyTorch's names.
+      names: maps {"params": …} to PyTorch's names.
       dtype: "float32" or "float64".
       device: of the reference.
     """
@@ -252,13 +252,13 @@ def compare_cell(cell, theirs, names, dtype, device, steps=3):
 
 
 def make_block(kind, regulator, options):
-    """Both frameworks' block, and how its variables are named.
+    """Makes the block in both frameworks, with the names of its variables.
 
     Args:
       kind: "basic", "bottleneck" or "regnety".
       regulator: a key of CELLS or None.
-      options: kernel, shared, se, shortcut, bottleneck_stride, strides, inputs (channels of X1), and style, of the
-        reference's.
+      options: kernel, shared, se, shortcut, bottleneck_stride, strides, inputs (channels of X1), and style of the
+        reference.
 
     Returns:
       make(train, dtype) → our block; the reference's block; its shared cell or None; names of the block's variables;
@@ -316,7 +316,7 @@ def make_block(kind, regulator, options):
 
 
 def compare_block(kind, regulator, options, dtype, device):
-    """A block's outputs in both modes, the gradients of a random sum of the training ones, and running statistics."""
+    """Compares a block's outputs in both modes, gradients of a random sum of the training ones, and statistics."""
     make, theirs, t_shared, names, shared_names = make_block(kind, regulator, options)
     rng = np.random.default_rng(0)
     strides, size = options.get("strides", 1), 6
@@ -394,14 +394,14 @@ def compare_block(kind, regulator, options, dtype, device):
 
 
 def create(name, options, **more):
-    """Our model; `stage_sizes`, or RegNetY's `depth`, may be other than the name says."""
+    """Makes our model; `stage_sizes`, or RegNetY's `depth`, may differ from the name."""
     options = {key: value for key, value in options.items() if key != "in_channels"}
     sizes = {key: options.pop(key) for key in ("stage_sizes", "depth") if key in options}
     return create_model(name, num_classes=CLASSES, **options, **more).clone(**sizes)
 
 
 def randomized(model):
-    """A PyTorch model, with batch normalisations that are not the identity, and squeezes dead to no image."""
+    """Randomizes a PyTorch model: batch normalisations are not the identity, and squeezes are dead for no image."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.weight, 1.0, 0.2)
@@ -414,7 +414,7 @@ def randomized(model):
 
 
 def reference(name, options, seed=0):
-    """The PyTorch model, randomized."""
+    """Makes the PyTorch model, randomized."""
     torch.manual_seed(seed)
     options = {"counts" if key == "stage_sizes" else key: value for key, value in options.items()}
     model = torch_reference.build(name, num_classes=CLASSES, **options)
@@ -422,22 +422,22 @@ def reference(name, options, seed=0):
 
 
 def compare_network(name, options, dtype, device, size, seed=0, train=True):
-    """A network's logits in both modes, the gradients of the cross-entropy, and the updated running statistics.
+    """Compares a network's logits in both modes, gradients of the cross-entropy, and updated running statistics.
 
     Args:
       name, options: see `create`.
       dtype: "float32" or "float64".
       device: of the reference.
       size: height and width of the images.
-      seed: of weights and images.
-      train: False leaves it at the logits in evaluation.
+      seed: for weights and images.
+      train: False compares only the logits in evaluation.
     """
     theirs = reference(name, options, seed).to(device, getattr(torch, dtype))
     before, counts = arrays(theirs.state_dict()), watch_counts(theirs)
     rng = np.random.default_rng(seed + 1)
     images = rng.normal(size=(BATCH, size, size, 3)).astype(dtype)
     labels = rng.integers(0, CLASSES, BATCH)
-    unroll = {} if name.startswith("regnety") else {"unroll": 1}  # rolled, it compiles in less time
+    unroll = {} if name.startswith("regnety") else {"unroll": 1}  # a rolled loop compiles faster
     model = create(name, options, dtype=jnp.dtype(dtype), **unroll)
     variables = from_torch(before, model)
 

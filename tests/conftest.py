@@ -1,8 +1,8 @@
-"""Eight CPU devices, and one compilation cache for the whole run, subprocesses included.
+"""Eight CPU devices, and one compilation cache for the whole run, including subprocesses.
 
-JAX_COMPILATION_CACHE_DIR names a cache that outlives the run. Compiling takes most of the time, so it is done without
-most optimisations and by XLA's quicker emitters, unless --slow, --parity-report or a GPU's --torch-device asks for the
-program as its users have it.
+JAX_COMPILATION_CACHE_DIR names a cache that outlives the run. Compiling takes most of the time, so it skips most
+optimisations and uses XLA's quicker emitters, unless --slow, --parity-report or a GPU's --torch-device needs the
+program as users have it.
 """
 
 import contextlib
@@ -32,8 +32,8 @@ jax.config.update("jax_compilation_cache_dir", _cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_num_cpu_devices", 8)
 
-# Less than half the time of the default emitters, for the same HLO. A flag that a version of jaxlib does not know ends
-# the process, so only versions that were tried are named.
+# They take less than half the time of the default emitters, for the same HLO. An unknown flag ends the process, so only
+# tested versions of jaxlib are named.
 QUICK = {"0.10.2": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"}
 
 
@@ -81,9 +81,10 @@ def pytest_unconfigure():
 
 @pytest.fixture(autouse=True, scope="module")
 def _share_compiled():
-    """Within a module trainers of one config share what they trace and compile; hundreds would fill the memory.
+    """In a module, trainers of one config share traced and compiled functions; hundreds would fill the memory.
 
-    A run that is resumed, evaluated or trained by another seed would trace all of it again, which takes the most time.
+    A run that resumes, evaluates or trains another seed would otherwise trace everything again, which takes the most
+    time.
     """
     trainers = {}
 
@@ -113,7 +114,7 @@ def _share_compiled():
 
 @pytest.fixture
 def parity(request):
-    """`with parity(dtype) as device`: both frameworks compute in dtype, on a GPU too, and PyTorch on `device`."""
+    """`with parity(dtype) as device`: both frameworks compute in dtype, even on a GPU, and PyTorch on `device`."""
     import torch
 
     @contextlib.contextmanager
@@ -127,16 +128,16 @@ def parity(request):
 
 @pytest.fixture
 def program():
-    """Runs the program in a process of its own: program("--mode", "eval", cwd=…) → a finished process with its output.
+    """Runs the program in a separate process: program("--mode", "eval", cwd=…) → a finished process with its output.
 
-    For what needs one: starting, stopping and what is imported. Otherwise helpers.run_program does without.
+    Use it for tests of starting, stopping and imports; otherwise use helpers.run_program.
     """
     return helpers.run_process
 
 
 @pytest.fixture
 def logger(monkeypatch):
-    """The package's logger, as it is before anything is set up."""
+    """The package's logger, before anything is set up."""
     logger = logging.getLogger("regnet_flax")
     monkeypatch.setattr(logger, "handlers", [])
     monkeypatch.setattr(logger, "propagate", True)
@@ -148,7 +149,7 @@ def logger(monkeypatch):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that would have been closed."""
+    """Collects the figures instead of closing them."""
     from matplotlib import pyplot as plt
 
     drawn = []

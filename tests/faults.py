@@ -1,4 +1,4 @@
-"""What the tests of faults share: the program in a subprocess, told where it is; what it left; how it was stopped."""
+"""Helpers for the tests of faults: run the program in a subprocess, follow its phases, check what it left."""
 
 import contextlib
 import json
@@ -32,7 +32,7 @@ TINY = [
     "--config.checkpoint.every_steps=4",
 ]
 STEPS = 66
-# As root, permissions do not count: a program without these powers obeys them. (CAP_DAC_OVERRIDE, _READ_SEARCH)
+# Root ignores permissions; a program without these capabilities obeys them. (CAP_DAC_OVERRIDE, _READ_SEARCH)
 _POWERLESS = """
 import ctypes, os, sys
 if os.geteuid() == 0:
@@ -50,23 +50,23 @@ POWERLESS = [sys.executable, "-c", _POWERLESS]
 
 
 def limited(file_size):
-    """What goes before a command whose files may not grow beyond so many bytes."""
+    """Returns the prefix of a command that limits the size of its files, in bytes."""
     return [sys.executable, "-c", _LIMITED, str(file_size)]
 
 
 class Started:
-    """The program under way, which announces its phases (see announced.py).
+    """The running program, which announces its phases (see announced.py).
 
     Attributes:
-      process: of the program.
-      phases: those that it is in now.
+      process: the program's process.
+      phases: its current phases.
     """
 
     def __init__(self, *arguments, before=(), **options):
         self._reader, writer = os.pipe()
         os.set_blocking(self._reader, False)
         command = [*before, sys.executable, ROOT / "tests/announced.py", writer, *arguments]
-        self._out = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop the program once it is full
+        self._out = tempfile.TemporaryFile("w+")  # a full pipe that nobody reads would block the program
         options.setdefault("env", environment())
         self.process = subprocess.Popen(
             list(map(str, command)),
@@ -89,7 +89,7 @@ class Started:
         os.close(self._reader)
 
     def read(self):
-        """The announcements since the last call."""
+        """Returns the announcements since the last call."""
         with contextlib.suppress(BlockingIOError):
             while content := os.read(self._reader, 65536):
                 self._buffer += content
@@ -117,7 +117,7 @@ class Started:
         raise TimeoutError(announcement)
 
     def end(self, timeout=300):
-        """Its exit code and output, once it has ended."""
+        """Waits for the end; returns exit code and output."""
         self.process.wait(timeout)
         self.read()
         self._out.seek(0)
@@ -127,7 +127,7 @@ class Started:
 
 
 def arrays(workdir, step=STEPS):
-    """Every array of a checkpoint, optimiser state included, by its path."""
+    """Returns every array of a checkpoint, including the optimiser's state, by its path."""
     config = digits.get_config("resnet8")
     config.model.overrides.width, config.dataset.num_classes = 4, 10
     model, tx = build_model(config), build_optimizer(config, 1)[1]
@@ -143,7 +143,7 @@ def arrays(workdir, step=STEPS):
 
 
 def assert_ends_alike(workdir, uninterrupted, step=STEPS):
-    """A run that faults befell ended bitwise as the one that none did."""
+    """Checks that a run with faults ended bitwise like the one without."""
     found, expected = arrays(workdir, step), arrays(uninterrupted, step)
     assert found.keys() == expected.keys() and any("opt_state" in name for name in found)
     for name in expected:
@@ -155,7 +155,7 @@ def assert_ends_alike(workdir, uninterrupted, step=STEPS):
 
 
 def assert_tensorboard_agrees(workdir):
-    """TensorBoard shows what metrics.jsonl has, all of it and no more."""
+    """Checks that TensorBoard shows exactly the contents of metrics.jsonl."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     expected = {}
     for line in lines:
@@ -169,7 +169,7 @@ def assert_tensorboard_agrees(workdir):
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """A run that nothing befell."""
+    """A run without faults."""
     workdir = tmp_path_factory.mktemp("uninterrupted") / "run"
     run(*TINY, "--workdir", workdir, check=0)
     return workdir
@@ -177,7 +177,7 @@ def uninterrupted(tmp_path_factory):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """Mounts a file system of so many KiB: small_disk(3000) → its directory."""
+    """Mounts a file system of a given size in KiB: small_disk(3000) → its directory."""
     mounted = []
 
     def mount(kibibytes):
@@ -198,7 +198,7 @@ def small_disk(tmp_path):
 
 
 def fill(disk):
-    """Writes until the disk is full; returns the file, to be removed."""
+    """Writes until the disk is full; returns the file, which the test must remove."""
     ballast = disk / "ballast"
     with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as file:
         while True:
@@ -207,12 +207,12 @@ def fill(disk):
 
 
 def chance(*names):
-    """Random numbers that are the same in every run of a test."""
+    """Returns a random generator that is the same in every run of a test."""
     return random.Random("/".join(map(str, names)))
 
 
 def events(path):
-    """(tag, step) of what TensorBoard shows: a session's start takes back the steps from its own on."""
+    """Returns (tag, step) of everything TensorBoard shows: a session's start discards all steps from its own on."""
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     shown = {}

@@ -1,7 +1,7 @@
-"""The table of faults, from a test run: pytest -n 0 --slow --faults-report tests/FAULTS.md.
+"""Writes the table of faults from a test run: pytest -n 0 --slow --faults-report tests/FAULTS.md.
 
-A test's marker `fault("what")` counts one fault for each time the test runs; its fixture `fault` counts those that it
-inflicts itself: fault("what").
+The marker `fault("what")` counts one fault per run of the test; with the fixture `fault`, the test itself counts each
+fault that it inflicts: fault("what").
 """
 
 import collections
@@ -44,7 +44,7 @@ class _Report:
         self._reasons = {}
 
     def pytest_runtest_logreport(self, report):
-        # A test that fails or is skipped before it is called has no report of its call.
+        # A test that fails or is skipped in its set-up has no report of its call.
         if report.when == "call" or (report.when == "setup" and not report.passed):
             place = report.nodeid.partition("[")[0].removeprefix("tests/")
             if report.skipped and "slow: give --slow" in str(report.longrepr):
@@ -68,8 +68,8 @@ class _Report:
         lines = [
             "# Faults",
             "",
-            "What the tests do to the program, how often they did it, and what was lost. Written by the tests:",
-            "`pytest -n 0 --slow --faults-report tests/FAULTS.md`. A run of some of them replaces their rows alone.",
+            "Faults that the tests inflict on the program, how often, and what was lost. The tests write this file:",
+            "`pytest -n 0 --slow --faults-report tests/FAULTS.md`. A run of some tests replaces only their rows.",
             "",
             f"Last run: {tests} tests of faults in {minutes:.0f} minutes; {platform.system()} {platform.machine()}, "
             f"{os.cpu_count()} CPU cores, Python",
@@ -85,7 +85,7 @@ class _Report:
         self._path.write_text("\n".join(lines))
 
     def _earlier(self):
-        """The rows of tests that there still are and that did not run now."""
+        """Returns the rows of existing tests that did not run now."""
         if not self._path.exists():
             return {}
         found = re.findall(r"^\| (.+) \| `(.+)` \| (\d+) \| (.+) \|$", self._path.read_text(), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What several test modules share: the program in this process, small configs, random variables, other processes."""
+"""Helpers for several test modules: the program in this process, small configs, random variables, other processes."""
 
 import contextlib
 import dataclasses
@@ -68,9 +68,9 @@ _digits = functools.cache(SOURCES["digits"])
 
 @contextlib.contextmanager
 def few_digits(train=132, test=60, **changes):
-    """In this process, the data set "digits" has only so many images, or others; `changes`: of its other fields.
+    """In this process, shrinks the data set "digits" to so many images, or replaces them; `changes`: other fields.
 
-    Runs on the same images with the same config, but for where they end, are compiled once for all test files.
+    Runs on the same images with the same config, except for where they end, are compiled once for all test files.
     """
     whole = _digits()
     if not isinstance(train, Split):
@@ -86,13 +86,13 @@ def few_digits(train=132, test=60, **changes):
 
 
 def checksums(workdir, step):
-    """Of every array of a checkpoint; but not of its record, which has the wall time."""
+    """Returns the checksums of all arrays of a checkpoint, but not of its record, which has the wall time."""
     record = json.loads((workdir / "checkpoints" / str(step) / "record" / "metadata").read_text())
     return {name: value for name, value in record["checksums"].items() if name != "record"}
 
 
 def metrics(workdir):
-    """The lines of metrics.jsonl, times aside."""
+    """Returns the lines of metrics.jsonl without times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
 
@@ -120,16 +120,16 @@ class Recorder:
 
 
 def run_program(*arguments, cwd=None, check=None, devices=1):
-    """Runs the command line in this process, on so many devices, and leaves the process as it was.
+    """Runs the command line in this process, and restores the process afterwards.
 
     Args:
-      *arguments: of the command line.
-      cwd: the current directory meanwhile.
-      check: the exit code that it must end with, if given.
+      *arguments: the command line's arguments.
+      cwd: the current directory during the run.
+      check: the expected exit code, if given.
       devices: how many of the test's CPU devices the program sees.
 
     Returns:
-      What subprocess.run would: returncode, stdout and stderr. An exception that the program does not catch goes on.
+      The same as subprocess.run: returncode, stdout and stderr. Exceptions that the program does not catch propagate.
     """
     arguments = [str(argument) for argument in arguments]
     logger, out, err = logging.getLogger("regnet_flax"), io.StringIO(), io.StringIO()
@@ -152,12 +152,12 @@ def run_program(*arguments, cwd=None, check=None, devices=1):
 
 
 def environment(**more):
-    """Of a process of its own that uses this copy of the package."""
+    """Returns the environment of a separate process that uses this copy of the package."""
     return os.environ | {"PYTHONPATH": str(ROOT)} | more
 
 
 def run_process(*arguments, cwd=None, env=None, before=(), check=None, timeout=600):
-    """Runs the command line in a process of its own, after the words `before`; returns it with its output."""
+    """Runs the command line in a separate process, after the words `before`; returns it with its output."""
     command = [*before, sys.executable, "-m", "regnet_flax.main", *map(str, arguments)]
     env = environment(**(env or {}))
     done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
@@ -167,7 +167,7 @@ def run_process(*arguments, cwd=None, env=None, before=(), check=None, timeout=6
 
 
 def error_of(done, code):
-    """The one line that a program that ended with that code said."""
+    """Returns the single error line of a program that ended with that code."""
     (line,) = done.stderr.strip().splitlines()
     assert done.returncode == code and line.startswith("error: "), done.stdout + done.stderr
     return line
@@ -177,7 +177,7 @@ def error_of(done, code):
 
 
 def random_variables(model, images):
-    """Variables of a model, drawn at random, none at its initial value."""
+    """Draws random variables of a model; none has its initial value."""
     shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), images, train=False))
     random = np.random.default_rng(0)
 
@@ -192,10 +192,10 @@ def random_variables(model, images):
 
 
 def children(parent, worker=True):
-    """The child processes of a process; the workers among them, which multiprocessing spawned, unless worker=False."""
+    """Returns a process's children: only workers spawned by multiprocessing, unless worker=False."""
     found = []
     for path in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # one that ends just now
+        with contextlib.suppress(OSError):  # the process just ended
             fields = (path / "stat").read_text().rpartition(")")[2].split()
             if int(fields[1]) == parent and (not worker or b"spawn_main" in (path / "cmdline").read_bytes()):
                 found.append(int(path.name))
@@ -203,7 +203,7 @@ def children(parent, worker=True):
 
 
 def alive(pids):
-    """Those of the processes that still run."""
+    """Returns the processes that are still running."""
     found = []
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -213,7 +213,7 @@ def alive(pids):
 
 
 def wait_until(condition, seconds=60):
-    """Waits for a condition; an AssertionError if it does not come."""
+    """Waits for a condition; raises AssertionError if it does not become true."""
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -222,7 +222,7 @@ def wait_until(condition, seconds=60):
 
 @contextlib.contextmanager
 def failures():
-    """Collects what fails of many cases and raises it all at once: `with failures() as case: … with case(label):`."""
+    """Collects the failures of many cases and raises all at once: `with failures() as case: … with case(label):`."""
     found = []
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A trainer and all that it was made of, for tests that take single steps."""
+"""A trainer and its parts, for tests that take single steps."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ class Program:
     """The trainer of a config.
 
     Attributes:
-      config: resolved.
-      totals: of the metrics of all steps taken.
+      config: the resolved config.
+      totals: the sums of the metrics of all steps taken.
     """
 
     def __init__(self, config, dataset, devices, seeds=(), start=None):
@@ -29,7 +29,7 @@ class Program:
         return self.trainer.initial_state()
 
     def in_float64(self):
-        """The initial state in float64; the totals start anew."""
+        """Returns the initial state in float64, and resets the totals."""
         self.totals = None
         return in_float64(self.initial_state())
 
@@ -50,5 +50,5 @@ def in_float64(state):
 
 
 def relative(a, b):
-    """‖a − b‖ / ‖b‖."""
+    """Returns ‖a − b‖ / ‖b‖."""
     return float(np.linalg.norm(np.asarray(a, np.float64) - b) / (np.linalg.norm(b) + 1e-8))

@@ -19,7 +19,7 @@ TRAIN, TEST = [*range(0, 13, 2), *range(1, 13, 2)], [14, 16, 18, 13, 15, 17, 19]
 
 
 def jpeg(number, size=(40, 30)):
-    """A JPEG whose red tells its number, in tens."""
+    """Makes a JPEG whose red value is ten times its number."""
     image = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), np.uint8)
     image[..., 0] = 10 * number
     file = io.BytesIO()
@@ -33,7 +33,7 @@ def number_of(image):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Numbers 0 to 12 for training, 13 to 19 for testing; those of class b are odd."""
+    """A folder with numbers 0 to 12 for training and 13 to 19 for testing; class b has the odd numbers."""
     for number in range(20):
         path = tmp_path / ("train" if number < 13 else "val") / "ab"[number % 2] / f"{number:02}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def opened(folder, **options):
 
 
 def read(make, indices, workers=0, prefetch=2):
-    """The batches of a stream, copied."""
+    """Returns copies of a stream's batches."""
     stream = Stream(make, indices, workers=workers, prefetch=prefetch)
     try:
         return [{name: np.array(array) for name, array in batch.items()} for batch in stream]
@@ -77,7 +77,7 @@ def add(tar, name, data):
 
 
 def write_archives(directory):
-    """The two archives of ImageNet: 24 training images of two classes, 7 for validation, the rest left out."""
+    """Writes ImageNet's two archives, with 24 training images of two classes and 7 validation images."""
     directory.mkdir(parents=True)
     with tarfile.open(directory / "ILSVRC2012_img_train.tar", "w") as outer:
         for wnid, numbers in (("n01440764", range(0, 24, 2)), ("n01443537", range(1, 24, 2))):
@@ -93,12 +93,12 @@ def write_archives(directory):
 
 @pytest.fixture(scope="session")
 def imagenet(tmp_path_factory):
-    """A data_dir with a tiny imagenet2012 in ArrayRecord form, that TFDS itself wrote."""
+    """A data_dir with a tiny imagenet2012 as ArrayRecord, written by TFDS itself."""
     if not all(map(importlib.util.find_spec, ("tensorflow_datasets", "tensorflow"))):
         pytest.skip("TFDS writes with TensorFlow")
     data_dir = tmp_path_factory.mktemp("tfds")
     write_archives(data_dir / "downloads/manual")
-    # In a process of its own, because TFDS loads TensorFlow to write.
+    # In a separate process, because TFDS loads TensorFlow to write.
     command = [sys.executable, "-c", PREPARE, str(data_dir)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

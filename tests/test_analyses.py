@@ -1,4 +1,4 @@
-"""The paper's own analyses: readouts of the last blocks, blocks side by side, the use of H, Grad-CAM, their mode."""
+"""The analyses: readouts of the last blocks, blocks side by side, the use of H, Grad-CAM, and their mode."""
 
 import json
 
@@ -15,7 +15,7 @@ from regnet_flax.analysis.plots import probes
 
 
 def made(name, seed=0, **options):
-    """A small model with variables that are not its initial ones, and six images."""
+    """Makes a small model with variables other than its initial ones, and six images."""
     model = create_model(name, num_classes=10, width=4, **options).clone(stage_sizes=(1, 2))
     images = jax.random.normal(jax.random.key(seed), (6, 8, 8, 3))
     variables = jax.jit(lambda key: model.init(key, images, train=False))(jax.random.key(seed))
@@ -49,7 +49,7 @@ def test_the_use_of_h_is_what_the_network_computes_without_it(monkeypatch):
     found = state_use.state_use(model, variables, images, labels)
     assert [stage.stage for stage in found] == [1, 2]
 
-    # The block's own words for it: a fusion that is handed zeros.
+    # The same by the block itself: its fusion gets zeros.
     from regnet_flax.models.blocks import Block
 
     fuse = Block.fuse
@@ -74,7 +74,7 @@ def test_the_use_of_h_is_what_the_network_computes_without_it(monkeypatch):
 
 
 def test_grad_cam_of_any_block_in_any_family():
-    # Where the head reads a block's pooled output itself, the gradient is the head's kernel over the places' number.
+    # If the head reads a block's pooled output directly, the gradient is the head's kernel / the number of positions.
     model, variables, images = made("regnet8_convrnn")
     classes = np.arange(6)
     maps = grad_cam.grad_cam(model, variables, images, blocks=("1.1", "2.2"), classes=classes)
@@ -105,7 +105,7 @@ def test_grad_cam_of_other_families(name):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that would have been closed."""
+    """Collects the figures instead of closing them."""
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
     return drawn

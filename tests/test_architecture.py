@@ -1,4 +1,4 @@
-"""The import rules, read from the import statements."""
+"""The import rules, checked against the import statements."""
 
 import ast
 import pathlib
@@ -16,7 +16,7 @@ def module_name(path):
 
 
 def imports(path, *, inside_functions=True):
-    """The modules that a file imports: for `from a import b` both a and a.b, since b may be a module."""
+    """Returns the modules that a file imports: for `from a import b` both a and a.b, because b may be a module."""
     tree = ast.parse(path.read_text())
     nodes = ast.walk(tree) if inside_functions else iter(tree.body)
     for node in nodes:
@@ -87,13 +87,13 @@ def test_the_only_pmap_is_in_parallel_and_reductions_are_in_the_step_and_batch_n
     for path in PACKAGE:
         if module_name(path) != f"{P}.training.parallel":
             assert not [n for n in calls(path, "pmap") if getattr(n.value, "id", "") == "jax"], path
-        # A batch normalisation over several devices has its own, as Flax's has.
+        # A batch normalisation over several devices has its own pmean, like Flax's.
         if module_name(path) not in (f"{P}.training.step", f"{P}.models.ops.plain"):
             assert not calls(path, "pmean", "psum"), path
 
 
 def test_only_what_every_mode_needs_is_imported_at_start():
-    """And so an image folder trains without TFDS, TensorFlow, Grain, scikit-learn, tensorboardX and safetensors."""
+    """So an image folder trains without TFDS, TensorFlow, Grain, scikit-learn, tensorboardX and safetensors."""
     late = ["ml_collections", "tensorflow", "tensorflow_datasets", "grain", "sklearn", "matplotlib", "tensorboardX"]
     late += ["safetensors", "torch", "scipy.io", "wandb", "mlflow", "trackio", "huggingface_hub"]
     code = f"import sys, regnet_flax.main, regnet_flax.modes.train; print([m for m in {late} if m in sys.modules])"

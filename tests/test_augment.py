@@ -1,4 +1,4 @@
-"""What augmentation makes of an image, and what that depends on; rotation, colours and translation against Pillow."""
+"""The effect of augmentation on an image, and what it depends on; rotation, colours and translation against Pillow."""
 
 import functools
 from collections import Counter
@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance
 
 from regnet_flax.data import augment
 
-# Every pixel another value, none of them 0, which is the padding.
+# Every pixel has a different value, and none is 0, the value of the padding.
 IMAGE = np.arange(1, 1 + 5 * 6 * 2, dtype=np.uint8).reshape(5, 6, 2)
 
 
@@ -29,7 +29,7 @@ def test_a_crop_is_a_window_of_the_padded_image_at_every_offset():
     assert cropped.shape == (4000, *IMAGE.shape) and cropped.dtype == np.uint8
     counts = Counter(windows[image.tobytes()] for image in cropped)
     assert len(counts) == 81
-    assert min(counts.values()) > 20 and max(counts.values()) < 80  # 49 each in the mean
+    assert min(counts.values()) > 20 and max(counts.values()) < 80  # 49 each on average
 
 
 def test_a_flip_mirrors_left_to_right_half_the_time():
@@ -48,7 +48,7 @@ SIZES = [(32, 32), (31, 45), (8, 8), (64, 40)]  # height, width
 
 
 def picture(height, width, seed=0):
-    """Areas of colour, as in a photograph, with some noise."""
+    """Makes areas of colour, as in a photograph, with some noise."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((width, height))
     return np.clip(np.asarray(small) + rng.integers(-20, 20, (height, width, 3)), 0, 255).astype(np.uint8)
@@ -62,7 +62,7 @@ def test_a_rotation_is_pillows(height, width):
     for degrees in np.float32([-15, -7.5, -1, 0, 0.01, 3, 14.999, *np.random.default_rng(1).uniform(-15, 15, 60)]):
         expected = np.asarray(Image.fromarray(image).rotate(float(degrees), Image.Resampling.NEAREST))
         differing.append((np.asarray(rotate(image, degrees)) != expected).any(-1).mean())
-    # A source pixel on the border of two may be the other one: here one pixel in 10,000.
+    # On the border of two source pixels the result may be the other one: here for one pixel in 10,000.
     assert np.mean(differing) < 3e-4 and max(differing) < 3e-3
     assert rotate(image, 0.0).dtype == np.uint8
     assert (np.asarray(rotate(image, 15.0)) == 0).all(-1).mean() > 0.02, "the corners are black"
@@ -76,7 +76,7 @@ def test_a_rotation_goes_counter_clockwise():
 
 
 def pillow_hue(image, turns):
-    """torchvision.transforms.functional.adjust_hue of a Pillow image."""
+    """Applies torchvision.transforms.functional.adjust_hue to a Pillow image."""
     hue, saturation, value = image.convert("HSV").split()
     turned = np.array(hue) + np.int32(turns * 255).astype(np.uint8)
     return Image.merge("HSV", (Image.fromarray(turned), saturation, value)).convert("RGB")
@@ -99,7 +99,7 @@ def test_brightness_contrast_and_saturation_are_pillows(which, factor):
         image = picture(height, width)
         expected = np.asarray(PILLOW[which](Image.fromarray(image), float(factor))).astype(int)
         error = np.abs(np.asarray(blend(image.astype("f"), which, factor)) - expected)
-        # Both cut the same number to a whole one, and where it is nearly whole (a fifth of all with 1.2) may differ.
+        # Both truncate the same number, and may differ where it is nearly whole (a fifth of all with 1.2).
         assert error.max() <= 1 and (error > 0).mean() < 0.05
         if factor != 1:
             assert np.abs(image - expected).max() > 5
@@ -112,7 +112,7 @@ def test_hue_is_pillows(turns):
     for image in (rng.integers(0, 256, (300, 300, 3), dtype=np.uint8), picture(64, 64), greys):
         expected = np.asarray(pillow_hue(Image.fromarray(image), turns)).astype(int)
         error = np.abs(np.asarray(turn_hue(image.astype("f"), np.trunc(np.float32(turns) * 255))) - expected)
-        # Pillow's hue is a whole number, and may be cut to one less or more: of all colours 0.3 % differ.
+        # Pillow's hue is a whole number, and truncation may differ by one: 0.3 % of all colours differ.
         assert (error.max(-1) > 0).mean() < 0.01 and error.max() <= 6
 
 
@@ -153,14 +153,14 @@ def test_a_translation_is_pillows(right, down):
 
 
 def drawn(monkeypatch, name, augmentation, count, image):
-    """What an augmentation passes to its deterministic part, for `count` keys."""
+    """Returns what an augmentation passes to its deterministic part, for `count` keys."""
     monkeypatch.setattr(augment, name, lambda image, *parameters: parameters)
     keys = jax.random.split(jax.random.key(3), count)
     return [np.asarray(values) for values in jax.vmap(augmentation, (0, None))(keys, image)]
 
 
 def is_uniform(values, low, high):
-    """Whether 4000 values are within, near both ends, and have the mean and spread of a uniform distribution."""
+    """Whether 4000 values are in the range, come near both ends, and have a uniform distribution's mean and spread."""
     width = high - low
     within = low <= values.min() < low + 0.01 * width and high - 0.01 * width < values.max() <= high
     return within and abs(values.mean() - (low + high) / 2) < 0.02 * width and abs(values.std() / width - 0.289) < 0.01
@@ -186,7 +186,7 @@ def test_colours_are_drawn_from_torchvisions_ranges_in_all_24_orders(monkeypatch
     for values in factors.T:
         assert is_uniform(values, 0.8, 1.2)
     counts = Counter(map(tuple, order.tolist()))
-    assert len(counts) == 24 and min(counts.values()) > 110 and max(counts.values()) < 230  # 167 each in the mean
+    assert len(counts) == 24 and min(counts.values()) > 110 and max(counts.values()) < 230  # 167 each on average
     together = np.corrcoef(np.stack([*factors.T, hue, order[:, 0]]))
     assert np.abs(together - np.eye(5)).max() < 0.06
 

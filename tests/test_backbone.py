@@ -1,4 +1,4 @@
-"""A network as a backbone: its features by name, frozen statistics, dilation, and where else it runs."""
+"""A network as a backbone: features by name, frozen statistics, dilation, and other ways to run it."""
 
 import functools
 
@@ -17,7 +17,7 @@ IMAGES = np.random.default_rng(0).normal(size=(4, 9, 9, 3)).astype(np.float32)
 
 
 def variables_of(model, images=IMAGES):
-    """Random, so that no statistic is its initial one."""
+    """Draws random variables, so that no statistic has its initial value."""
     shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     rng = np.random.default_rng(1)
 
@@ -55,7 +55,7 @@ def test_chosen_features_are_all_that_is_computed():
     def run(variables):
         every = model.apply(variables, IMAGES, features=True)
         found, updated = chosen.apply(variables, IMAGES, mutable=["intermediates"])
-        names.append([*every, *found])  # here, because jit sorts what it returns
+        names.append([*every, *found])  # here, because jit sorts the dicts that it returns
         return every, found, updated
 
     every, found, updated = run(variables)
@@ -88,7 +88,7 @@ def test_frozen_statistics(name):
 
 
 class Twice(Regulator):
-    """A cell of one's own, that knows nothing of dilation."""
+    """A custom cell that knows nothing of dilation."""
 
     gate_names, state_names = ("a", "b"), ("H", "memory")
 
@@ -111,7 +111,7 @@ class Twice(Regulator):
     ],
 )
 def test_dilation_sees_what_strides_saw(monkeypatch, name, options):
-    """Every so many pixels of a dilated stage are those of the strided one, by the same weights."""
+    """With the same weights, every n-th pixel of a dilated stage equals the strided stage's."""
     if name == "own":
         from regnet_flax.models import regnet
 
@@ -148,7 +148,7 @@ def test_wrong_output_strides():
 
 
 def test_under_jit_shard_map_and_nnx():
-    """Gradients are equal on arrays divided by jit and by shard_map, and as an nnx module."""
+    """Gradients are equal on arrays sharded with jit and with shard_map, and as an nnx module."""
     model = create_model("regnet8_convlstm", width=4, frozen_batch_stats=True, features=("stage2",))
     variables = variables_of(model)
     mesh = Mesh(np.array(jax.devices()[:2]), ("batch",))

@@ -1,4 +1,4 @@
-"""--mode benchmark, and the comparison with PyTorch's speed."""
+"""--mode benchmark, and the comparison of speed with PyTorch."""
 
 import importlib
 import json
@@ -21,7 +21,7 @@ def test_the_last_line_is_one_object_with_figures_that_fit_together(monkeypatch)
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["images_per_second"] == pytest.approx(8 / (found["step_ms"] / 1000), rel=0.01)
     assert found["compile_s"] > 0 and found["peak_bytes"] > 1000
-    # 8×8×1 digits: 9·4 taps for the stem's 64 pixels, and so on; counted by hand for each layer.
+    # 8×8×1 digits: 9·4 taps for the stem's 64 pixels, and so on; counted by hand for every layer.
     stem, stage1 = 64 * 9 * 4, 64 * 2 * 9 * 4 * 4
     stage2 = 16 * (9 * 4 * 8 + 9 * 8 * 8 + 4 * 8)
     stage3 = 4 * (9 * 8 * 16 + 9 * 16 * 16 + 8 * 16)
@@ -44,7 +44,7 @@ def test_the_matrix_product_is_what_is_timed(monkeypatch):
 
 
 def test_photographs_are_random_images_of_their_size(monkeypatch):
-    """No data set is read, and the crop that is done while decoding is left out."""
+    """No data set is read, and the crop while decoding is skipped."""
     from configs import imagenet
 
     config = imagenet.get_config("resnet8")
@@ -65,7 +65,7 @@ def versus_torch(monkeypatch):
 
 
 def test_versus_torch_keeps_the_two_fastest_for_the_rounds(versus_torch, tmp_path, monkeypatch):
-    """A stored first pass is resumed, and a variant that cannot be had is left out."""
+    """A stored first pass resumes, and a failing variant is left out."""
     out, started = tmp_path / "out.json", []
     rates = {"ours": 300, "torch folded, eager, channels last": 100, "torch all gates, eager, channels last": 200}
     rates["torch all gates, compiled, channels last"] = 400
@@ -109,7 +109,7 @@ def test_versus_torch_keeps_the_two_fastest_for_the_rounds(versus_torch, tmp_pat
 
 
 def test_the_accelerators_measurements_resume(versus_torch, tmp_path, monkeypatch):
-    """The most useful first; what was done is not repeated; versus_torch.py takes what it is given."""
+    """The most useful come first; finished ones are not repeated; versus_torch.py accepts its arguments."""
     accelerator, codes, names = importlib.import_module("accelerator"), {"seeds": None, "compare": None}, []
 
     def run(self, name, command, log, seconds):

@@ -8,7 +8,7 @@ from comparison import compare_block, compare_cell, named_within
 from regnet_flax.models.regnet import CELLS, RegNet
 from torch_reference import PROJ, RNN
 
-# Stride and width change in the blocks without `inputs` of their own; the shared regulator is the default.
+# Stride and width change in the blocks without `inputs`; the shared regulator is the default.
 FIRST, ALIKE = {"strides": 2, "inputs": 3}, {"inputs": 4}
 # Each kind of block, cell, kernel, shortcut and stride.
 BLOCKS = [
@@ -28,7 +28,7 @@ BLOCKS = [
     ("regnety", None, {"strides": 2, "inputs": 12}),
     ("regnety", None, {"inputs": 16}),
 ]
-# Their parts put together otherwise.
+# Other combinations of their parts.
 MIXED = [
     ("basic", None, ALIKE | {"se": True}),
     ("basic", "convrnn", FIRST | {"kernel": "dense"}),
@@ -90,7 +90,7 @@ def test_cell(name, kernel, dtype, parity):
 
 
 def block_tests():
-    """Every block in both types; float64 sees a wrong equation, float32 a wrong type, for which three blocks do."""
+    """Tests every block in both dtypes; float64 shows a wrong equation, float32 a wrong dtype: three blocks suffice."""
     for case in [*BLOCKS, *MIXED]:
         marks = pytest.mark.thorough if case in MIXED else ()
         yield pytest.param(case, "float64", id=f"{block_id(case)}-float64", marks=marks)

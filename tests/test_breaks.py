@@ -30,7 +30,7 @@ def network(name, **options):
 
 
 def test_gate_order(monkeypatch):
-    """The input and forget gates exchanged."""
+    """The input and forget gates are swapped."""
     convolve = ConvLSTM.convolve
 
     def exchanged(self, *arguments):
@@ -56,7 +56,7 @@ def test_update_gate(monkeypatch):
 
 
 def test_h_not_normalised(monkeypatch):
-    """H goes on as the cell leaves it; its batch normalisation is there, and without effect."""
+    """H is passed on unchanged; its batch normalisation exists, but has no effect."""
     regulate = Block.regulate
 
     def raw(self, x, state, shared):
@@ -71,7 +71,7 @@ def test_h_not_normalised(monkeypatch):
 
 @pytest.mark.parametrize("where", ["blocks.BatchNorm", "correction"])
 def test_variance(where, monkeypatch):
-    """The unbiased variance in normalising, and the running one compared without its correction."""
+    """The unbiased variance normalises, or the running variance is compared without its correction."""
     if where == "correction":
         check = comparison.check_statistics
 
@@ -104,7 +104,7 @@ def test_same_padding(monkeypatch):
 
 
 def test_a_regulator_a_block_instead_of_one_a_stage(monkeypatch):
-    """Equal weights a block give equal outputs, so what differs first is the gradient: here only the first block's."""
+    """Equal weights per block give equal outputs, so only the gradient differs: here it is the first block's alone."""
     call = nn.scan
 
     def stop(target, *arguments, **options):

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, what is kept, and what is done about damage."""
+"""Checkpoints: what is restored, what is kept, and how damage is handled."""
 
 import functools
 import logging
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.core
 
 @functools.cache
 def state(step):
-    """Some arrays that tell the step, incompressible, so that the largest file holds them."""
+    """Makes arrays that identify the step, incompressible, so that the largest file holds them."""
     kernel = np.random.default_rng(step).standard_normal((60, 50), np.float32)
     params = {"kernel": kernel, "bias": np.full(3, step, np.float32)}
     found = TrainState(np.int32(step), params, {"mean": np.ones(2, np.float32)}, (), {}, np.int32(-1))
@@ -56,7 +56,7 @@ def save(checkpoints, step, accuracy=None):
 
 
 def saved(checkpoints):
-    """The steps that stand on the disk."""
+    """Returns the steps on the disk."""
     checkpoints.wait()
     return sorted(int(path.name) for path in checkpoints.directory.iterdir() if path.name.isdigit())
 
@@ -77,13 +77,13 @@ def three(tmp_path_factory):
 
 @pytest.fixture
 def workdir(three, tmp_path):
-    """Holds the steps 10, 20 and 30, the accuracy best at 20."""
+    """A workdir with the steps 10, 20 and 30, with the best accuracy at 20."""
     return shutil.copytree(three, tmp_path / "workdir")
 
 
 @pytest.fixture
 def opened():
-    """Opens checkpoints that are closed after the test."""
+    """Opens checkpoints, and closes them after the test."""
     all_of_them = []
 
     def opened(path, keep=5, keep_best=1):
@@ -97,12 +97,12 @@ def opened():
 
 @pytest.fixture
 def warnings(caplog, monkeypatch):
-    """The warnings said so far."""
+    """The warnings so far."""
     monkeypatch.setattr(logging.getLogger("regnet_flax"), "propagate", True)
     return lambda: [r.getMessage() for r in caplog.records if r.name == "regnet_flax" and r.levelname == "WARNING"]
 
 
-# What comes back
+# Restoring
 
 
 def test_a_train_state_comes_back_bitwise_with_its_record(tmp_path, opened):
@@ -138,7 +138,7 @@ def test_a_state_is_restored_to_any_devices(tmp_path, opened):
         assert all(leaf.sharding == after for leaf in jax.tree.leaves(restored[0]))
 
 
-# What is kept
+# Retention
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_save_at_the_newest_leaves_it_as_it_is(workdir, opened):
 def test_metrics_that_come_late_count(tmp_path, opened):
     checkpoints = opened(tmp_path, keep=1)
     save(checkpoints, 1)
-    save(checkpoints, 1, 0.9)  # at once, while the first save may still be running
+    save(checkpoints, 1, 0.9)  # immediately, while the first save may still be running
     save(checkpoints, 2)
     checkpoints.wait()
     reopened = opened(tmp_path, keep=1)
@@ -217,7 +217,7 @@ def truncate(step):
 
 
 def flip_bit(step):
-    """In values that are stored as they are, since noise does not compress: Orbax alone does not notice."""
+    """Flips a bit in values that are stored uncompressed, because noise does not compress: Orbax does not notice."""
     file = _largest(step)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -360,7 +360,7 @@ def test_what_a_killed_save_left_is_ignored_and_cleared_by_the_run_that_goes_on(
     shutil.copytree(workdir / "checkpoints/30", unfinished)
     evaluation = opened(workdir)
     assert evaluation.read_variables("last", PLACE)[0] == 30
-    assert unfinished.is_dir()  # it may be another process's, that is saving now
+    assert unfinished.is_dir()  # another process may be saving now
     checkpoints = opened(workdir)
     assert is_step(checkpoints.restore(LIKE), 30)
     assert not unfinished.exists()

@@ -1,4 +1,4 @@
-"""Comparing models: how they are written, what the report says, and a comparison through the command line."""
+"""Comparing models: their notation, the report, and a comparison through the command line."""
 
 import base64
 import html.parser
@@ -92,7 +92,7 @@ def test_published_errors():
         assert compare.claim(model, dataset) == ""
 
 
-# The report, of workdirs written by hand
+# The report, for workdirs written by hand
 
 ACCURACY = {
     "resnet8": [0.90, 0.92, 0.91],
@@ -138,7 +138,7 @@ def write_run(workdir, variant, accuracies, seeds, classes=10):
 
 
 class Page(html.parser.HTMLParser):
-    """The cells of a page's table, its pictures and whatever it would fetch."""
+    """Collects the cells of a page's table, its pictures, and everything it would fetch."""
 
     def __init__(self, text):
         super().__init__()
@@ -214,8 +214,8 @@ def test_the_words_of_the_report(written):
     text = (written / "report.md").read_text()
     assert "3 models on digits, 3 seeds each" in text
     assert "lowest mean test error is that of regnet8_convlstm kernel=dense: 4.17 ± 1.04 %" in text
-    assert "(0 is not in the interval): regnet8_convlstm kernel=dense." in text
-    assert "resnet14 did not end and is left out: the loss is not finite" in text
+    assert "(the interval excludes 0): regnet8_convlstm kernel=dense." in text
+    assert "resnet14 failed and is left out: the loss is not finite" in text
     for word in (
         "Welch",
         "95 %",
@@ -235,9 +235,9 @@ def test_the_page_needs_nothing_else_and_says_the_same(written):
     page = Page(source)
     assert page.fetched == [] and "url(" not in source and "@import" not in source and "<script" not in source
     assert page.rows == markdown_rows((written / "report.md").read_text())
-    assert "python -m a --b='<c>'" in page.text and "resnet14 did not end" in page.text
+    assert "python -m a --b='<c>'" in page.text and "resnet14 failed" in page.text
     pictures = [Image.open(io.BytesIO(base64.b64decode(p.partition(",")[2]))) for p in page.pictures]
-    # Each figure for a dark page, then for a light one.
+    # Each figure first for a dark page, then for a light one.
     corners = [np.mean(picture.convert("L").getpixel((0, 0))) for picture in pictures]
     assert len(pictures) == 4 and corners[0] < 50 < 200 < corners[1] and corners[2] < 50 < 200 < corners[3]
     assert 'name="viewport"' in source and "prefers-color-scheme: dark" in source
@@ -277,7 +277,7 @@ def test_a_model_that_fails_does_not_keep_the_others_from_the_report(tmp_path):
         variant = next(v for v in ACCURACY if mode.folder(v) == path.name)
         write_run(path, variant, ACCURACY[variant], seeds)
 
-    with pytest.raises(NonFiniteError, match="1 of 3 models did not end: regnet8_convlstm kernel=dense"):
+    with pytest.raises(NonFiniteError, match="1 of 3 models failed: regnet8_convlstm kernel=dense"):
         mode.compare(config, tmp_path / "c", train)
     names = ["resnet8", "regnet8_convlstm", "regnet8_convgru"]
     assert trained == [(name, "dense" if "lstm" in name else None, (0, 1, 2)) for name in names]
@@ -318,7 +318,7 @@ TINY = [
 def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, monkeypatch):
     path = tmp_path / "runs" / "compare_digits"
     first, second = path / "resnet8", path / "resnet8-shortcut-A"
-    monkeypatch.setattr(sys, "argv", ["regnet-flax", *TINY])  # which the report shows
+    monkeypatch.setattr(sys, "argv", ["regnet-flax", *TINY])  # the report shows it
     train = Trainer.train
 
     def signalled(self, state, totals, step, count):
@@ -345,6 +345,6 @@ def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, monkeypatch
         errors = [100 * (1 - lines[-1]["seeds"][seed]["eval_accuracy"]) for seed in ("0", "1")]
         error = f"{statistics.fmean(errors):.2f} ± {statistics.stdev(errors):.2f}"
         assert row[head.index("top-1 error, %")] == error
-        assert any(row[0] in line and error in line for line in out.splitlines())  # the table is printed too
+        assert any(row[0] in line and error in line for line in out.splitlines())  # the table is also printed
     assert "--mode=compare" in (path / "report.md").read_text()
     assert Page((path / "report.html").read_text()).rows == [head, *rows]

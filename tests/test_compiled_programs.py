@@ -1,4 +1,4 @@
-"""Where compiled programs are kept, and that a second start finds them."""
+"""The cache of compiled programs, and that a second start uses it."""
 
 import os
 import pathlib
@@ -16,7 +16,7 @@ NAMES = ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE", "JAX_PER
 def unset(monkeypatch, tmp_path):
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv(name, "")  # so that what is set is undone
+        monkeypatch.setenv(name, "")  # so that monkeypatch restores it
         del os.environ[name]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -25,7 +25,7 @@ def test_where_it_is(unset, monkeypatch, tmp_path):
     xla_flags.keep_compiled()
     directory = pathlib.Path(os.environ[NAMES[0]])
     assert directory.is_dir() and directory.is_relative_to(tmp_path) and os.environ[NAMES[1]] == str(1 << 30)
-    # Another processor's programs are not for this one.
+    # Programs of another processor must not run on this one.
     monkeypatch.setattr(xla_flags.platform, "machine", lambda: "another")
     del os.environ[NAMES[0]]
     xla_flags.keep_compiled()

@@ -1,4 +1,4 @@
-"""The shipped configs, and what is said about wrong values."""
+"""The shipped configs, and the messages about wrong values."""
 
 import contextlib
 import copy
@@ -23,18 +23,18 @@ CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.s
 
 
 def load(name):
-    """What `from configs import NAME` gives, as the command line does."""
+    """Loads a config like the command line: `from configs import NAME`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
         return importlib.import_module(f"configs.{name}").get_config()
 
 
 DIGITS = load("digits").to_dict()
-DIGITS["train"] |= {"batch_size": 64, "epochs": 30}  # what the contradictions below are about
+DIGITS["train"] |= {"batch_size": 64, "epochs": 30}  # used by the contradictions below
 
 
 def changed(values):
-    """The digits config with other values: {"train.batch_size": 1}."""
+    """Returns the digits config with other values: {"train.batch_size": 1}."""
     config = copy.deepcopy(DIGITS)
     for field, value in values.items():
         *sections, name = field.split(".")
@@ -46,7 +46,7 @@ def changed(values):
 
 
 def problems(values, devices=1):
-    """The lines of the ConfigError that a config with these values gives."""
+    """Returns the lines of the ConfigError for a config with these values."""
     with pytest.raises(ConfigError) as caught:
         check_config(changed(values), devices)
     return str(caught.value).split("\n")
@@ -258,7 +258,7 @@ def test_what_can_be_streamed_passes():
                 check_config(changed(values))
 
 
-# Values that contradict each other: how the line starts, and what else is in it.
+# Values that contradict each other: the start of the line, and its other parts.
 CONTRADICTIONS = [
     ({"model.name": "regnet20_convlsmt"}, "model", ["'regnet20_convlsmt'", "regnet20_convlstm"]),
     ({"model.name": "resnet21"}, "model", ["'resnet21'", "6m+2", "20 or 26"]),
@@ -287,7 +287,7 @@ CONTRADICTIONS = [
         "optimizer.boundaries is (10, 31):",
         ["train.epochs=30"],
     ),
-    ({"dataset.mean": (0.1, 0.2, 0.3)}, "dataset.mean has 3 values and dataset.std 0:", ["one value a channel"]),
+    ({"dataset.mean": (0.1, 0.2, 0.3)}, "dataset.mean has 3 values and dataset.std 0:", ["one value per channel"]),
     ({"dataset.std": (0.1,)}, "dataset.mean has 0 values and dataset.std 1:", ["()"]),
     ({"optimizer.nesterov": True, "optimizer.momentum": 0.0}, "optimizer.nesterov is True:", ["momentum above 0"]),
     ({"optimizer.warmup_epochs": 30.5}, "optimizer.warmup_epochs is 30.5:", ["train.epochs=30"]),
@@ -317,12 +317,12 @@ CONTRADICTIONS = [
         "dataset.augment has random_resized_crop",
         ["digits takes 'crop'"],
     ),
-    ({**FOLDER, "dataset.augment": ("flip", "random_resized_crop")}, "dataset.augment is ('flip',", ["the first"]),
+    ({**FOLDER, "dataset.augment": ("flip", "random_resized_crop")}, "dataset.augment is ('flip',", ["come first"]),
     ({"optimizer.name": "adamw", "optimizer.momentum": 0.5}, "optimizer.momentum is 0.5:", ["sgd", "not adamw"]),
     ({"optimizer.betas": (0.5, 0.9)}, "optimizer.betas is (0.5, 0.9):", ["adamw and lamb", "not sgd"]),
     ({"optimizer.name": "lamb", "optimizer.betas": (0.5,)}, "optimizer.betas is (0.5,):", ["two numbers"]),
     ({"dataset.validation": 0.1, "checkpoint.keep_best": 0}, "dataset.validation is 0.1:", ["at least 1"]),
-    ({"dataset.augment": ("erase", "flip")}, "dataset.augment is ('erase',", ["the last"]),
+    ({"dataset.augment": ("erase", "flip")}, "dataset.augment is ('erase',", ["come last"]),
     (
         {**FOLDER, "dataset.augment": ("random_resized_crop",), "dataset.in_memory": "always"},
         "dataset.in_memory is 'always':",
@@ -360,7 +360,7 @@ def test_a_batch_that_the_devices_do_not_divide(batch, nearest):
     (line,) = problems({"train.batch_size": batch}, devices=8)
     assert line.startswith(f"train.batch_size is {batch}: ") and "8 devices" in line
     assert line.endswith(f"such as {nearest}")
-    # Evaluation takes any batch, whatever the devices.
+    # Evaluation accepts any batch size for any number of devices.
     check_config(changed({"train.batch_size": nearest, "eval.batch_size": batch}), devices=8)
 
 
@@ -424,7 +424,7 @@ VALUES = st.one_of(
     st.builds(object),
     st.just(len),
 )
-# The types that a field takes, by its default's.
+# The types that a field accepts, by its default's type.
 TAKES = {bool: bool, int: int, float: (int, float), str: str, tuple: (tuple, list), type(None): object}
 
 
@@ -444,11 +444,11 @@ def test_a_value_of_another_type_is_a_config_error_and_nothing_else(field, value
         assert all(line.startswith(field) for line in str(caught.value).split("\n"))
 
 
-# Going on with a run
+# Resuming a run
 
 
 def stored(values=()):
-    """A run's config.json: digits, resolved."""
+    """Returns a run's config.json: digits, resolved."""
     resolved = {"dataset.num_classes": 10, "dataset.image_size": 8, "dataset.mean": (0.3,), "dataset.std": (0.4,)}
     return json.loads(json.dumps(changed(resolved | dict(values)) | {"class_names": ["0", "1"]}))
 

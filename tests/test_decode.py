@@ -12,7 +12,7 @@ from regnet_flax.data.photos import to_rgb
 
 
 def photograph(width, height, seed=0):
-    """Smooth shades with some shapes, such as JPEG keeps well."""
+    """Makes smooth shades with some shapes, which JPEG preserves well."""
     rng = np.random.default_rng(seed)
     image = Image.fromarray(rng.integers(0, 256, (6, 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
@@ -30,7 +30,7 @@ def encoded(image, form="JPEG", **options):
 
 
 def get_params(width, height, random):
-    """RandomResizedCrop.get_params, written after torchvision's documentation and paper, with NumPy's numbers."""
+    """RandomResizedCrop.get_params, from torchvision's documentation and paper, with NumPy's random numbers."""
     for _ in range(10):
         area = width * height * random.uniform(0.08, 1)
         ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -63,7 +63,7 @@ def test_random_crops_are_distributed_as_torchvisions(size):
     for name, values in features(ours).items():
         both = np.sort(np.concatenate([values, other := features(reference)[name]]))
         cumulative = [np.searchsorted(np.sort(v), both, side="right") / count for v in (values, other)]
-        # Kolmogorov and Smirnov's distance of two equal distributions stays below this in 999 of 1000 cases.
+        # The Kolmogorov–Smirnov distance of two equal distributions stays below this in 999 of 1000 cases.
         assert np.abs(cumulative[0] - cumulative[1]).max() < 1.95 * math.sqrt(2 / count), name
 
 
@@ -80,7 +80,7 @@ def test_the_test_crop_is_resize_and_centre_crop(size):
     left, top = round((width - 224) / 2), round((height - 224) / 2)
     resized = image.resize((width, height), Image.Resampling.BILINEAR)
     expected = np.asarray(resized.crop((left, top, left + 224, top + 224)), int)
-    assert np.abs(ours - expected).max() <= 1  # of rounding
+    assert np.abs(ours - expected).max() <= 1  # from rounding
 
 
 def test_a_crop_is_pillows_resize_of_the_box():
@@ -93,7 +93,7 @@ def test_a_crop_is_pillows_resize_of_the_box():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("large", [False, True])
 def test_exif_orientation_comes_before_the_crop(orientation, large):
-    size = (640, 512) if large else (80, 60)  # the large one is decoded at a smaller size
+    size = (640, 512) if large else (80, 60)  # the large image is decoded at a smaller size
     upright = photograph(*size)
     undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Transpose.FLIP_LEFT_RIGHT …
     stored = upright.transpose(Image.Transpose(undo[orientation])) if orientation > 1 else upright
@@ -108,7 +108,7 @@ def test_exif_orientation_comes_before_the_crop(orientation, large):
     ours = photos.read_crop(encoded(stored, quality=95, exif=exif), 32, box)
     expected = upright.resize((32, 32), Image.Resampling.BILINEAR, (size[0] / 8, 0, size[0], size[1] / 2))
     assert seen == [size]
-    assert np.abs(ours - np.asarray(expected, int)).mean() < 4  # turned another way it is above 20
+    assert np.abs(ours - np.asarray(expected, int)).mean() < 4  # with another orientation it is above 20
 
 
 @pytest.mark.parametrize(("size", "scale"), [((2048, 1536), 4), ((1000, 750), 2), ((500, 375), 1)])

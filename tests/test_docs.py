@@ -1,4 +1,4 @@
-"""README.md and the pages of docs/: their commands are understood, their code runs, their links lead somewhere."""
+"""README.md and the pages of docs/: their commands parse, their code runs, their links work."""
 
 import contextlib
 import importlib
@@ -34,7 +34,7 @@ LINKING = [*WRITTEN, *(ROOT / name for name in OTHERS)]
 TABLES = (AUGMENTATIONS, BLOCKS, CELLS, MODELS, REGULATORS, SOURCES)
 FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
-# What makes snippets small, and commands short.
+# Replacements that make snippets small, and options that make commands short.
 SMALL = {'create_model("regnet20_convlstm"': 'create_model("regnet8_convlstm", width=4', "8, 32, 32": "8, 8, 8"}
 SHORT = [
     *("--config.train.max_steps=2", "--config.train.batch_size=16"),
@@ -58,25 +58,25 @@ def blocks(path, language):
 
 
 def commands(path):
-    """The arguments of every run of the program, each as a list."""
+    """Returns the arguments of every run of the program, each as a list."""
     text = "\n".join(block.code for block in blocks(path, "sh")).replace("\\\n", " ").replace("$rate", "0.05")
     lines = [shlex.split(line, comments=True) for line in text.splitlines() if "regnet_flax.main" in line]
     return [line[line.index("regnet_flax.main") + 1 :] for line in lines]
 
 
 def modules(path):
-    """The modules that a page has its reader write, as (file, code)."""
+    """Returns the modules that a page tells its reader to write, as (file, code)."""
     return [(block.title, block.code) for block in blocks(path, "python") if is_new(block)]
 
 
 def is_new(block):
-    """Whether it is titled with a file to write; with one of the repository, it quotes that."""
+    """Whether the title is a file to write; otherwise the block quotes a file of the repository."""
     return block.title and not (ROOT / block.title).exists()
 
 
 @pytest.fixture(autouse=True)
 def nothing_stays(monkeypatch, tmp_path):
-    """What is registered, imported and written is gone after a test, which runs in a directory of its own."""
+    """Runs each test in its own directory, and undoes what it registers, imports and writes."""
     before, loaded = [(table, dict(table)) for table in TABLES], set(sys.modules)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT), *sys.path])
@@ -92,7 +92,7 @@ def nothing_stays(monkeypatch, tmp_path):
 
 @pytest.fixture
 def files(tmp_path):
-    """What a reader has by then: trained runs, and pictures."""
+    """The files that a reader has by then: trained runs, and pictures."""
     with tarfile.open(ROOT / "tests" / "stored" / "lone.tar.gz") as tar:
         tar.extractall(tmp_path, filter="data")
     (tmp_path / "runs").mkdir()
@@ -132,7 +132,7 @@ def test_the_readme_is_short():
 
 
 def test_every_command_is_understood():
-    """Flags, fields, values, configs and models; nothing is trained."""
+    """Checks flags, fields, values, configs and models, without training."""
     seen = 0
     with failures() as case:
         for path in WRITTEN:
@@ -164,7 +164,7 @@ def test_other_commands_name_what_there_is():
 
 
 def slug(heading):
-    """The anchor of a heading, as GitHub and mkdocs make it."""
+    """Returns the anchor of a heading, like GitHub and mkdocs."""
     return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading.replace("`", "").lower())).strip("-")
 
 
@@ -196,7 +196,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_quoted_code_is_that_of_the_package():
-    """A block that is titled with a file has lines of it, in their order; docstrings may be left out."""
+    """A block titled with a file has lines of that file, in order; docstrings may be missing."""
     seen = 0
     with failures() as case:
         for path in WRITTEN:
@@ -215,7 +215,7 @@ def test_the_readmes_code_runs(files):
     space = run_snippets(README, SMALL)
     assert space["logits"].shape == (8, 10) and "batch_stats" in space["updates"]
     assert space["probabilities"].shape == (1, 10)
-    # The cell that it shows is one that the program takes.
+    # The program accepts the cell that the README shows.
     done = run_program("--mode=summary", *commands(README)[-1], check=0)
     assert "regnet20_leaky" in done.stdout
 
@@ -229,7 +229,7 @@ def test_the_pages_code_runs(page, files):
                 "--mode=export", "--workdir=runs/digits-regnet20_convlstm-0", f"--config.export.format={kind}",
                 f"--config.export.path={file}", check=0,
             )  # fmt: skip
-    # On the page about nn.scan, a stage needs blocks to scan.
+    # The page about nn.scan needs stages with blocks to scan.
     run_snippets(page, {} if page.stem == "scan" else SMALL)
 
 
@@ -285,14 +285,14 @@ def test_a_tracker_of_ones_own_is_one(tmp_path):
 
 @pytest.mark.slow
 def test_the_readmes_commands_run(files):
-    """The first to its end, the others for two steps, CIFAR's without its images as a summary."""
+    """The first runs to its end, the others for two steps; CIFAR's, without its images, as a summary."""
     first, *rest = commands(README)
     done = run_program(*first, "--workdir=runs/first", check=0)
     accuracy = re.search(r"test accuracy ([\d.]+) % at the end", done.stdout + done.stderr)
     assert accuracy and float(accuracy[1]) > 98
     for file, code in modules(README):
         pathlib.Path(file).write_text(code)
-    jax.config.update("jax_disable_most_optimizations", True)  # two steps take less than compiling them
+    jax.config.update("jax_disable_most_optimizations", True)  # two steps take less time than compiling them
     with failures() as case, contextlib.ExitStack() as stack:
         stack.callback(jax.config.update, "jax_disable_most_optimizations", False)
         for number, arguments in enumerate(rest):

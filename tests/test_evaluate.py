@@ -1,4 +1,4 @@
-"""Metrics of a whole split, exactly."""
+"""Exact metrics of a whole split."""
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,16 @@ from regnet_flax.training.trainer import Step, Trainer, mean_metrics
 
 
 def split(size, classes, seed=0):
-    """Logits, which stand for the images, and labels."""
+    """Makes logits, which serve as the images, and labels."""
     rng = np.random.default_rng(seed)
     return 3 * rng.normal(size=(size, classes)).astype("f"), rng.integers(0, classes, size).astype("i")
 
 
 def evaluate(logits, labels, batch_size, devices=1, **options):
-    """By a trainer whose model is the identity."""
+    """Evaluates with a trainer whose model is the identity."""
 
     def identity(variables, batch):
-        # What stands in the padding must not count, whatever it is.
+        # The padding must not count, whatever it contains.
         images = jnp.where(batch["mask"][:, None], batch["images"], jnp.nan)
         return eval_step({}, batch | {"images": images}, apply_fn=lambda _, x, train: x, axis_name=AXIS)
 
@@ -65,7 +65,7 @@ def test_precision_and_recall_of_each_class_are_scikit_learns():
     sklearn = pytest.importorskip("sklearn.metrics")
     rng = np.random.default_rng(0)
     labels, predicted = rng.integers(0, 6, (2, 200)).astype(np.int32)
-    labels[labels == 4] = 3  # none of class 4, and none taken for class 5
+    labels[labels == 4] = 3  # none of class 4, and none predicted as class 5
     predicted[predicted == 5] = 0
     padding = np.full((3, 2), -1, np.int32)
     confusion = confusion_matrix(np.concatenate([np.stack([labels, predicted], 1), padding]), 7)
@@ -83,7 +83,7 @@ def test_precision_and_recall_of_each_class_are_scikit_learns():
 
 
 def test_many_batches_lose_no_example():
-    # 2**24 + 1 is the first whole number that float32 has not.
+    # 2**24 + 1 is the first whole number that float32 cannot represent.
     sums = [{"loss": np.float32(0), "correct": np.int32(n), "count": np.int32(n)} for n in (2**24, 1)]
     assert mean_metrics(sums, "") == {"loss": 0, "accuracy": 1, "count": 2**24 + 1}
 

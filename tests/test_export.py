@@ -1,4 +1,4 @@
-"""Exported programs and model cards, read by one who has neither the package nor flax."""
+"""Exported programs and model cards, used without the package and flax."""
 
 import json
 import os
@@ -39,14 +39,14 @@ TINY = [
 )
 def test_a_program_computes_what_the_model_does(name, options):
     model = create_model(name, num_classes=5, **options)
-    sizes = (3, 1) if name == "regnet20_convlstm" else (2, 1)  # one with a scan of two blocks
+    sizes = (3, 1) if name == "regnet20_convlstm" else (2, 1)  # one of them scans two blocks
     model = model.clone(depth=3) if name.startswith("regnety") else model.clone(stage_sizes=sizes, width=4)
     images = np.random.default_rng(1).integers(0, 256, (7, 12, 10, 3), np.uint8)
     variables = random_variables(model, jnp.zeros(images.shape))
     program = jax.export.deserialize(bytearray(export.stablehlo(model, variables, (12, 10, 3), MEAN, STD)))
     assert program.platforms == ("cpu", "cuda", "tpu")
     assert "stablehlo.while" not in program.mlir_module()
-    assert "regnet_flax_" not in program.mlir_module()  # of native operations, which another process lacks
+    assert "regnet_flax_" not in program.mlir_module()  # native operations, which another process lacks
     expected = jax.jit(lambda x: model.apply(variables, normalize(x, MEAN, STD), train=False))(images)
     tolerance = 0.03 if model.dtype == jnp.bfloat16 else 1e-4
     scale = np.abs(expected).max()
@@ -67,7 +67,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
-# Nothing but jax and what it needs, and flatbuffers, can be imported.
+# Only jax, its dependencies and flatbuffers can be imported.
 STRANGER = """
 import sys
 class Blocked:
@@ -133,7 +133,7 @@ def test_the_card_tells_the_run_and_loads_the_weights(trained, tmp_path, monkeyp
         assert fact in card, fact
     assert str(tuple(round(m, 6) for m in config["dataset"]["mean"])) in card
     assert "- model.stablehlo\n- weights.pth\n- weights.safetensors\n---" in card
-    assert str(trained) not in card and "best accuracy" not in card  # of `last`
+    assert str(trained) not in card and "optimistic" not in card  # this is `last`
 
     program, weights = code_of(card)
     monkeypatch.chdir(trained)
@@ -147,7 +147,7 @@ def test_the_card_tells_the_run_and_loads_the_weights(trained, tmp_path, monkeyp
         logits.append(np.asarray(names["logits"]))
     np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
 
-    # Another checkpoint's files are not mixed with these.
+    # Files of another checkpoint are not listed with these.
     assert main.main(["--mode=export", "--workdir", str(trained), "--config.eval.checkpoint=2"]) == 0
     card = (trained / "README.md").read_text()
     assert "files:\n- weights.safetensors\n---" in card and "step: 2\n" in card

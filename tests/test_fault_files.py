@@ -1,4 +1,4 @@
-"""Damaged files, full disks and workdirs that cannot be used, through the program in a subprocess."""
+"""Damaged files, full disks and unusable workdirs, tested on the program in a subprocess."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from regnet_flax.training.optimizer import changed_rate
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run that was stopped after two epochs, whose checkpoints are of the steps 16, 20 and 22."""
+    """A run that was stopped after two epochs, with checkpoints at steps 16, 20 and 22."""
     workdir = tmp_path_factory.mktemp("stopped") / "run"
     settings = ["--config.train.max_steps=22", "--config.checkpoint.keep=3", "--config.checkpoint.keep_best=0"]
     run(*TINY, *settings, "--workdir", workdir, check=0)
@@ -55,7 +55,7 @@ def files(path):
 
 
 def arrays_of(path):
-    """The file that holds most of the newest checkpoint's arrays."""
+    """Returns the file that holds most of the newest checkpoint's arrays."""
     return max(files(path / "22/state"), key=lambda file: file.stat().st_size)
 
 
@@ -120,7 +120,7 @@ def test_a_damaged_checkpoint(how, case, workdir, uninterrupted, fault):  # noqa
     done = run(*TINY, "--workdir", workdir, check=0, before=POWERLESS)
     fault(DAMAGE[how])
     named = [line for line in done.stdout.splitlines() if "is damaged and is skipped: " in line]
-    if how in (truncate, flip) and not named:  # bytes that no array depends on, as the checksums tell
+    if how in (truncate, flip) and not named:  # no array depends on these bytes, as the checksums show
         assert "resuming from the checkpoint at step 22" in done.stdout
     else:
         (line,) = named
@@ -146,7 +146,7 @@ def test_what_is_no_checkpoint_is_left_alone(workdir, uninterrupted, fault):  # 
     assert "resuming from the checkpoint at step 22" in done.stdout
     assert all(file.read_text() == "mine" for file in foreign)
     assert not (path / "24.orbax-checkpoint-tmp").exists() and (workdir / "config.json").exists()
-    (path / "28.orbax-checkpoint-tmp").unlink(missing_ok=True)  # named as what a save leaves
+    (path / "28.orbax-checkpoint-tmp").unlink(missing_ok=True)  # named like an unfinished save
     assert_ends_alike(workdir, uninterrupted)
 
 
@@ -182,7 +182,7 @@ def test_damaged_results_and_metrics_are_mended(uninterrupted, tmp_path):  # noq
 
 
 def tiny(workdir, *more):
-    """In this process: it is refused before anything is compiled."""
+    """Runs in this process: the program refuses before it compiles anything."""
     return main.main([*TINY, "--workdir", str(workdir), *more])
 
 
@@ -229,7 +229,7 @@ def config_of(epochs, schedule, boundaries=(), warmup=0.0):
     [
         (config_of(30, "constant"), 500, None),
         (config_of(30, "step", (10, 20)), 500, None),
-        (config_of(30, "step", (0.5,)), 125, None),  # half of 25 epochs of 10 steps has not come
+        (config_of(30, "step", (0.5,)), 125, None),  # half of 25 epochs of 10 steps has not been reached
         (config_of(30, "step", (0.5,)), 126, 126),
         (config_of(20, "step", (0.5,)), 101, 101),
         (config_of(30, "cosine"), 1, None),
@@ -237,7 +237,7 @@ def config_of(epochs, schedule, boundaries=(), warmup=0.0):
         (config_of(30, "cosine", warmup=2.0), 21, None),
         (config_of(30, "cosine", warmup=2.0), 30, 22),
         (config_of(25, "cosine"), 250, None),
-        (config_of(30, "constant"), 10**12, None),  # a stray directory of such a number
+        (config_of(30, "constant"), 10**12, None),  # a stray directory with such a number
     ],
 )
 def test_epochs_may_change_where_no_rate_already_used_does(config, step, first):
@@ -278,7 +278,7 @@ def test_a_full_disk(phase, small_disk, uninterrupted, fault):  # noqa: F811
     line = out.strip().splitlines()[-1]
     assert line.startswith("error: ") and "No space left on device" in line and "make room" in line
     done = run("--mode=eval", "--workdir", disk / "run", "--config.eval.checkpoint=last", check=0)
-    assert "test loss" in done.stdout  # while it is still full
+    assert "test loss" in done.stdout  # while the disk is still full
     ballast.unlink()
     run(*TINY, "--workdir", disk / "run", check=0)
     assert_ends_alike(disk / "run", uninterrupted)
@@ -286,7 +286,7 @@ def test_a_full_disk(phase, small_disk, uninterrupted, fault):  # noqa: F811
 
 @pytest.mark.slow
 def test_a_full_disk_while_it_logs(small_disk, fault):  # noqa: F811
-    """Nothing but metrics.jsonl, TensorBoard's events and train.log grows."""
+    """Only metrics.jsonl, TensorBoard's events and train.log grow."""
     disk = small_disk(3000)
     settings = ["--config.log.every_steps=1", "--config.checkpoint.every_steps=1000", "--config.eval.every_epochs=0"]
     with Started(*TINY, *settings, "--workdir", disk / "run") as started:
@@ -305,7 +305,7 @@ def test_a_full_disk_while_it_logs(small_disk, fault):  # noqa: F811
 @pytest.mark.fault("files that may not grow beyond 8 KiB")
 def test_a_limit_on_the_size_of_files(tmp_path):
     short = [*TINY, "--config.train.max_steps=11"]
-    run(*short, "--workdir", tmp_path / "uninterrupted", check=0)  # and the compilation cache need not grow any more
+    run(*short, "--workdir", tmp_path / "uninterrupted", check=0)  # afterwards the compilation cache need not grow
     line = error_of(run(*short, "--workdir", tmp_path / "run", before=limited(8192)), 1)
     assert "File too large" in line and "make room" in line
     run(*short, "--workdir", tmp_path / "run", check=0)
@@ -313,9 +313,9 @@ def test_a_limit_on_the_size_of_files(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.fault("the directory of checkpoints taken away under a run")
+@pytest.mark.fault("the directory of checkpoints removed during a run")
 def test_a_failed_save_does_not_delay_the_end(tmp_path):
-    """Its threads would wait for each other for five minutes."""
+    """Otherwise its threads would wait for each other for five minutes."""
     with Started(*TINY, "--workdir", tmp_path / "run") as started:
         assert started.until("+save", 2)
         (tmp_path / "run/checkpoints").rename(tmp_path / "run/taken")

@@ -1,4 +1,4 @@
-"""Wrong configs, strange image folders and files from strangers, through the command line."""
+"""Wrong configs, strange image folders and files from strangers, given on the command line."""
 
 import ast
 import json
@@ -32,7 +32,7 @@ WORDS = st.text(st.sampled_from("abcdefgxyz_0123456789. -"), min_size=1, max_siz
 
 
 def wrong_values(field):
-    """Values that are wrong for the field, whatever the others are."""
+    """Yields values that are wrong for the field, whatever the other fields are."""
     default = DEFAULTS[field]
     if isinstance(default, bool):
         return st.integers(2) | OTHER_TYPES
@@ -89,7 +89,7 @@ BAD_NUMBERS = st.sampled_from(["nan", "-1", "-inf", "1e400", "--5", "1,5", "", "
 
 
 def arguments():
-    """(argument, what its line must have) for an override that is wrong, whatever the others are."""
+    """Yields (argument, parts of its line) for overrides that are wrong, whatever the other fields are."""
 
     def override(fields, values):
         pairs = st.tuples(st.sampled_from(fields), values)
@@ -130,7 +130,7 @@ def _is_number(text):
 @pytest.mark.fault("wrong values on the command line")
 def test_a_wrong_value_on_the_command_line_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(loop, "make_trainer", None)  # whatever comes so far would be a value that was not refused
+    monkeypatch.setattr(loop, "make_trainer", None)  # a value that gets this far was not refused
     counted = []
 
     @settings(deadline=None, max_examples=150, derandomize=True)
@@ -173,7 +173,7 @@ def test_wrong_input_in_a_process_of_its_own(arguments, words, tmp_path, fault):
     done = run(*arguments, "--workdir", tmp_path / "run", cwd=tmp_path, env=environment)
     line = error_of(done, 2)
     assert all(word in line for word in words) and not list(tmp_path.iterdir())
-    fault("wrong values, in a process of its own")
+    fault("wrong values, in a separate process")
 
 
 # Image folders
@@ -186,7 +186,7 @@ def draw(path, colour):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of four train and two test images."""
+    """A folder with two classes of four train and two test images."""
     root = tmp_path / "data"
     for split, count in (("train", 4), ("test", 2)):
         for number in range(count):
@@ -196,7 +196,7 @@ def folder(tmp_path):
 
 
 def bomb(path, side):
-    """A PNG of side × side black pixels in some kilobytes."""
+    """Writes a PNG of side × side black pixels in a few kilobytes."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -262,7 +262,7 @@ TRAIN += ["--config.optimizer.boundaries=(0.5,)"]
 
 @pytest.mark.slow
 def test_a_run_on_a_strange_folder(folder, tmp_path, fault):
-    """All of it at once, and classes whose names no terminal shows."""
+    """All of these at once, and classes with unprintable names."""
     (folder / "train/bee").rename(folder / "train/b\ne")
     (folder / "test/bee").rename(folder / "test/b\ne")
     name = os.fsdecode(b"caf\xe9")
@@ -336,7 +336,7 @@ def test_folders_that_cannot_be_used(folder, tmp_path, fault):
 
 
 def test_nothing_unpickles_or_runs_what_a_file_says():
-    """But torch.load with weights_only=True, and the config files that the user names."""
+    """Except torch.load with weights_only=True, and the config files that the user names."""
     forbidden = {
         "pickle",
         "cPickle",
@@ -366,7 +366,7 @@ def test_nothing_unpickles_or_runs_what_a_file_says():
 
 @pytest.mark.slow
 def test_a_strangers_workdir_writes_nothing_elsewhere(tmp_path, fault):
-    """Its config.json says where to export to; its directory of checkpoints leads out of it."""
+    """Its config.json names an export path; its directory of checkpoints leads outside."""
     command = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.max_steps=2"]
     run(*command, "--workdir", tmp_path / "run", check=0)
     stored = json.loads((tmp_path / "run/config.json").read_text())
@@ -394,7 +394,7 @@ def test_a_strangers_workdir_writes_nothing_elsewhere(tmp_path, fault):
 
 
 def test_a_file_of_weights_names_no_path(tmp_path):
-    """Names of arrays stay names: nothing of that name is written or read."""
+    """Names of arrays stay names: no file of that name is written or read."""
     from safetensors.numpy import save_file
 
     from regnet_flax.port.weights import read_weights

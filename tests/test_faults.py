@@ -1,4 +1,4 @@
-"""The program stopped at any moment, in a subprocess, by the real signal; and what long runs and bad numbers do."""
+"""The program in a subprocess, stopped at any moment by a real signal; also long runs and non-finite numbers."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ from regnet_flax import create_model
 from regnet_flax.training.optimizer import make_optimizer
 from regnet_flax.training.step import create_train_state, train_step
 
-# The moments of one run's stops, and how long that takes at most, in seconds, on an idle core.
+# The moments at which one run is stopped, and the longest time this takes on an idle core, in seconds.
 PHASES = {"compile": 1.0, "train": 0.05, "evaluate": 0.02, "save": 0.1, "figures": 0.5}
 NAMES = {signal.SIGTERM: "SIGTERM", signal.SIGKILL: "SIGKILL"}
 
@@ -41,7 +41,7 @@ def stop(workdir, number, phase, random):
     """Runs the program until a random moment in or after that phase and sends it the signal.
 
     Returns:
-      What it was doing, its exit code and its output; None for a program that had already ended.
+      The program's phase, its exit code and its output; None for a program that had already ended.
     """
     with Started(*TINY, "--workdir", workdir) as started:
         times = random.randint(1, 8) if phase == "train" else 1
@@ -64,7 +64,7 @@ def stop(workdir, number, phase, random):
 @pytest.mark.parametrize("chain", range(4))
 @pytest.mark.parametrize("number", NAMES, ids=NAMES.values())
 def test_stopped_at_random_moments_it_ends_bitwise_the_same(number, chain, uninterrupted, tmp_path, fault):  # noqa: F811
-    """Five stops of one run, which is started again after each."""
+    """One run is stopped five times, and started again after each stop."""
     random = chance("stops", NAMES[number], chain)
     phases = [*random.sample(["compile", "train", "evaluate", "save"], 4), "figures"]
     for phase in phases:
@@ -73,7 +73,7 @@ def test_stopped_at_random_moments_it_ends_bitwise_the_same(number, chain, unint
         fault(f"{NAMES[number]}: {doing}")
         if number == signal.SIGKILL:
             assert code == -signal.SIGKILL
-        elif code == 0:  # after the last step there is nothing to save, and the run finishes
+        elif code == 0:  # after the last step there is nothing to save, so the run finishes
             assert phase == "figures" and (tmp_path / "run/results.json").exists()
         else:
             assert code == 128 + signal.SIGTERM, out
@@ -105,7 +105,7 @@ def test_sigterm_while_it_loads_and_compiles_with_nothing_saved_yet(uninterrupte
 
 @pytest.mark.thorough
 def test_a_second_signal_stops_it_at_once_while_xla_compiles(tmp_path, fault):
-    """Whose compilation, with all optimisations, would take ten times as long as is waited here."""
+    """With all optimisations, compilation would take ten times as long as the test waits."""
     arguments = ["--config.model.name=regnet8_convlstm", "--workdir", tmp_path / "run"]
     whole = {"JAX_ENABLE_COMPILATION_CACHE": "0", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     with Started(*arguments, env=environment(**whole)) as started:
@@ -129,7 +129,7 @@ def everyone():
 
 
 def stat(pid):
-    """State and parent of a process, and more; nothing of one that there is not."""
+    """Returns state, parent and more of a process; nothing if there is no such process."""
     with contextlib.suppress(OSError):
         return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return []
@@ -171,7 +171,7 @@ def test_stopped_by_signals_it_leaves_no_worker_behind(signals, tmp_path, fault)
 def test_two_runs_on_one_workdir(uninterrupted, tmp_path, fault):  # noqa: F811
     with Started(*TINY, "--workdir", tmp_path / "run") as first:
         assert first.until("+compile")
-        first.process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
+        first.process.send_signal(signal.SIGSTOP)  # so that it does not end in the meantime
         line = error_of(run(*TINY, "--workdir", tmp_path / "run"), 2)
         assert f"another run (process {first.process.pid}) is training in" in line
         first.process.kill()
@@ -187,7 +187,7 @@ def test_two_runs_on_one_workdir(uninterrupted, tmp_path, fault):  # noqa: F811
 
 @pytest.mark.fault("a loss that is not finite")
 def test_a_loss_that_is_not_finite(tmp_path):
-    """Weight decay that multiplies the weights by about −100 a step."""
+    """Weight decay multiplies the weights by about −100 per step."""
     settings = ["--config.optimizer.learning_rate=1e3", "--config.optimizer.weight_decay=0.1"]
     settings += ["--config.optimizer.schedule=constant", "--config.optimizer.warmup_epochs=0"]
     command = [*TINY, *settings, "--workdir", tmp_path / "run"]
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     before = arrays(tmp_path / "run", last)
     assert all(np.isfinite(array).all() for array in before.values())
     assert before[".nonfinite_step"] == -1 and before[".step"] == last
-    # It is the same again, and the checkpoint stays usable.
+    # The same happens again, and the checkpoint stays usable.
     assert error_of(run_program(*command), 1) == line
     assert arrays(tmp_path / "run", last).keys() == before.keys()
     arguments = ["--mode=eval", "--workdir", tmp_path / "run", "--config.eval.checkpoint=last"]
@@ -237,7 +237,7 @@ def test_bfloat16_keeps_state_statistics_and_sums_in_float32(name):
 
 
 def equations(jaxpr):
-    """Those of the inner ones too."""
+    """Yields the equations, including those of inner jaxprs."""
     for equation in jaxpr.eqns:
         yield equation
         for value in equation.params.values():
@@ -273,7 +273,7 @@ def test_a_long_run_needs_no_more_memory_and_no_more_files(tmp_path):
             time.sleep(0.05)
         code, out = started.end()
     assert code == 0, out
-    late = [sample for sample in seen if 1000 <= sample[0] < 5000]  # afterwards it draws figures
+    late = [sample for sample in seen if 1000 <= sample[0] < 5000]  # after these it draws figures
     steps, memory, files = (np.array(column, float) for column in zip(*late, strict=True))
     assert steps.max() >= 4900 and len(late) > 50
     slope = np.polyfit(steps, memory, 1)[0]
@@ -281,7 +281,7 @@ def test_a_long_run_needs_no_more_memory_and_no_more_files(tmp_path):
     print(f"memory grows by {slope:.0f} bytes a step, MiB by quarters: {parts}; {files.max():.0f} files open")
     assert slope < 1000, f"{slope:.0f} bytes a step"
     first, last = (files[: len(files) // 4], files[-len(files) // 4 :])
-    assert last.min() <= first.min()  # between two saves; a file that a save leaves open stays
+    assert last.min() <= first.min()  # the minimum is between saves; a file that a save leaves open would remain
     assert files.max() < 100
     lines = metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(5, 5001, 5))

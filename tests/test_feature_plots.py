@@ -1,4 +1,4 @@
-"""The figures of what is inside a model, by what matplotlib was asked to draw."""
+"""The figures of a model's activations, checked by matplotlib's artists."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from regnet_flax.analysis.plots import features as plots
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that would have been closed."""
+    """Collects the figures instead of closing them."""
     drawn = []
     monkeypatch.setattr(plt, "close", drawn.append)
     return drawn

@@ -1,4 +1,4 @@
-"""What is kept from inside a model, against what the model itself computes; similarities against their definitions."""
+"""Recorded activations against the model's own results; similarities against their definitions."""
 
 import functools
 
@@ -14,7 +14,7 @@ from regnet_flax.models.regnet import CELLS, unstack_blocks
 
 
 def made(name, size=8, stage_sizes=(2, 1), **options):
-    """A small model of the kind with random parameters and statistics, and images for it."""
+    """Makes a small model of the kind with random parameters and statistics, and images for it."""
     model = create_model(name, num_classes=5, **options)
     model = model.clone(depth=3) if name.startswith("regnety") else model.clone(stage_sizes=stage_sizes, width=4)
     images = np.random.default_rng(1).normal(size=(3, size, size, 3)).astype(np.float32)
@@ -44,7 +44,7 @@ def test_every_block_in_order(name):
         assert names == [(stage, block + 1) for stage, size in sizes for block in range(size)]
     else:
         assert len(names) == model.depth
-    # The last block of a stage puts out what the stage does.
+    # The output of a stage's last block is the stage's output.
     stages = jax.jit(functools.partial(model.apply, train=False, features=True))(variables, images)
     for stage, expected in enumerate(stages.values(), start=1):
         output = [block.output for block in blocks if block.stage == stage][-1]
@@ -70,7 +70,7 @@ def test_blocks_under_a_scan_are_those_of_a_loop():
 
 
 def test_gates_and_state_satisfy_the_equations():
-    """C' = f⊙C + i⊙g by what is kept alone, and gates by their names within their ranges."""
+    """C' = f⊙C + i⊙g holds for the recorded arrays, and each gate is in its range."""
     model, variables, images = made("regnet20_convlstm")
     blocks = features.inspect(model, variables, images)
     before = None
@@ -80,7 +80,7 @@ def test_gates_and_state_satisfy_the_equations():
         c = 0 if block.block == 1 else before.state["C"]
         np.testing.assert_allclose(block.state["C"], f * c + i * g, rtol=1e-5, atol=1e-6)
         assert all(0 <= gate.min() and gate.max() <= 1 for gate in (i, f, o))
-        # H is kept as the next block is given it: batch-normalised, then through a ReLU.
+        # H is recorded as the next block's input: batch-normalised, then through a ReLU.
         bn = unstack_blocks(variables)
         params = bn["params"][f"stage{block.stage}"][f"block{block.block}"]["bn_h"]
         stats = bn["batch_stats"][f"stage{block.stage}"][f"block{block.block}"]["bn_h"]
@@ -103,7 +103,7 @@ def test_bfloat16_comes_out_as_float32():
 
 
 def cka_by_definition(x, y):
-    """‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖), Frobenius norms, of centred columns: Kornblith et al., equation 5."""
+    """Computes ‖YᵀX‖² / (‖XᵀX‖ ‖YᵀY‖), Frobenius norms, for centred columns: Kornblith et al., equation 5."""
     x, y = (a.reshape(len(a), -1) - a.reshape(len(a), -1).mean(axis=0) for a in (x, y))
 
     def squared_norm(a, b):

@@ -1,4 +1,4 @@
-"""Image folders as people bring them: what is read, what is left out, and the line that says so."""
+"""Real-world image folders: what is read, what is skipped, and the line that says so."""
 
 import shutil
 import struct
@@ -27,7 +27,7 @@ def draw(path, colour=RED, mode="RGB", **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes, two train images and one test image each."""
+    """A folder with two classes, two train images and one test image each."""
     for name, colour in (("ant", RED), ("bee", BLUE)):
         for path in ("train/{}/a.png", "train/{}/b.png", "test/{}/c.png"):
             draw(tmp_path / path.format(name), colour)
@@ -63,7 +63,7 @@ def test_heic_is_read_where_pillow_heif_is_installed(folder, monkeypatch):
     fake = types.SimpleNamespace(register_heif_opener=lambda: calls.append(1))
     monkeypatch.setitem(sys.modules, "pillow_heif", fake)
     try:
-        draw(folder / "train/ant/c.heic", format="PNG")  # Pillow goes by the content
+        draw(folder / "train/ant/c.heic", format="PNG")  # Pillow detects the format from the content
         assert len(read(folder).train.labels) == 5 and calls == [1]
     finally:
         photos.reads_heic.cache_clear()
@@ -124,7 +124,7 @@ def test_one_class_whatever_the_unicode_form(folder):
 
 
 def alpha(path, mode="RGBA"):
-    """Black all over, a disc in the alpha channel."""
+    """Writes a black image with a disc in the alpha channel."""
     y, x = np.mgrid[:8, :8]
     disc = np.where((y - 3.5) ** 2 + (x - 3.5) ** 2 < 9, 255, 0).astype(np.uint8)
     pixels = np.zeros((8, 8, len(mode)), np.uint8)

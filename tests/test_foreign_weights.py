@@ -1,4 +1,4 @@
-"""Files of weights as other programs leave them."""
+"""Files of weights from other programs."""
 
 import argparse
 import json
@@ -75,7 +75,7 @@ def test_suffixes_and_what_else_a_checkpoint_holds(tmp_path):
         read_weights(tmp_path / "checkpoint.ckpt")
     message = str(caught.value)
     assert "it also holds argparse.Namespace, numpy" in message and message.isprintable()
-    # As it says.
+    # As the message says.
     folder = os.getcwd()
     os.chdir(tmp_path)
     try:
@@ -103,16 +103,16 @@ def test_other_channels_are_adapted_or_refused():
             check_stem(arrays, model, want)
         adapted = adapt_stem(arrays, model, want)
         check_stem(adapted, model, want)
-        patch = random.standard_normal((1, 3, 3), np.float32)  # grey, in one channel or three alike
+        patch = random.standard_normal((1, 3, 3), np.float32)  # grey, in one channel or three equal ones
         expected, found = ((a["conv1.weight"] * patch).sum((1, 2, 3)) for a in (arrays, adapted))
         np.testing.assert_allclose(found, expected, atol=1e-5)
     three = {"conv1.weight": np.zeros((4, 4, 3, 3), np.float32)}
-    assert adapt_stem(three, model, 3) == three  # of four channels nothing is known
+    assert adapt_stem(three, model, 3) == three  # there is no rule for four channels
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """Weights of colour images, of 10 classes, for a resnet8 of width 4."""
+    """Weights for colour images and 10 classes, for a resnet8 of width 4."""
     file = tmp_path_factory.mktemp("start") / "w.safetensors"
     model = create_model("resnet8", width=4)
     variables = model.init(jax.random.key(5), np.zeros((1, 8, 8, 3), np.float32), train=False)
@@ -126,7 +126,7 @@ def test_fine_tuning_from_colour_weights_is_resumed_without_them(start, tmp_path
     line = error_of(run_program(*command), 2)
     assert "is not a file" in line
     write_weights(tmp_path / "w.safetensors", {"conv1.weight": np.ones((4, 1, 3, 3), np.int8)})
-    assert "conv1.weight is int8, as of quantised weights" in error_of(run_program(*command), 2)
+    assert "conv1.weight is int8, so the weights look quantised" in error_of(run_program(*command), 2)
     (tmp_path / "w.safetensors").write_bytes(start.read_bytes())
     line = error_of(run_program(*command), 2)
     assert "conv1.weight has shape (4, 3, 3, 3)" in line and "(4, 1, 3, 3)" in line and "model.adapt_stem=True" in line
@@ -136,9 +136,9 @@ def test_fine_tuning_from_colour_weights_is_resumed_without_them(start, tmp_path
     (tmp_path / "w.safetensors").unlink()
     assert "resuming from" in run_program(*command, "--config.train.max_steps=2", check=0).stdout
 
-    # And what it trained predicts and is exported by its own weights, or by a file's.
+    # Prediction and export work with the run's own weights, or with those of a file.
     mode = ["--workdir", tmp_path / "run", f"--config.export.path={tmp_path / 'mine.safetensors'}"]
-    run_program("--mode=export", *mode, check=0)  # the last, since none was evaluated
+    run_program("--mode=export", *mode, check=0)  # the last checkpoint, because none was evaluated
     own, metadata = read_weights(tmp_path / "mine.safetensors")
     assert json.loads(metadata["class_names"]) == [*"0123456789"] and metadata["step"] == "2"
     mode[-1] = f"--config.export.path={tmp_path / 'other.safetensors'}"

@@ -1,4 +1,4 @@
-"""Which examples a batch holds, on one device or several."""
+"""The examples of a batch, on one device or several."""
 
 import functools
 
@@ -20,7 +20,7 @@ DATA = {
 
 @functools.partial(jax.jit, static_argnames=("batch_size", "shards"))
 def train_batch(order, seed, step, batch_size, shard=0, shards=1):
-    """A batch as the compiled step has it, with its keys as numbers and its images augmented."""
+    """Makes a batch like the compiled step, with its keys as numbers and its images augmented."""
     batch, keys = feeds.train_batch(DATA, order, seed, step, batch_size=batch_size, shard=shard, shards=shards)
     augmented = augment.augment(("crop", "flip"), keys, batch["images"])
     return batch | {"keys": jax.random.key_data(keys), "augmented": augmented}
@@ -31,14 +31,14 @@ eval_batch = jax.jit(feeds.eval_batch)
 
 @pytest.fixture(autouse=True, scope="module")
 def _release_compiled():
-    """After all of them, since they share a function; conftest.py does it after each."""
+    """Releases compiled code once per module, because the tests share a function; conftest.py does it more often."""
     yield
     jax.clear_caches()
 
 
 @functools.cache
 def epoch(seed, epoch, batch_size, shards=1):
-    """All batches of an epoch, what the shards give put together."""
+    """Returns all batches of an epoch, with the shards' parts concatenated."""
     order = feeds.epoch_order(seed, epoch, SIZE)
     steps = SIZE // batch_size
     batches = []
@@ -140,6 +140,6 @@ def test_evaluation_covers_every_example_once(size, batch_size, shards):
             mask = batch["mask"]
             assert mask.dtype == bool and mask.shape == batch["labels"].shape == (batch_size // shards,)
             np.testing.assert_array_equal(batch["images"], np.asarray(data["images"])[batch["labels"]])
-            np.testing.assert_array_equal(batch["labels"][~mask], size - 1)  # what repeats the last example
+            np.testing.assert_array_equal(batch["labels"][~mask], size - 1)  # padding repeats the last example
             seen.extend(batch["labels"][mask])
     np.testing.assert_array_equal(seen, np.arange(size))

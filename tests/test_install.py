@@ -1,4 +1,4 @@
-"""What pip installs: the wheel's contents, and which configs are found from an installation."""
+"""Installation with pip: the wheel's contents, and the configs that an installed package finds."""
 
 import os
 import pathlib
@@ -34,7 +34,7 @@ def test_the_wheel_holds_one_package_with_the_configs_inside(wheel):
     assert any("extra == 'tfds'" in line for line in required)
 
 
-# Prints where the package is, and the model that each command finds.
+# Prints the package's location, and the model that each command finds.
 COMMANDS = """
 import contextlib, importlib.util, io, pathlib, sys
 import regnet_flax

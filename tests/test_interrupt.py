@@ -1,4 +1,4 @@
-"""Who may use a workdir, and how a run is stopped."""
+"""The workdir's lock, and the signals that stop a run."""
 
 import os
 import pathlib

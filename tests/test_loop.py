@@ -1,6 +1,6 @@
 """Whole runs, in this process, of width-4 networks on a few of the digits.
 
-Tracing takes the time, once for each training, resumption and evaluation: so a run that stops in many ways is one run.
+Tracing takes most of the time, once per training, resumption and evaluation: so one run is stopped in many ways.
 """
 
 import json
@@ -34,7 +34,7 @@ from regnet_flax.training.trainer import Trainer
 
 ONE = slice(0, 1)
 IMAGE = jnp.zeros((1, 8, 8, 1))
-STEPS_PER_EPOCH = 132 // 32  # 12 steps in all, four images left out of each epoch
+STEPS_PER_EPOCH = 132 // 32  # 12 steps in all; each epoch skips four images
 TOTAL = 3 * STEPS_PER_EPOCH
 
 
@@ -124,8 +124,8 @@ def test_eval_finds_what_training_measured_whatever_the_optimiser_and_the_batch(
         assert right / 60 == pytest.approx(metrics["accuracy"], abs=1e-9)
         assert by_class == results["per_class"] or which == "best"
     assert {path.name for path in (workdir / "figures" / "eval").iterdir()} == {"predictions.png", "confusion.png"}
-    # Another batch size and eight devices count every image once, too. That these do not divide training's batch does
-    # not matter here.
+    # Another batch size on eight devices also counts every image once. It does not matter that eight does not divide
+    # the training batch.
     fields = {"eval.batch_size": 28, "eval.checkpoint": "last", "train.batch_size": 100}
     again = evaluate_only(tiny_config(**fields), workdir)
     assert again["count"] == 60
@@ -154,10 +154,10 @@ def steps(path):
 @pytest.mark.fault("SIGTERM in an evaluation, fast suite")
 def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch):
     workdir, _ = finished
-    # Before the first checkpoint another config is no matter.
+    # Before the first checkpoint another config does no harm.
     (tmp_path / "config.json").write_text(json.dumps({"train": {"batch_size": 7}}))
 
-    # Stopped by a signal while it evaluates, it evaluates when it resumes.
+    # A run stopped during an evaluation evaluates when it resumes.
     evaluate = Trainer.evaluate
 
     def signalled(self, *args):
@@ -171,11 +171,11 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(finished, tmp_
     assert stopped.value.exit_code == 143
     assert read_lines(tmp_path) == []
 
-    # It ends in the middle of an epoch and of a logging interval.
+    # The run ends in the middle of an epoch and of a logging interval.
     train(tmp_path, **{"train.max_steps": 7})
     assert steps(tmp_path) == [4, 7] and (tmp_path / "results.json").exists()
 
-    # Stopped when it has resumed, it is not taken for finished.
+    # A resumed run that is stopped again does not count as finished.
     def stop(self):
         raise KeyboardInterrupt
 
@@ -185,7 +185,7 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(finished, tmp_
             train(tmp_path)
     assert not (tmp_path / "results.json").exists()
 
-    # It resumes elsewhere, and is warned.
+    # It resumes on other hardware, and warns.
     here = run.environment
 
     def elsewhere(devices):
@@ -199,7 +199,7 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(finished, tmp_
     assert checksums(tmp_path, TOTAL) == checksums(workdir, TOTAL)
     by_step = {line["step"]: line for line in read_lines(tmp_path)}
     expected = {line["step"]: line for line in read_lines(workdir)}
-    # Where it ended at step 7 it logged as well, and so began the next interval later.
+    # When it ended at step 7 it also logged, so the next interval began later.
     assert by_step.keys() == expected.keys() | {7}
     for step in expected.keys() - {8}:
         assert by_step[step] == expected[step]
@@ -210,7 +210,7 @@ def test_a_run_goes_on_from_a_checkpoint_within_a_logging_interval(finished, tmp
     path = shutil.copytree(workdir, tmp_path / "run")
     assert {3, 6, 9, TOTAL} <= set(steps(path))
     for step in steps(path):
-        if step > 6:  # as if killed after step 7, in the interval that began at step 5
+        if step > 6:  # as if killed after step 7, in the interval from step 5 on
             (path / CHECKPOINTS / str(step)).rename(tmp_path / f"later-{step}")
     (path / "results.json").unlink()
     train(path, **{"checkpoint.every_steps": 3, "checkpoint.keep": 99})
@@ -264,7 +264,7 @@ def test_a_channel_without_variance_is_not_divided_by_zero():
 @pytest.mark.fault("parameters that are not finite")
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     config = {"checkpoint.every_steps": 2, "train.max_steps": 6}
-    # The third step's statistics cannot be finite, whatever the rate.
+    # The third step's statistics cannot be finite, at any learning rate.
     restore = Trainer.train
 
     def spoil(self, state, totals, step, count):
@@ -322,7 +322,7 @@ def test_wrong_input_leaves_nothing_behind(tmp_path):
 
 
 def test_variants_of_training_learn_and_the_best_checkpoint_is_kept_whatever_the_cadence(tmp_path, monkeypatch):
-    """In bfloat16, with statistics of each device's own and several steps a call; and the time left is said."""
+    """In bfloat16, with local statistics and several steps per call; and the time left is logged."""
     config = {"dtype": "bfloat16", "train.batch_norm": "local", "train.steps_per_call": 50}
     config |= {"train.epochs": 2, "optimizer.warmup_epochs": 0.0, "optimizer.label_smoothing": 0.1}
     config |= {"checkpoint.every_steps": 7, "checkpoint.keep": 1, "eval.batch_size": 360}

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it."""
+"""The command line from a user's point of view."""
 
 import json
 import signal
@@ -86,7 +86,7 @@ def test_any_directory_and_a_config_of_ones_own(tmp_path, program):
         "    return config\n"
     )
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "__init__.py").touch()  # another package of that name
+    (tmp_path / "configs" / "__init__.py").touch()  # an unrelated package of that name
     out = program("--config", "mine.py", "--mode=summary", cwd=tmp_path, check=0).stdout
     assert "resnet8, images of 8×8×1" in out
 
@@ -113,7 +113,7 @@ def test_summary_of_a_folder_needs_no_folder(capsys):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """A run to its end in the default workdir, and what it printed."""
+    """An uninterrupted run in the default workdir, and its output."""
     cwd = tmp_path_factory.mktemp("uninterrupted")
     done = run_process(*TINY, cwd=cwd, check=0)
     return cwd / "runs" / "digits-resnet8-0", done.stdout
@@ -137,7 +137,7 @@ def test_eval_takes_the_config_from_the_workdir(uninterrupted, tmp_path):
 
 
 def stop(workdir, number, step):
-    """Starts the run, or goes on with it, and sends the signal once there is a checkpoint of that step."""
+    """Starts or resumes the run, and sends the signal once there is a checkpoint of that step."""
     process = subprocess.Popen(
         [sys.executable, "-m", "regnet_flax.main", *TINY, f"--workdir={workdir}", "--config.checkpoint.every_steps=4"],
         cwd=workdir.parent,
@@ -165,7 +165,7 @@ def test_stopped_by_two_signals_in_turn_it_ends_as_if_by_none(uninterrupted, tmp
     arguments = [*TINY, f"--workdir={workdir}", "--config.checkpoint.every_steps=4"]
     assert going_on in program(*arguments, cwd=tmp_path, check=0).stdout
     for _ in range(2):
-        fault("SIGTERM or SIGKILL where a checkpoint stands, fast suite")
+        fault("SIGTERM or SIGKILL after a checkpoint, fast suite")
     expected, _ = uninterrupted
     assert checksums(workdir, 22) == checksums(expected, 22)
     assert metrics(workdir) == metrics(expected)

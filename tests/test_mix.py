@@ -58,7 +58,7 @@ def mixed(step=0, seed=0, mixup=0.0, cutmix=0.0, images=IMAGES, labels=LABELS):
 
 
 def shares(**alphas):
-    """Of image 0 and its partner, of other classes, over many steps."""
+    """Returns the shares of image 0 and its partner, which have different classes, over many steps."""
     return np.array([mixed(step, **alphas)[1][0, LABELS[0]] for step in range(60)])
 
 
@@ -75,7 +75,7 @@ def test_seed_and_step_alone_fix_what_is_mixed():
     jax.tree.map(np.testing.assert_array_equal, *again)
     for other in (mixed(4, mixup=0.4, cutmix=1.0), mixed(3, seed=1, mixup=0.4, cutmix=1.0)):
         assert not np.array_equal(other[0], again[0][0])
-    # A device's part is mixed as it would be in the whole batch.
+    # A device's part is mixed like in the whole batch.
     halves = [mixed(3, cutmix=1.0, images=IMAGES[part], labels=LABELS[part]) for part in (slice(0, 2), slice(2, 6))]
     whole = mixed(3, cutmix=1.0)
     jax.tree.map(lambda a, b, c: np.testing.assert_array_equal(np.concatenate([a, b]), c), *halves, whole)
@@ -83,5 +83,5 @@ def test_seed_and_step_alone_fix_what_is_mixed():
 
 def test_where_both_are_on_each_has_its_turn():
     pixels = [np.isin(np.asarray(mixed(step, mixup=1.0, cutmix=1.0)[0]), IMAGES).mean() for step in range(30)]
-    cut = np.array(pixels) == 1  # every pixel is one of the batch's own
+    cut = np.array(pixels) == 1  # every pixel comes from an image of the batch
     assert 5 < cut.sum() < 25

@@ -1,4 +1,4 @@
-"""The library of native operations: how it is built and kept, and what is said where there is none."""
+"""The library of native operations: its build, its cache, and the messages if it is missing."""
 
 import functools
 import logging
@@ -13,7 +13,7 @@ from regnet_flax.models.ops import CPU, native_library
 
 pytestmark = pytest.mark.core
 
-# What turns the operations off, and what is said of it.
+# Ways to turn the operations off, and the messages.
 OFF = {
     "REGNET_FLAX_NATIVE": ("0", "native operations are off: REGNET_FLAX_NATIVE is 0"),
     "CXX": ("/nonexistent/c++", "there is no C++ compiler '/nonexistent/c++': install one, or name it in CXX"),
@@ -31,7 +31,7 @@ def said(caplog, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", OFF)
 def test_off(name, said, monkeypatch):
-    """Each reason is said, and the steps are those of the JAX form."""
+    """Each reason is logged, and the steps use the JAX form."""
     value, message = OFF[name]
     monkeypatch.setenv(name, value)
     monkeypatch.setattr(native_library, "_registered", functools.cache(native_library._registered.__wrapped__))
@@ -59,7 +59,7 @@ def test_a_damaged_library_goes(said, tmp_path, monkeypatch):
 
 
 def test_processes_that_build_at_once_do_not_meet(said, monkeypatch, tmp_path):
-    """Each writes a file of its own; what is in the cache is whole at every moment."""
+    """Each process writes its own file; the cached library is complete at every moment."""
     compiler = tmp_path / "compiler"
     compiler.write_text('#!/bin/sh\nfor last; do :; done\nprintf half > "$last"; sleep 0.2; printf whole > "$last"\n')
     compiler.chmod(compiler.stat().st_mode | stat.S_IEXEC)

@@ -1,4 +1,4 @@
-"""The further families against their PyTorch references, in float64; parameter counts; the start from a plain network.
+"""The other families against their PyTorch references, in float64; parameter counts; the start from a plain network.
 
 One small network per family by default, and the cross product with --thorough.
 """
@@ -26,14 +26,14 @@ from regnet_flax.port.torch import bottleneck_stride, from_torch, to_torch
 from regnet_flax.training.step import cross_entropy
 from torch_networks import dia, grouped, preact, reference
 
-COUNTS = [  # of the papers or of osmr/imgclsmob's table
+COUNTS = [  # from the papers or osmr/imgclsmob's table
     ("preact_resnet20", 10, 272_282),
     ("preact_resnet56", 10, 855_578),
     ("wrn28_10", 10, 36_479_194),
     ("resnext50_32x4d", 1000, 25_028_904),
     ("dia_resnet20", 10, 286_866),
     ("dia_resnet56", 10, 870_162),
-    ("dia_resnet164", 100, 1_946_132),  # the table has it at 100 classes
+    ("dia_resnet164", 100, 1_946_132),  # the table has it with 100 classes
     ("rla_resnet50", 1000, 25_557_032 + 313_664),
     ("rla_resnet101", 1000, 44_549_160 + 454_016),
 ]
@@ -50,11 +50,11 @@ def test_parameter_counts(name, classes, count):
 
 
 def compare(model, make, size, parity):
-    """Logits in both modes, gradients and running statistics, in float64.
+    """Compares logits in both modes, gradients and running statistics, in float64.
 
     Args:
-      model: of CLASSES classes.
-      make: its reference, from the number of classes.
+      model: a model with CLASSES classes.
+      make: makes its reference, given the number of classes.
       size: height and width of the images.
     """
     with parity("float64") as device:
@@ -92,25 +92,25 @@ def compare(model, make, size, parity):
         assert relative(in_train, logits.detach().cpu().numpy()) < 1e-10
         torch.nn.functional.cross_entropy(logits, torch.tensor(labels, device=device)).backward()
         found = to_torch({"params": grads}, model)
-        # An LSTM's C of a stage's last block is used by none.
+        # Nothing uses the LSTM's C of a stage's last block.
         gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in theirs.named_parameters()}
         expected = arrays(gradients)
         assert found.keys() == expected.keys()
-        # A gradient that is nought but for rounding, as of a bias before a BN, has no relative error.
+        # A gradient that is zero up to rounding, such as of a bias before a BN, has no meaningful relative error.
         largest = max(map(np.linalg.norm, expected.values()))
         wrong = {k: np.linalg.norm(found[k] - a) / (np.linalg.norm(a) + 1e-3 * largest) for k, a in expected.items()}
         assert max(wrong.values()) < 1e-10, max(wrong.items(), key=lambda item: item[1])
         after, found = arrays(theirs.state_dict()), to_torch({"batch_stats": statistics}, model)
         for name, array in found.items():
             expected = after[name]
-            if name.endswith("running_var"):  # PyTorch's is of N − 1
+            if name.endswith("running_var"):  # PyTorch divides by N − 1
                 times, n = calls[name.removesuffix(".running_var")]
                 old = 0.9**times * before[name]
                 expected = old + (expected - old) * (n - 1) / n
             assert relative(array, expected) < 1e-10, name
 
 
-SMALL = {"width": 4, "stage_sizes": (3, 1)}  # a scan in the first stage, and none in the second
+SMALL = {"width": 4, "stage_sizes": (3, 1)}  # the first stage has a scan, the second does not
 
 
 def network(name, **fields):
@@ -119,7 +119,7 @@ def network(name, **fields):
 
 
 def cases():
-    """(id, model, reference, image size), those without --thorough first."""
+    """Yields (id, model, reference, image size), first the ones that run without --thorough."""
     counts = {"counts": (3, 1), "width": 4}
     few = {"groups": 2, "width_per_group": 64}
     yield "preact", network("se_preact_regnet20_convlstm", **SMALL), preact("convlstm", se=True, **counts), 8
@@ -163,7 +163,7 @@ PLAIN = [name for name in FURTHER if not name.startswith("se_") and "_conv" not 
 
 
 def sizes(state):
-    """Of a state dict: the width of the stem, and for each stage its blocks and what its first convolution gives."""
+    """Returns a state dict's stem width, and each stage's number of blocks and first convolution's outputs."""
     blocks = {match.groups() for key in state if (match := re.match(r"layer(\d)\.(\d+)\.", key))}
     counts = collections.Counter(stage for stage, _ in blocks)
     inner = [len(state[f"layer{stage}.0.conv1.weight"]) for stage in sorted(counts)]
@@ -196,7 +196,7 @@ def test_every_name_has_a_reference_of_the_same_names_and_shapes():
     ids=len,
 )
 def test_parameters_and_multiply_adds_are_pytorchs(names):
-    """Of the references, run on shapes alone; a multiply-add is half of PyTorch's FLOPs."""
+    """The references run only on shapes; a multiply-add is two of PyTorch's FLOPs."""
     for name in names:
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             theirs = reference(name)(CLASSES)

@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and what is kept in them is what a reader should see."""
+"""The notebooks run from top to bottom, and their stored outputs are what a reader should see."""
 
 import os
 import pathlib
@@ -44,7 +44,7 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
-    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)  # they train as long as they compile
+    monkeypatch.delenv("JAX_DISABLE_MOST_OPTIMIZATIONS", raising=False)  # they train for as long as they compile
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
     nbclient.NotebookClient(
         notebook,
@@ -53,7 +53,7 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
         coalesce_streams=True,
         resources={"metadata": {"path": str(tmp_path)}},
     ).execute()
-    assert not list(tmp_path.iterdir())  # all is written into a temporary directory
+    assert not list(tmp_path.iterdir())  # everything is written to a temporary directory
     for ran, was in zip(notebook.cells, kept.cells, strict=True):
         assert pictures(ran) == pictures(was), ran.get("source")
         assert [o.output_type for o in ran.get("outputs", [])] == [o.output_type for o in was.get("outputs", [])]

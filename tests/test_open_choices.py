@@ -18,7 +18,7 @@ def images(size=8):
 
 
 def initial(name, x, **options):
-    """A small model, and its initial variables as the flat names that `scan=False` gives them."""
+    """Makes a small model, and its initial variables with the flat names of `scan=False`."""
     model = create_model(name, width=4, scan=False, **options).clone(stage_sizes=(2,))
     init = jax.jit(lambda key: model.init(key, x, train=False))
     return model, traverse_util.flatten_dict(init(jax.random.key(0)), sep="/")
@@ -43,13 +43,13 @@ def test_fuse_init_identity_changes_the_fusing_kernels_alone_and_starts_as_the_p
         jax.jit(net.apply)(traverse_util.unflatten_dict(variables, sep="/"), x)
         for net, variables in ((model, found), (plain, shared))
     ]
-    # Of the fusing batch normalisation's variance, 1, epsilon makes 1.00001.
+    # Epsilon turns the fusing batch normalisation's variance, 1, into 1.00001.
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
     assert jnp.abs(logits[1]).max() > 0.1
 
 
 def test_fuse_init_is_refused_where_nothing_is_fused():
-    with pytest.raises(ValueError, match="fuse_init .* fuses nothing"):
+    with pytest.raises(ValueError, match="fuse_init .* nothing is fused"):
         create_model("resnet_rnn20_convrnn", fuse_init="identity")
     with pytest.raises(ValueError, match="'he', 'identity'"):
         create_model("regnet20_convrnn", fuse_init="zero")

@@ -1,7 +1,7 @@
 """Every function of every back end against PLAIN: values, derivatives, `vmap`, `pmap`, `jax.shard_map`, bfloat16.
 
-What is not defined is said by tests as well: forward mode of "cpu" and "gpu", and second derivatives of "gpu", which on
-a CPU is interpreted here.
+Tests also cover what is not defined: forward mode of "cpu" and "gpu", and second derivatives of "gpu", which is
+interpreted here on a CPU.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def gates(count):
     return tuple(tuple(count if size == 4 else size for size in shape) for shape in WEIGHTS)
 
 
-# The function, what stands before `axis_name` among its arguments, and the shapes of its arrays.
+# The function, its arguments before `axis_name`, and the shapes of its arrays.
 CASES = {
     "conv": (conv, (1,), (IMAGE, (3, 3, CHANNELS, 2))),
     "conv_strided": (conv, (2,), (IMAGE, (3, 3, CHANNELS, 2))),
@@ -96,9 +96,9 @@ def function(ops, case, axis_name=None):
 
 
 def loss(ops, case, axis_name=None):
-    """A sum over the results in which each element has a weight of its own, a wave over its index in the image.
+    """Computes a weighted sum over the results, with weights that are a wave over the index in the image.
 
-    The results come with it.
+    It also returns the results.
     """
 
     def total(*arrays):
@@ -110,17 +110,17 @@ def loss(ops, case, axis_name=None):
 
 
 def gradient(ops, case, axis_name=None):
-    """The gradients by all arrays, and the value."""
+    """Returns the gradients with respect to all arrays, and the value."""
     return jax.grad(loss(ops, case, axis_name), range(len(CASES[case][2])), has_aux=True)
 
 
 def by_vmap(ops, case, arrays):
-    """The gradients and values of two sets of arrays."""
+    """Returns the gradients and values of two sets of arrays."""
     return jax.vmap(gradient(ops, case))(*(jnp.stack([a, 1 + a / 2]) for a in arrays))
 
 
 def everything(ops, by_case):
-    """Of each case: value, gradients, those of two sets of arrays by vmap, and second derivatives."""
+    """Returns for each case: value, gradients, those of two sets of arrays under vmap, and second derivatives."""
     found = {}
     for case, arrays in by_case.items():
         first = found[case, "first"] = gradient(ops, case)(*arrays)
@@ -155,7 +155,7 @@ def two_devices():
 
 @pytest.mark.thorough
 def test_gpu():
-    """Its LSTM is all that it has of its own: by vmap, within shard_map; test_ops_gpu has it without either."""
+    """Only its LSTM is its own: tested under vmap inside shard_map; test_ops_gpu tests it without either."""
     own = [field.name for field in dataclasses.fields(GPU) if getattr(GPU, field.name) != getattr(PLAIN, field.name)]
     assert own == ["name", "lstm_step"]
     arrays = arguments("lstm_step")
@@ -173,7 +173,7 @@ def test_gpu():
 
 
 def over_devices(ops, axis_name, by_case):
-    """Gradients and value of each case, where batch normalisation is over two devices."""
+    """Returns gradients and value of each case, with batch normalisation over two devices."""
     return {case: gradient(ops, case, axis_name)(*arrays) for case, arrays in by_case.items()}
 
 
@@ -190,9 +190,9 @@ BATCH_NORM = tuple(case for case in CASES if "batch_norm" in case)
     ids=["cpu", "cpu-unsynchronised", "gpu"],
 )
 def test_shard_map(ops, axis_name, cases):
-    """With its default check_vma: images are divided, and weights, which all devices hold, get the devices' sum.
+    """With its default check_vma: images are divided, and the gradients of replicated weights are summed.
 
-    JAX's interpreter of Pallas kernels knows no such check, and so "gpu" runs without it here.
+    JAX's interpreter of Pallas kernels does not support that check, so "gpu" runs without it here.
     """
     check = {"check_vma": False} if ops is GPU else {}
     by_case = {case: arguments(case) for case in cases}
@@ -206,7 +206,7 @@ def test_shard_map(ops, axis_name, cases):
     assert_same(run(ops), run(PLAIN), 1e-4)
 
 
-# The interpreted kernels take most of this file's time.
+# The interpreted kernels take most of the time of this file.
 WHERE_CHEAP = pytest.mark.parametrize("ops", [CPU, pytest.param(GPU, marks=pytest.mark.thorough)], ids=["cpu", "gpu"])
 
 
@@ -226,7 +226,7 @@ def test_pmap(ops):
 
 @WHERE_CHEAP
 def test_bfloat16(ops):
-    """Types are PLAIN's, and sums over pixels are float32: gradients are within bfloat16's rounding of float32's."""
+    """Dtypes equal PLAIN's, and sums over pixels are float32: gradients match float32's up to bfloat16's rounding."""
     by_case = {case: arguments(case, jnp.bfloat16) for case in ALL[ops]}
     found = jax.jit(functools.partial(over_devices, ops, None))(by_case)
     types = jax.eval_shape(functools.partial(over_devices, PLAIN, None), by_case)
@@ -237,13 +237,13 @@ def test_bfloat16(ops):
 
 @pytest.mark.parametrize("ops", ALL, ids=lambda ops: ops.name)
 def test_forward_mode_is_refused(ops):
-    """And defined by PLAIN, which create_model names instead."""
+    """PLAIN defines it, and create_model's docstring points to it."""
     for case in ALL[ops]:
         arrays = arguments(case)
         with pytest.raises(TypeError, match="forward-mode"):
             jax.jit(lambda *a, case=case: jax.jvp(function(ops, case), a, a)).lower(*arrays)
         jax.eval_shape(lambda *a, case=case: jax.jvp(function(PLAIN, case), a, a), *arrays)
-    assert 'give "plain"' in create_model.__doc__
+    assert 'use "plain"' in create_model.__doc__
 
 
 def test_gpu_has_no_second_derivatives():
@@ -253,7 +253,7 @@ def test_gpu_has_no_second_derivatives():
 
 
 def options_of_conv(convolve):
-    """One convolution with each of the options of lax.conv_general_dilated."""
+    """Returns one convolution per option of lax.conv_general_dilated."""
     x, kernel = normal(0, 2, 7, 6, 4), normal(1, 3, 3, 4, 6)
     convolve = functools.partial(convolve, dimension_numbers=("NHWC", "HWIO", "NHWC"))
     channels_first = {"dimension_numbers": ("NCHW", "OIHW", "NCHW")}
@@ -270,7 +270,7 @@ def options_of_conv(convolve):
 
 
 def test_conv_has_the_options_of_lax():
-    """It honours them, or is lax's; with nn.Conv too."""
+    """It supports them, or uses lax; also through nn.Conv."""
     found, expected = (jax.jit(functools.partial(options_of_conv, c))() for c in (CPU.conv, lax.conv_general_dilated))
     assert_same(found, expected, 1e-5)
     assert str(jax.make_jaxpr(functools.partial(options_of_conv, CPU.conv))()).count("Precision.HIGHEST") == 2
@@ -301,7 +301,7 @@ def test_default_device(monkeypatch):
 
 
 def test_options_of_older_configs(tmp_path):
-    """A stored run names options of its time, which become those of today."""
+    """A stored run's old options are converted to today's."""
     stored = pathlib.Path(__file__).parent / "stored" / "lone.tar.gz"
     with tarfile.open(stored) as archive:
         archive.extractall(tmp_path, filter="data")

@@ -1,4 +1,4 @@
-"""What is peculiar to the CPU's arithmetic: sizes, the program's form, memory, sums; test_ops compares the rest."""
+"""What is special about the CPU's arithmetic: sizes, the program's form, memory, sums; test_ops compares the rest."""
 
 import functools
 import re
@@ -29,7 +29,7 @@ def normal(seed, *shape):
 
 
 def value_and_gradients(call, *arguments):
-    """The value, and every gradient along a random direction."""
+    """Returns the value, and every gradient along a random direction."""
     found, vjp = jax.vjp(call, *arguments)
     return found, vjp(jax.tree.map(lambda a: normal(9, *a.shape).astype(a.dtype), found))
 
@@ -68,7 +68,7 @@ def test_separable_convolutions_of_one_pixel_and_others():
 
 
 def test_no_inline_is_a_computation_of_its_own():
-    """What is around it is not fused into it: the compiled program calls it, and writes its operand out."""
+    """Surrounding operations are not fused into it: the compiled program calls it, and writes out its operand."""
 
     def program(wrap, x):
         return wrap(jnp.transpose)(jnp.sin(x)), jnp.sin(x).sum()
@@ -83,7 +83,7 @@ def test_no_inline_is_a_computation_of_its_own():
 
 @pytest.mark.parametrize("ops", [CPU, PLAIN], ids=lambda ops: ops.name)
 def test_in_a_loop_gradients_are_in_the_form_of_the_library(ops):
-    """In others XLA:CPU has slow loops of its own; outside of a loop it brings them into this one itself."""
+    """For other forms XLA:CPU uses slow loops; outside a loop it converts them to this form itself."""
 
     def loss(x, kernel):
         def step(x, _):
@@ -160,7 +160,7 @@ def test_gradients_without_jit_compile_once():
 
 @pytest.mark.parametrize("name", ["resnet8", "regnet8_convlstm"])
 def test_half_the_memory(name):
-    """Temporaries of the training step, by the compiled step's own analysis."""
+    """Checks the training step's temporaries, from the compiled step's own analysis."""
     images = jnp.zeros((64, 32, 32, 3), jnp.float32)
 
     def temporaries(ops):
@@ -179,7 +179,7 @@ def test_half_the_memory(name):
 
 
 def trained(make, x, direction, **options):
-    """The output of a batch normalisation, the gradients of X, scale and bias, and the new statistics."""
+    """Returns a batch normalisation's output, the gradients of X, scale and bias, and the new statistics."""
     n = x.shape[-1]
     params = {"scale": normal(1, n), "bias": normal(2, n)}
     statistics = {"mean": normal(3, n), "var": 1 + normal(4, n) ** 2}
@@ -205,7 +205,7 @@ def test_batch_normalisation_is_flax_s(ops):
 
 
 def test_far_from_zero_float32_keeps_its_digits():
-    """A mean a thousand times the deviation, at which E[x²] − E[x]² has no digit left."""
+    """The mean is a thousand times the deviation, so E[x²] − E[x]² would have no correct digit."""
     x = 1000 + normal(0, 8, 8, 8, 4).astype(jnp.float32)
     wide = np.asarray(x, np.float64)
     for ops in (CPU, PLAIN):

@@ -1,4 +1,4 @@
-"""The ConvLSTM's Pallas kernels, interpreted, against the plain equations, in value and gradient."""
+"""The ConvLSTM's interpreted Pallas kernels against the plain equations, in value and gradient."""
 
 import functools
 
@@ -12,7 +12,7 @@ from regnet_flax.models.ops import GPU, PLAIN
 
 
 def cell(ops, weights, x, h, c):
-    """H' and C'."""
+    """Returns H' and C'."""
     return tuple(a.astype(x.dtype) for a in ops.lstm_step(x, (h, c), weights)[0])
 
 
@@ -23,8 +23,8 @@ def arrays(height, width, n, dtype=jnp.float32):
     return images[:3], tuple(weights), tuple(images[3:])
 
 
-# Sizes that are powers of two and fill several programs, and others; one program per image, whose sums have the shapes
-# of images, or one pixel.
+# Powers of two that fill several programs, and other sizes; one program per image, where sums have the shape of images,
+# or one pixel.
 SIZES = [(16, 16, 16), (5, 7, 3), (4, 4, 4), (1, 1, 8), (9, 4, 5), (2, 4, 5)]
 
 
@@ -70,7 +70,7 @@ def test_a_model():
 
 @pytest.mark.parametrize("dtype, height, width, n, seeds", [(jnp.float32, 32, 32, 16, 1), (jnp.bfloat16, 5, 7, 3, 2)])
 def test_triton_takes_the_kernels(dtype, height, width, n, seeds):
-    """They are translated for a GPU, where there is none."""
+    """Checks that they can be lowered for a GPU on a machine without one."""
     shapes = [(8, height, width, n)] * 3 + [(2, 4, n), (3, 3, 4, n), (4, n)]
 
     def loss(x, h, c, *weights):

@@ -1,4 +1,4 @@
-"""The native operations against the plain equations, in float64 where the digits count."""
+"""The native operations against the plain equations, in float64 where precision matters."""
 
 import functools
 import hashlib
@@ -26,7 +26,7 @@ SIZES = [(1, 1, 1, 1), (3, 5, 7, 3), (2, 9, 4, 20), (2, 8, 17, 32), (0, 4, 4, 3)
 
 
 def arguments(cell, size, seed=0):
-    """X, the state, the weights; and directions for the new state."""
+    """Returns X, the state, the weights; and directions for the new state."""
     rng, gates, n = np.random.default_rng(seed), CELLS[cell], size[-1]
     states = 2 if cell == "lstm" else 1
     shapes = [size] * (1 + states) + [(2, gates, n), (3, 3, gates, n), (gates, n)]
@@ -36,7 +36,7 @@ def arguments(cell, size, seed=0):
 
 
 def step(ops, cell, x, *rest):
-    """The new state alone."""
+    """Returns only the new state."""
     *state, pointwise, depthwise, bias = rest
     new_state, _ = getattr(ops, f"{cell}_step")(x, tuple(state), (pointwise, depthwise, bias))
     return tuple(a.astype(x.dtype) for a in new_state)
@@ -56,7 +56,7 @@ def halves(a):
 
 
 def close(found, expected, rtol):
-    """Within rtol of the largest element."""
+    """Checks that errors are within rtol of the largest element."""
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         a, b = (np.asarray(v, np.float64) for v in (a, b))
         scale = np.abs(b, where=np.isfinite(b), out=np.zeros_like(b)).max(initial=0)
@@ -66,7 +66,7 @@ def close(found, expected, rtol):
 @needs_library
 @pytest.mark.parametrize("cell", CELLS)
 def test_values_and_gradients(cell):
-    """Of float32 and, where images are bfloat16, of the weights too: sums are float32."""
+    """Compares float32 and, for bfloat16 images, also the weights' gradients: sums are float32."""
     cases = [arguments(cell, size) for size in SIZES]
     states = len(cases[0][1])
     images = slice(0, 1 + states)
@@ -133,7 +133,7 @@ def test_second_derivatives_and_transformations(cell):
 @needs_library
 @pytest.mark.parametrize("cell", CELLS)
 def test_devices(cell):
-    """By pmap and by shard_map with its default check_vma, which adds the devices' gradients of weights."""
+    """With pmap, and with shard_map and its default check_vma, which sums the devices' gradients of weights."""
     devices = jax.devices()[:2]
     arrays, directions = arguments(cell, (4, 3, 5, 3))
     images = 1 + len(directions)
@@ -155,7 +155,7 @@ def test_devices(cell):
 @needs_library
 @pytest.mark.parametrize("cell", CELLS)
 def test_nan_and_infinities_spread_as_in_the_plain_form(cell):
-    """To the same pixels. Whether as NaN or as an infinity differs between XLA's versions, too."""
+    """They reach the same pixels. XLA's versions also differ in NaN or infinity."""
     inputs = 3 if cell == "lstm" else 2
     count = 2 * inputs - 1
     (arrays, directions), rng = arguments(cell, (3 * count + 1, 4, 10, 3)), np.random.default_rng(1)
@@ -181,7 +181,7 @@ def test_nan_and_infinities_spread_as_in_the_plain_form(cell):
 
 
 def units(found, expected):
-    """The largest error in units in the last place; XLA flushes products to 0 that bear upon results below 1e-30."""
+    """Returns the largest error in ULPs; XLA flushes products to 0 that matter for results below 1e-30."""
     tiny = np.abs(expected) < 1e-30
     np.testing.assert_allclose(found[tiny], expected[tiny], rtol=1e-6, atol=2 * np.finfo(np.float32).tiny)
     found, expected = found[~tiny].astype(np.float64), expected[~tiny]
@@ -190,7 +190,7 @@ def units(found, expected):
 
 @needs_library
 def test_sigmoid_and_tanh_over_the_whole_range():
-    """On every 2048th float32, and more of them near 0: a cell of one pixel, whose weights pass X through."""
+    """Tests every 2048th float32, and more near 0: a cell of one pixel, whose weights pass X through."""
     bits = np.arange(0, 2**32, 2048, dtype=np.uint64).astype(np.uint32)
     x = np.concatenate([bits.view(np.float32), np.linspace(-20, 20, 2**20, dtype=np.float32)])
     x = np.concatenate([x[np.isfinite(x)], np.array([np.nan, np.inf, -np.inf], np.float32)]).reshape(-1, 1, 1, 1)
@@ -202,7 +202,7 @@ def test_sigmoid_and_tanh_over_the_whole_range():
     with np.errstate(invalid="ignore", over="ignore"):
         wide = x.astype(np.float64)
         exact_tanh, exact_sigmoid = np.tanh(wide), 1 / (1 + np.exp(-wide))
-    # f alone sees X; i·g is 0, since g is.
+    # Only f sees X; i·g is 0 because g is.
     gates = np.zeros((2, 4, 1), np.float32)
     gates[0, 1] = 1
     weights = (gates, np.repeat(center, 4, 2), np.zeros((4, 1), np.float32))
@@ -212,7 +212,7 @@ def test_sigmoid_and_tanh_over_the_whole_range():
     assert units(tanh[finite], exact_tanh[finite]) < 2.6
     assert units(sigmoid[finite], exact_sigmoid[finite]) < 2.6
     np.testing.assert_array_equal(tanh[~finite], [np.nan, 1, -1])
-    gates[0] = 1  # where X is infinite, all gates see it, or 0 · ∞ is NaN
+    gates[0] = 1  # if X is infinite, all gates see it; otherwise 0 · ∞ is NaN
     ((_, sums), _) = CPU.lstm_step(x[-3:], (h[-3:], np.ones_like(h[-3:])), weights)
     np.testing.assert_array_equal(np.ravel(sums), [np.nan, 2, 0])
 
@@ -259,10 +259,10 @@ def test_float64_is_computed_by_the_plain_form():
 
 @pytest.mark.slow
 def test_with_sanitizers(tmp_path):
-    """These tests once more, the library built to find errors of addresses and undefined behaviour."""
+    """Runs these tests again with the address and undefined-behaviour sanitizers."""
     if os.environ.get("LD_PRELOAD"):
         pytest.skip("this is that run")
-    # With libstdc++, whose exceptions the sanitizer intercepts; jaxlib throws some.
+    # The sanitizer intercepts libstdc++'s exceptions, and jaxlib throws some.
     compiler = os.environ.get("CXX", "c++")
     find = [[compiler, f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
     preloaded = [subprocess.run(command, capture_output=True, text=True).stdout.strip() for command in find]
@@ -270,7 +270,7 @@ def test_with_sanitizers(tmp_path):
         pytest.skip("the compiler has no sanitizers")
     environment = os.environ | {
         "CXXFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -g -O1",
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python itself leaks
         "XDG_CACHE_HOME": str(tmp_path),
     }
     run = functools.partial(subprocess.run, cwd=ROOT, capture_output=True, text=True, timeout=1800)

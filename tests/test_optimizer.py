@@ -84,7 +84,7 @@ def test_rates_are_those_of_torchs_schedulers(kind, warmup_epochs):
     else:
         milestones = [2 * STEPS_PER_EPOCH, 5 * STEPS_PER_EPOCH] if kind == "step" else []
         theirs = lr_scheduler.MultiStepLR(sgd, milestones, gamma=0.3)
-    if rising and kind == "cosine":  # the cosine starts where the warm-up ends; the others' time is the run's
+    if rising and kind == "cosine":  # the cosine starts after the warm-up; the others count from the start of the run
         theirs = lr_scheduler.SequentialLR(sgd, [rising, theirs], milestones=[warmup])
     elif rising:
         theirs = lr_scheduler.ChainedScheduler([rising, theirs])
@@ -159,7 +159,7 @@ def test_an_optimiser_takes_the_steps_of_torch(name, settings, float64):
         theirs.param_groups[0]["lr"] = rate
         theirs.step()
         for name, value in weights.items():
-            # PyTorch adds 1e-6 to the norm by which it clips.
+            # PyTorch adds 1e-6 to the norm when it clips.
             np.testing.assert_allclose(params[name], value.detach().numpy(), rtol=1e-5 if clip else 1e-9)
     assert not clip or min(norms) < clip < max(norms), "the bound must be met and not met"
 
@@ -190,7 +190,7 @@ def test_cross_entropy_of_large_logits_is_finite():
 
 
 def test_decay_can_be_for_kernels_alone():
-    """Stacked biases have two axes as well, so names decide."""
+    """Stacked biases also have two axes, so names decide."""
     params = {"conv": {"kernel": jnp.ones((2, 3))}, "blocks": {"bn": {"scale": jnp.ones((2, 3)), "bias": jnp.ones(3)}}}
     zeros = jax.tree.map(jnp.zeros_like, params)
     for name in ("sgd", "adamw", "lamb"):

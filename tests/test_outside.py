@@ -1,4 +1,4 @@
-"""A regulator of one's own: registered, trained, evaluated, exported, inspected and compared from outside."""
+"""A custom regulator: registered, trained, evaluated, exported, inspected and compared from outside the package."""
 
 import json
 import pathlib
@@ -47,7 +47,7 @@ class Leaky(Regulator):
 
 @pytest.fixture(autouse=True)
 def registered_nowhere_else(monkeypatch):
-    """What a test registers and imports is gone after it."""
+    """Undoes what a test registers and imports."""
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     monkeypatch.setattr(sys, "path", list(sys.path))
     tables = [(table, dict(table)) for table in (MODELS, CELLS, REGULATORS)]
@@ -73,7 +73,7 @@ def test_a_cell_of_ones_own_from_the_command_line_alone(tmp_path, monkeypatch, c
     assert "regnet8_leaky, images of 8×8×1" in capsys.readouterr().out
     assert {"regnet20_leaky", "se_regnet50_leaky"} <= set(list_models("*leaky")) and len(list_models("*leaky")) == 18
 
-    # The comparison trains it, and writes its report.
+    # A comparison trains it and writes a report.
     compare = ["--mode=compare", "--config=configs/compare_digits.py", plugins, *small, "--config.train.epochs=1"]
     compare += ["--config.compare.models=('regnet8_leaky',)", "--config.compare.seeds=(3,)"]
     with few_digits():
@@ -81,7 +81,7 @@ def test_a_cell_of_ones_own_from_the_command_line_alone(tmp_path, monkeypatch, c
     assert "| regnet8_leaky | Leaky |" in (tmp_path / "all/report.md").read_text()
     workdir = tmp_path / "all" / "regnet8_leaky"
 
-    # Its workdir says what to import, in a process that has not.
+    # The workdir names the module to import, in a process that has not imported it.
     monkeypatch.undo()
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
     monkeypatch.syspath_prepend(tmp_path)
@@ -148,7 +148,7 @@ def test_what_cannot_be_registered(name, cell, words):
 
 
 class Own(Regulator):
-    """A cell with weights of its own, by its own `__call__`."""
+    """A cell with its own weights, in its own `__call__`."""
 
     gate_names = ("a",)
 
@@ -174,7 +174,7 @@ def test_weights_of_ones_own_are_counted_and_ported():
     jax.tree.map(np.testing.assert_array_equal, from_torch(arrays, model), variables)
     plain = {part.name: part for part in summarize(create_model("regnet14_convrnn", width=4), (8, 8, 3))}
     own = {part.name: part for part in summarize(model, (8, 8, 3))}
-    # Two blocks of 8×8 pixels: a dense layer and a 3×3 convolution in the place of 11 per channel.
+    # Two blocks of 8×8 pixels: a dense layer and a 3×3 convolution instead of 11 per channel.
     assert own["stage1"].multiply_adds - plain["stage1"].multiply_adds == 2 * 64 * (16 + 9 * 16 - 11 * 4)
 
 
@@ -212,7 +212,7 @@ def test_what_a_stage_cannot_give_is_refused_and_says_why():
     for shared in (True, False):
         assert "Dropped draws random numbers" in refused("regnet8_dropped", share_regulator=shared)
 
-    # Each block has its own statistics, under the scan too, which training updates and evaluation reads.
+    # Each block has its own statistics, even under the scan; training updates them, and evaluation reads them.
     model = create_model("regnet20_normalized", width=4, share_regulator=False).clone(stage_sizes=(3,))
 
     @jax.jit
@@ -231,7 +231,7 @@ def test_what_a_stage_cannot_give_is_refused_and_says_why():
 
 @pytest.fixture(scope="module")
 def stored(tmp_path_factory):
-    """The workdirs that an earlier version left, whose config.json lacks fields of this one and has others."""
+    """Workdirs of an earlier version, whose config.json lacks some of today's fields and has others."""
     folder = tmp_path_factory.mktemp("stored")
     for name in ("lone", "seeds"):
         with tarfile.open(STORED / f"{name}.tar.gz") as archive:
@@ -257,7 +257,7 @@ def test_a_loaded_model_predicts(stored, tmp_path, caplog, logger):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     np.testing.assert_allclose(trained.predict(images[0]), expected[:1], atol=1e-5)
 
-    # Images of another size and colour, as arrays and as files, are resized alike.
+    # Images of another size and colour are resized the same way as arrays and as files.
     large = np.random.default_rng(1).integers(0, 256, (2, 24, 20, 3), np.uint8)
     files = [tmp_path / f"{number}.png" for number in range(2)]
     for file, pixels in zip(files, large, strict=True):
@@ -281,7 +281,7 @@ def test_one_of_several_seeds_is_loaded(stored):
 
 
 def test_what_cannot_be_loaded_is_one_line(stored):
-    with pytest.raises(WorkdirError, match="resnet20 is no workdir"):
+    with pytest.raises(WorkdirError, match="resnet20 has no config.json"):
         regnet_flax.load("resnet20")
     with pytest.raises(ConfigError, match="seed is 5"):
         regnet_flax.load(stored / "lone", seed=5)

@@ -1,6 +1,6 @@
-"""Data parallelism: 1, 2 and 8 CPU devices train to the same state, to rounding.
+"""Data parallelism: 1, 2 and 8 CPU devices train to the same state, up to rounding.
 
-In float64: in float32 a rounding error grows ten-thousandfold in five steps, wherever it turns the sign of a ReLU.
+In float64, because in float32 a rounding error grows ten-thousandfold in five steps if it flips the sign of a ReLU.
 """
 
 import jax
@@ -19,7 +19,7 @@ STEPS = 5
 
 
 def make_program(devices, **overrides):
-    config = digits.get_config("regnet8_convrnn")  # the regulator that is soonest traced
+    config = digits.get_config("regnet8_convrnn")  # the regulator that traces fastest
     config.model.overrides.width = 4
     config.train.batch_size = 16
     config.eval.batch_size = 8
@@ -38,7 +38,7 @@ def _float64():
 
 @pytest.fixture(autouse=True, scope="module")
 def _release_compiled():
-    """After all of them, since they share a program; conftest.py does it after each."""
+    """Releases compiled code once per module, because the tests share a program."""
     yield
     jax.clear_caches()
 
@@ -79,7 +79,7 @@ def test_any_number_of_devices_trains_to_the_same_state(devices, one_device):
 
 @pytest.mark.thorough
 def test_local_statistics_and_gradients_are_means_over_the_devices():
-    """Against each device's half of the batch, trained on alone; the half's own statistics normalise it."""
+    """Compares with training on each device's half of the batch separately, with the half's own statistics."""
     fields = {"train.batch_norm": "local", "model.name": "resnet8"}
     program = make_program(2, **fields)
     state = train(program, 1)
@@ -128,7 +128,7 @@ def test_several_steps_a_call_are_the_same_steps(one_device):
         return jax.device_get((state, program.totals))
 
     jax.tree.map(np.testing.assert_array_equal, run(3, 2), run(1, 1, 1, 1, 1))
-    # Against the step outside a loop to rounding only, images being normalised in float32, and so only one step.
+    # Compared with the step outside a loop only up to rounding, because images are normalised in float32; so one step.
     errors = jax.tree.map(relative, run(1)[0].params, train(one_device[0], 1).params)
     assert max(jax.tree.leaves(errors)) < 1e-4
 

@@ -1,7 +1,7 @@
 """Whole networks against the PyTorch reference, on random weights and running statistics.
 
-By default one of each family is compared in training, and some options in evaluation; --thorough evaluates every kind
-of network, and some at their own depth; --slow trains all of them, in float64 too.
+By default one network per family is compared in training, and some options in evaluation; --thorough evaluates every
+kind of network, and some at full depth; --slow trains all of them, in float64 too.
 """
 
 import collections
@@ -37,7 +37,7 @@ from regnet_flax.port.torch import from_torch, to_torch
 from regnet_flax.training.optimizer import make_optimizer, make_schedule
 from regnet_flax.training.step import create_train_state, train_step
 
-# Those of test_networks.py are compared there.
+# test_networks.py compares its own families.
 MODELS = {name: make for name, make in registry.MODELS.items() if torch_networks.reference(name) is None}
 
 SHORT = {"width": 4, "stage_sizes": (3, 1)}  # the first stage's scan has two steps, the second stage has no scan
@@ -51,7 +51,7 @@ FAST = [  # trained without --slow
     ("resnet_rnn20_convrnn", SHORT),
     ("resnet_rnn20_convgru", SHORT),
 ]
-# In float64: at this depth few images leave float32 no digits in the last stage's means.
+# In float64: at this depth, float32 loses all digits in the last stage's means with few images.
 REGNETY = ("regnety_400mf", {})
 SHALLOW = ("regnety_400mf", {"depth": 3})  # two of its four stages
 OPTIONS = [
@@ -61,7 +61,7 @@ OPTIONS = [
     ("se_resnet14", {"width": 4, "shortcut": "A"}),
     ("regnet20_convlstm", {"width": 4, "stage_sizes": (3, 2)}),
 ]
-WHOLE = [  # at their own depth
+WHOLE = [  # at full depth
     ("resnet20", {}),
     ("regnet20_convlstm", {}),
     ("regnet50_convrnn", {"width": 4}),
@@ -73,12 +73,12 @@ WHOLE = [  # at their own depth
 
 
 def kind(name):
-    """All that makes a registered model but its depth and width."""
+    """Returns everything that defines a registered model except its depth and width."""
     make = MODELS[name]
     return make.func, tuple(sorted((k, v) for k, v in make.keywords.items() if k not in ("stage_sizes", "width")))
 
 
-# One model of every kind in the registry, so that none can be added without a comparison.
+# One model of every kind in the registry, so that no kind can be added without a comparison.
 _named = {kind(name) for name, _ in [*FAST, REGNETY]}
 KINDS = [(name, SHORT) for name in {kind(name): name for name in MODELS if kind(name) not in _named}.values()]
 CASES = [*FAST, *OPTIONS, *KINDS, *WHOLE, REGNETY]
@@ -126,7 +126,7 @@ def test_network_in_float64(case, parity):
 
 
 def sizes(state):
-    """The width of a state dict's stem, and how many blocks each stage has."""
+    """Returns the width of a state dict's stem, and the number of blocks in each stage."""
     blocks = {match.groups() for key in state if (match := re.match(r"layer(\d)\.(\d+)\.", key))}
     counts = collections.Counter(stage for stage, _ in blocks)
     return len(state["conv1.weight"]), tuple(counts[stage] for stage in sorted(counts))
@@ -154,7 +154,7 @@ DEEP = [name for name in MODELS if re.search("44|56|101|110", name)]
     ids=len,
 )
 def test_every_registered_model_has_a_reference(names):
-    """Of the same names and shapes at its full size; both sides' weights are shapes alone."""
+    """Names and shapes agree at full size; both sides have only shapes, no weights."""
     for name in names:
         with torch.device("meta"):
             state = torch_reference.build(name, num_classes=CLASSES).state_dict()
@@ -218,18 +218,18 @@ def test_the_photo_notebooks_head_is_read():
     ],
 )
 def test_ten_sgd_steps(name, dtype, parity):
-    """Momentum, weight decay and a step of the schedule: the losses on the way and the parameters at the end."""
+    """With momentum, weight decay and a step of the schedule: compares all losses and the final parameters."""
     with parity(dtype) as device:
         theirs = reference(name, SHORT).to(device, getattr(torch, dtype)).train()
         ours = create(name, SHORT, dtype=jnp.dtype(dtype), unroll=1)
-        # A higher rate would amplify float32's rounding to percents.
+        # A higher rate would amplify float32's rounding to several percent.
         rate = 0.1 if dtype == "float64" else 0.01
         schedule = make_schedule("step", rate, epochs=1, steps_per_epoch=10, boundaries=(0.5,))
         tx = make_optimizer("sgd", schedule, momentum=0.9, weight_decay=1e-2)
         state = create_train_state(from_torch(arrays(theirs.state_dict()), ours), tx)
         step = compile_for(dtype)(functools.partial(train_step, apply_fn=ours.apply, tx=tx))
         sgd = torch.optim.SGD(theirs.parameters(), lr=rate, momentum=0.9, weight_decay=1e-2)
-        rng = np.random.default_rng(4)  # of these images no ReLU's sign turns by float32's rounding
+        rng = np.random.default_rng(4)  # with these images float32's rounding flips no ReLU's sign
         for index in range(10):
             images = rng.normal(size=(BATCH, 3, 8, 8)).astype(dtype)
             labels = rng.integers(0, CLASSES, BATCH)

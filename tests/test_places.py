@@ -41,7 +41,7 @@ def draw_folder(root, shade=0, splits=("train", "test")):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run on a folder called bees, in the default place; where the program was started."""
+    """A finished run on a folder called bees, in the default workdir; the directory where the program started."""
     cwd = tmp_path_factory.mktemp("trained")
     draw_folder(cwd / "bees")
     run_program(*TINY, "--config.dataset.data_dir=bees", cwd=cwd, check=0)
@@ -49,7 +49,7 @@ def trained(tmp_path_factory):
 
 
 def test_a_finished_run_is_reported_for_its_own_data_only(trained, tmp_path):
-    """Finished on one folder, the same command on another has other results, or none."""
+    """After a finished run on one folder, the same command on another folder must not report its results."""
     workdir = trained / "runs/rnn_photos-bees-resnet8-0"
     assert workdir.is_dir()
     here = [*TINY, "--workdir", workdir]
@@ -64,7 +64,7 @@ def test_a_finished_run_is_reported_for_its_own_data_only(trained, tmp_path):
 
 
 def test_a_model_is_evaluated_on_a_folder_with_nothing_to_train_on(trained, tmp_path):
-    """Whose class names have another Unicode form, as a Mac writes them."""
+    """The folder's class names have another Unicode form, as a Mac writes them."""
     draw_folder(tmp_path, splits=("test",))
     for path in list((tmp_path / "test").iterdir()):
         path.rename(path.with_name(unicodedata.normalize("NFD", path.name)))
@@ -131,7 +131,7 @@ def test_no_home_no_user_name():
     if os.geteuid() or not shutil.which("setpriv"):
         pytest.skip("needs root and setpriv, to become a user without a name")
     command = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.max_steps=2"]
-    with tempfile.TemporaryDirectory() as name:  # pytest's are for this user only
+    with tempfile.TemporaryDirectory() as name:  # only this user can access pytest's
         path = pathlib.Path(name)
         path.chmod(0o777)
         cache = {"JAX_COMPILATION_CACHE_DIR": str(path / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -179,7 +179,7 @@ def test_the_memory_of_a_container(tmp_path):
     assert container_memory(str(proc), str(root)) == 800
     limit(root / "pod/job", two, 500, 450, 0)
     assert container_memory(str(proc), str(root)) == 50
-    proc.write_text("5:cpu:/elsewhere\n4:memory:/docker/1\n0::/\n")  # version 1, as seen from inside
+    proc.write_text("5:cpu:/elsewhere\n4:memory:/docker/1\n0::/\n")  # version 1, as seen inside a container
     limit(root / "memory", ("limit_in_bytes", "usage_in_bytes"), 700, 100, 50)
     assert container_memory(str(proc), str(root)) == 650
 
@@ -196,7 +196,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, logger, caplog):
         with pytest.raises(WorkdirError, match=f"machine and process .* {os.getpid()}"), workdir_lock(tmp_path):
             pass
     assert not owner.exists()
-    owner.write_text(f"{socket.gethostname()} {2**22 + 1}")  # killed
+    owner.write_text(f"{socket.gethostname()} {2**22 + 1}")  # a killed process
     with workdir_lock(tmp_path):
         pass
     owner.write_text("another-machine 1")

@@ -1,4 +1,4 @@
-"""A network with regulators that starts from a plain network's weights computes what the plain one does."""
+"""A network with regulators that starts from a plain network's weights computes the same as the plain one."""
 
 import re
 
@@ -33,7 +33,7 @@ DEFAULT = 2
 
 
 def start(plain_name, name, size):
-    """The logits of a plain network with random weights, and of the regulated one that starts from it."""
+    """Returns the logits of a plain network with random weights, and of the regulated one that starts from it."""
     few = {"stage_sizes": (2, 1)}
     options = {"width": 4, "num_classes": 5}
     plain, model = (create_model(n, **options).clone(**few) for n in (plain_name, name))
@@ -44,7 +44,7 @@ def start(plain_name, name, size):
     assert starts_from_plain(state, model) and not starts_from_plain(state, plain)
     taken = from_plain_torch(state, model)
 
-    @compile_for("float64")  # the quick way
+    @compile_for("float64")  # compiles faster
     def logits(variables, taken):
         found = dict(model.init(jax.random.key(2), images, train=False))
         found = {name: _replaced(found[name], taken[name]) for name in found}
@@ -87,7 +87,7 @@ def test_the_program_starts_from_a_plain_networks_file(tmp_path):
 
 
 def test_another_place_of_the_stride_is_said(tmp_path, caplog, monkeypatch):
-    """The names and shapes of torchvision's ResNet-50 fit, but its stride is in another convolution."""
+    """Names and shapes of torchvision's ResNet-50 fit, but its stride is in another convolution."""
     build_model = setup.build_model
     monkeypatch.setattr(setup, "build_model", lambda config: build_model(config).clone(stage_sizes=(1, 1)))
     config = default_config()
@@ -97,8 +97,8 @@ def test_another_place_of_the_stride_is_said(tmp_path, caplog, monkeypatch):
     shapes = jax.eval_shape(lambda: plain.init(jax.random.key(0), np.zeros((1, 32, 32, 3), np.float32)))
     state = to_torch(random_variables(shapes, np.random.default_rng(0), np.float32), plain)
     for metadata, words in (
-        ({"bottleneck_stride": "3x3"}, "stride in the 3x3 convolution, and regnet50_convrnn has it in the 1x1"),
-        ({}, "taken to be the 1x1 convolution (torchvision's have it in the 3x3)"),
+        ({"bottleneck_stride": "3x3"}, "stride in the 3x3 convolution, but regnet50_convrnn has it in the 1x1"),
+        ({}, "the 1x1 convolution is assumed (torchvision's have it in the 3x3)"),
         ({"bottleneck_stride": "1x1"}, ""),
     ):
         write_weights(tmp_path / "w.safetensors", state, metadata)
@@ -112,6 +112,6 @@ def test_another_place_of_the_stride_is_said(tmp_path, caplog, monkeypatch):
 
 
 def test_what_cannot_start_so():
-    """A network whose state takes the place of the features, and one of another kind."""
+    """A network in which the state replaces the features, and one of another kind."""
     assert not starts_from_plain({}, create_model("resnet_rnn20_convrnn"))
     assert not starts_from_plain({}, create_model("dia_resnet20"))

@@ -1,4 +1,4 @@
-"""The figures, by what matplotlib was asked to draw."""
+"""The figures, checked by matplotlib's artists."""
 
 import numpy as np
 import pytest
@@ -50,7 +50,7 @@ def test_compared_curves(tmp_path, figures):
     (band,) = error.collections
     corners = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
     assert corners == {(e, v) for seed in values for e, v in zip(epochs, seed, strict=True)}
-    assert 9 < error.get_ylim()[1] < 40, "the end is what is to be seen"
+    assert 9 < error.get_ylim()[1] < 40, "the end must be visible"
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["two seeds", "one seed"]
 
 

@@ -19,7 +19,7 @@ BINS = 31
 
 
 def magnitudes(wide, width, height):
-    """torchvision's _augmentation_space of TrivialAugmentWide, or RandAugment."""
+    """Returns torchvision's _augmentation_space of TrivialAugmentWide, or RandAugment."""
     enhance = np.linspace(0, 0.99 if wide else 0.9, BINS)
     shear = np.linspace(0, 0.99 if wide else 0.3, BINS)
     return {
@@ -35,7 +35,7 @@ def magnitudes(wide, width, height):
 
 
 def affine(image, shear=(0, 0), translate=(0, 0)):
-    """torchvision.transforms.functional.affine of a Pillow image, without rotation, centre [0, 0]."""
+    """Applies torchvision.transforms.functional.affine to a Pillow image, without rotation, centre [0, 0]."""
     sx, sy = (math.radians(math.degrees(math.atan(slope))) for slope in shear)
     a, b = math.cos(-sy) / math.cos(sy), -math.cos(-sy) * math.tan(sx) / math.cos(sy)
     c, d = math.sin(-sy) / math.cos(sy), -math.sin(-sy) * math.tan(sx) / math.cos(sy) + 1
@@ -65,7 +65,7 @@ UNSIGNED = ("Posterize", "Solarize")
 
 
 def picture(height, width, channels, seed=0):
-    """Areas of colour, as in a photograph, with some noise, not as dark or as bright as can be."""
+    """Makes areas of colour, as in a photograph, with some noise, without the darkest and brightest values."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(40, 200, (4, 4, 3), dtype=np.uint8)).resize((width, height))
     return (np.asarray(small) + rng.integers(-20, 40, (height, width, 3))).astype(np.uint8)[..., :channels]
@@ -89,7 +89,7 @@ def test_each_operation_at_each_level_is_pillows(wide, height, width, channels):
             magnitude = float(space[name][abs(level)]) if name in space else 0.0
             magnitude *= -1 if level < 0 and name not in UNSIGNED else 1
             expected = np.asarray(PILLOW[name](pillow, magnitude)).reshape(image.shape)
-            if name == "AutoContrast":  # its rounding has a test of its own
+            if name == "AutoContrast":  # its rounding has its own test
                 expected = np.where(result == expected + 1, result, expected)
             np.testing.assert_array_equal(result, expected, f"{name}, level {level}")
     assert results.dtype == np.uint8
@@ -123,7 +123,7 @@ KEYS = 6000
 
 
 def drawn(monkeypatch, policy, applications):
-    """The operations and the levels, (applications, KEYS) each, that a policy draws."""
+    """Returns the operations and levels that a policy draws, (applications, KEYS) each."""
 
     def record(image, operation, level, strength):
         return image * 1024 + operation * 64 + level + 30
@@ -179,7 +179,7 @@ def test_two_devices_make_of_an_example_what_one_makes():
 
 
 def torchvision_size(areas, ratios, height, width):
-    """RandomErasing.get_params: height and width of the box."""
+    """Returns the box's height and width, like RandomErasing.get_params."""
     for area, ratio in zip(areas, ratios, strict=True):
         h = round(math.sqrt(height * width * area * ratio))
         w = round(math.sqrt(height * width * area / ratio))
@@ -217,7 +217,7 @@ def test_half_of_the_images_have_a_box_of_zeros():
     ]
     for mine, theirs in zip((heights, widths), np.array(sizes).T, strict=True):
         assert abs(mine.mean() - theirs.mean()) < 0.5 and abs(mine.std() - theirs.std()) < 0.5
-    # The box lies anywhere with the same probability: its distance from either border is so on average.
+    # All positions of the box are equally likely, which determines its average distance from each border.
     assert abs((rows.argmax(1) - (height - heights) / 2).mean()) < 0.6
     assert abs((columns.argmax(1) - (width - widths) / 2).mean()) < 0.6
     assert (rows.argmax(1) == 0).any() and rows[:, -1].any() and columns[:, 0].any() and columns[:, -1].any()

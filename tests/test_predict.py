@@ -1,4 +1,4 @@
-"""--mode predict, on image files that no training has seen."""
+"""--mode predict, on image files outside the training set."""
 
 import functools
 import json
@@ -31,7 +31,7 @@ def photograph(path, name, seed, size=(30, 20)):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A workdir of a run on photographs that a mean colour tells apart, and their folder."""
+    """The workdir of a run on photographs whose classes differ in mean colour, and their folder."""
     root = tmp_path_factory.mktemp("predict")
     for split, numbers in (("train", range(8)), ("val", range(8, 11))):
         for name in COLORS:
@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def unseen(tmp_path):
-    """Photographs of other sizes, one file that is no image, and others that are no image files."""
+    """Photographs of other sizes, a damaged image file, and other files."""
     for seed, name in enumerate(COLORS):
         photograph(tmp_path / "new" / f"my {name} [1].jpg", name, seed=100 + seed, size=(41, 67))
     (tmp_path / "new" / "damaged.jpg").write_bytes(b"no image")
@@ -129,7 +129,7 @@ def test_a_workdir_without_a_run(tmp_path, unseen, capfd, logger):
 def test_which_files_are_meant(unseen, tmp_path):
     names = [f"my {name} [1].jpg" for name in COLORS]
     one = str(unseen / names[0])
-    assert predict.find_images(one) == [unseen / names[0]]  # though [1] is a pattern
+    assert predict.find_images(one) == [unseen / names[0]]  # although [1] is a pattern
     assert [path.name for path in predict.find_images(str(unseen))] == ["damaged.jpg", *names]
     assert [path.name for path in predict.find_images(f"{unseen}/my*")] == names
     assert [path.name for path in predict.find_images(f"{tmp_path}/**/my*")] == names

@@ -1,4 +1,4 @@
-"""Two processes of two CPU devices each, on one machine, against one process of four."""
+"""Two processes with two CPU devices each, on one machine, against one process with four."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ from regnet_flax.training.checkpoint import CHECKPOINTS
 from regnet_flax.training.parallel import AXIS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FIELDS = {  # 360 test images do not divide into batches of 56, and process 1 has none of the last one's
+FIELDS = {  # 360 test images do not divide into batches of 56, and process 1 has no image of the last batch
     "model.name": "resnet8",
     "train.batch_size": 128,
     "train.max_steps": 6,
@@ -40,7 +40,7 @@ FIELDS = {  # 360 test images do not divide into batches of 56, and process 1 ha
 
 
 def free_port(ports=(0,)):
-    """One of them that is free; of 0, any."""
+    """Returns a free port from `ports`; 0 means any."""
     for port in ports:
         with contextlib.suppress(OSError), socket.socket() as found:
             found.bind(("localhost", port))
@@ -49,14 +49,14 @@ def free_port(ports=(0,)):
 
 
 def slurm():
-    """The variables that Slurm gives to each of two tasks."""
-    port = free_port(range(61440, 65536))  # JAX takes one of these, by the job's number
+    """Returns the variables that Slurm sets for each of two tasks."""
+    port = free_port(range(61440, 65536))  # JAX picks one of these by the job's number
     job = {"SLURM_JOB_ID": str(port - 61440), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
     return [job | {"SLURM_PROCID": index, "SLURM_LOCALID": index} for index in ("0", "1")]
 
 
 def start(workdir, *arguments, each=((), ()), tasks=None, **fields):
-    """Starts both processes; `each` has further arguments for either, `tasks` the variables of a cluster."""
+    """Starts both processes; `each` has more arguments for each, `tasks` the variables of a cluster."""
     port = free_port()
     fields = {"model.overrides.width": 4, "train.epochs": 3} | FIELDS | fields
     command = [sys.executable, "-m", "regnet_flax.main", f"--workdir={workdir}", *arguments]
@@ -76,7 +76,7 @@ def start(workdir, *arguments, each=((), ()), tasks=None, **fields):
 
 
 def finish(processes, code):
-    """What both wrote to standard output and error, but for Gloo's and JAX's own lines."""
+    """Returns standard output and error of both, without Gloo's and JAX's own lines."""
     outputs = []
     try:
         for process in processes:
@@ -85,7 +85,7 @@ def finish(processes, code):
     finally:
         for process in processes:
             process.kill()
-    print(*[text for texts in outputs for text in texts], sep="\n--\n")  # for pytest to show
+    print(*[text for texts in outputs for text in texts], sep="\n--\n")  # pytest shows it on failure
     assert [process.returncode for process in processes] == [code, code]
     return outputs
 
@@ -103,7 +103,7 @@ def metrics(workdir):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A run of both processes to its end, and what they wrote."""
+    """A finished run of both processes, and their output."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     return workdir, finish(start(workdir), 0)
 
@@ -113,7 +113,7 @@ def test_two_processes_train_to_the_parameters_of_one(two, tmp_path):
     workdir, _ = two
     expected = loop.train_and_evaluate(tiny_config(**FIELDS), tmp_path, devices=jax.devices()[:4])
     assert params(workdir)[1] == 6
-    # Each step in float32 amplifies rounding; a reduction left out is seen in the first digits.
+    # Each step in float32 amplifies rounding; a missing reduction shows in the first digits.
     (variables, _), (one, _) = params(workdir, "3"), params(tmp_path, "3")
     for path, array in jax.tree_util.tree_leaves_with_path(variables):
         other = one
@@ -140,7 +140,7 @@ def test_only_process_0_writes(two):
 
 @pytest.mark.slow
 def test_what_is_streamed_is_read_in_parts_and_trains_to_the_same_parameters(tmp_path):
-    """Nine test images, which neither processes nor devices divide."""
+    """Nine test images do not divide by the processes or the devices."""
     rng = np.random.default_rng(0)
     for name, count in (("train/one", 9), ("train/two", 8), ("test/one", 5), ("test/two", 4)):
         (tmp_path / "data" / name).mkdir(parents=True)
@@ -255,7 +255,7 @@ def test_a_place_that_cannot_be_is_one_line(where, tmp_path, monkeypatch, capsys
 
 
 def test_shard_map_is_what_pmap_is():
-    """As several processes use it, on the devices of one."""
+    """Tests shard_map, which several processes use, on the devices of one process."""
     devices = jax.devices()[:4]
 
     def function(total, part, scale):

@@ -1,4 +1,4 @@
-"""What a run says."""
+"""A run's log lines and live display."""
 
 import io
 import logging
@@ -55,7 +55,7 @@ def test_nothing_live_is_written_to_a_file(logger, monkeypatch):
     out = io.StringIO()
     monkeypatch.setattr(sys, "stdout", out)
     progress.log_to_console()
-    progress.log_to_console()  # once is enough
+    progress.log_to_console()  # a second call changes nothing
     with RunDisplay(total_steps=100, epochs=10, steps_per_epoch=10, batch_size=8, step=0) as display:
         display.step(1)
         display.doing("evaluating")

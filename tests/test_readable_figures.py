@@ -1,4 +1,4 @@
-"""Figures that people can read: names in any script, plain ticks, labels beside the lines, any backend."""
+"""Readable figures: names in any script, plain ticks, labels beside the lines, any backend."""
 
 import os
 import sys
@@ -28,7 +28,7 @@ def test_class_names_in_another_script_are_set_in_a_font_that_has_them(tmp_path,
     own = fonts._others
     monkeypatch.setattr(fonts, "_others", lambda: asked.append(1) or own())
     draw(["été", "bee"], tmp_path / "a.png")
-    assert not asked and not caplog.text  # the fonts are searched for those who need them
+    assert not asked and not caplog.text  # fonts are searched only for names that need them
     draw([strange * 3, "bee"], tmp_path / "b.png")
     label = figures[-1].axes[0].get_yticklabels()[0]
     assert asked and label.get_fontfamily()[0] == "DejaVu Sans" and len(label.get_fontfamily()) == 2
@@ -41,7 +41,7 @@ def test_where_no_font_has_them_one_line_says_so(tmp_path, monkeypatch, logger, 
         warnings.simplefilter("error")
         draw(["猫", "कुत्ता", "قطة"], tmp_path / "a.png")
     (record,) = caplog.records
-    assert "no font here has the characters" in record.getMessage() and "猫" in record.getMessage()
+    assert "no installed font has the characters" in record.getMessage() and "猫" in record.getMessage()
 
 
 def lines(losses):
@@ -105,7 +105,7 @@ def test_mistakes_are_shown_first_and_with_their_probabilities(tmp_path, monkeyp
     assert drawn["i"][:2] == [31, 30] and len(set(drawn["i"])) == 16 and max(drawn["i"][2:]) < 30
     assert drawn["c"].tolist() == [0.99, 0.6] + [0.9] * 14
     write_figures(tmp_path, Data(), np.tile(outcomes[30:32], (20, 1)), "title", seed=0)
-    assert drawn["l"].tolist() == [1] * 16  # the most certain ones
+    assert drawn["l"].tolist() == [1] * 16  # the most confident mistakes
 
 
 def test_predictions_show_probabilities(tmp_path, figures):

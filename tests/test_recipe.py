@@ -38,7 +38,7 @@ def make_program(devices=1, model="resnet8", **fields):
 
 
 def states(program, count, state=None):
-    """The state after each step, on the host."""
+    """Returns the state after each step, on the host."""
     state, found = state or program.initial_state(), []
     for step in range(count):
         state, _ = program.train(state, step, 1)
@@ -48,7 +48,7 @@ def states(program, count, state=None):
 
 @pytest.fixture(autouse=True, scope="module")
 def _release_compiled():
-    """After all of them, since they share a program; conftest.py does it after each."""
+    """Releases compiled code once per module, because the tests share a program."""
     yield
     jax.clear_caches()
 
@@ -68,7 +68,7 @@ def assert_close(a, b, error):
 
 
 def test_averages_are_of_the_weights_and_statistics_and_are_what_is_evaluated(plain):
-    program = make_program(**{"optimizer.ema_decay": 0.15})  # from the second step on below the warm-up's
+    program = make_program(**{"optimizer.ema_decay": 0.15})  # below the warm-up's decay from the second step on
     start = jax.device_get(program.initial_state())
     expected = {"params": start.params, "batch_stats": start.batch_stats}
     for step, state in enumerate(states(program, 3)):
@@ -87,7 +87,7 @@ def test_averages_are_of_the_weights_and_statistics_and_are_what_is_evaluated(pl
 
 @pytest.fixture
 def short():
-    """The runs are of four steps an epoch."""
+    """Makes epochs of four steps."""
     with helpers.few_digits():
         yield
 
@@ -128,14 +128,14 @@ def test_a_model_of_given_weights_begins_with_them_as_averages(plain):
     config.optimizer.ema_decay = 0.5
     program = Program(config, small_dataset(), jax.devices()[:1], start=start)
     jax.tree.map(np.testing.assert_array_equal, program.initial_state().ema, start)
-    program.train(program.initial_state(), 0, 1)  # no buffer is given up twice
+    program.train(program.initial_state(), 0, 1)  # no buffer is donated twice
 
 
 # Gradient accumulation
 
 
 def linear(variables, images, train, mutable=()):
-    """A model without statistics, whose gradient over a batch is the mean of those over its parts."""
+    """A model without statistics: its gradient over a batch is the mean of the gradients over its parts."""
     logits = images.reshape(len(images), -1) @ variables["params"]["kernel"]
     return (logits, {}) if train else logits
 
@@ -155,7 +155,7 @@ def test_a_batch_in_parts_takes_the_step_of_the_whole_batch(parts, unroll):
 
 
 def test_each_part_has_statistics_of_its_own_one_after_another():
-    """Against batches of half the size, their gradients averaged by hand."""
+    """Compares with batches of half the size, whose gradients are averaged by hand."""
     model = create_model("resnet8", num_classes=4, width=4)
     state = steps.create_train_state(model.init(jax.random.key(0), BATCH["images"][:1], train=False), TX)
     step = functools.partial(steps.train_step, apply_fn=model.apply, tx=TX, accumulate_steps=2)
@@ -239,7 +239,7 @@ def test_in_bfloat16_statistics_are_sums_of_float32():
     images = jnp.ones((4, 32, 32, 3))
     variables = model.init(jax.random.key(0), images, train=False)
     kernel = jnp.zeros_like(variables["params"]["conv1"]["kernel"]).at[1, 1, 0].set(1.0)
-    variables["params"]["conv1"]["kernel"] = kernel  # the first channel, which is 1 everywhere
+    variables["params"]["conv1"]["kernel"] = kernel  # makes the first channel 1 everywhere
     _, updates = model.apply(variables, images, train=True, mutable=["batch_stats"])
     np.testing.assert_allclose(updates["batch_stats"]["bn1"]["mean"], 0.1, rtol=1e-5)
     np.testing.assert_allclose(updates["batch_stats"]["bn1"]["var"], 0.9, rtol=1e-5)

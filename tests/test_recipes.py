@@ -1,4 +1,4 @@
-"""The shipped configs: their values are those of the recipes, and each runs."""
+"""The shipped configs: they have the recipes' values, and each runs."""
 
 import functools
 import importlib
@@ -30,7 +30,7 @@ def get_config(recipe, *arguments):
 
 
 def photographs(directory):
-    """An image folder of random pictures, for recipes whose augmentation is for photographs of any size."""
+    """Makes a folder of random images, for recipes with augmentation for photographs of any size."""
     rng = np.random.default_rng(0)
     for split in ("train", "test"):
         for index in range(16):
@@ -40,13 +40,13 @@ def photographs(directory):
     return directory
 
 
-# Those left to --thorough differ from another one in little, or are run by many other tests.
+# Those behind --thorough differ little from another one, or many other tests run them.
 @pytest.mark.parametrize(
     "recipe",
     [pytest.param(r, marks=pytest.mark.thorough if r in LEFT_OUT else ()) for r in RECIPES],
 )
 def test_runs_on_synthetic_images(recipe, tmp_path, monkeypatch):
-    """Two steps of the recipe, its model and images made small, and an evaluation."""
+    """Runs two steps of the recipe, with a small model and small images, and an evaluation."""
     config = get_config(recipe)
     model = config.model.name
     few = {"depth": 2} if model.startswith("regnety") else {"stage_sizes": (1, 1)}

@@ -13,7 +13,7 @@ from regnet_flax.models.regnet import RegNet, stack_blocks, unstack_blocks
 
 pytestmark = pytest.mark.core
 
-# Of RegNet's authors' tables and He et al. where they give any; otherwise the sums written out by hand.
+# From the tables of the RegNet paper and He et al. if they have them; otherwise summed by hand.
 PARAMETERS = [
     ("resnet20", {}, 272_474),
     ("resnet20", {"shortcut": "A"}, 269_722),
@@ -115,7 +115,7 @@ def test_wrong_options_name_the_mend(name, options, words):
 
 
 def randomized(variables, seed=0):
-    """The same structure, every value random, variances positive: initial values hide a swap of equal arrays."""
+    """Randomizes all values, with positive variances: initial values would hide a swap of equal arrays."""
     rng = np.random.default_rng(seed)
 
     def draw(path, a):
@@ -196,7 +196,7 @@ def test_one_regulator_serves_the_stage_or_each_block_has_its_own():
 
 
 def test_the_state_reaches_later_blocks_and_starts_anew_in_each_stage():
-    """A block's output depends on H of the block before: with the shortcut and X2 cut off, only the state is left."""
+    """A block's output depends on the previous block's H: without shortcut and X2, only the state remains."""
     model = tiny("regnet14_convlstm", scan=False).clone(stage_sizes=(2, 2))
     x = images(1)
     variables = randomized(shapes(model, (8, 8, 3)))
@@ -212,7 +212,7 @@ def test_the_state_reaches_later_blocks_and_starts_anew_in_each_stage():
 
     for first, second in states(x).values():
         assert np.abs(second[1] - first[1]).max() > 0
-    # C after one step from zeros is i⊙g alone, so it is bounded by 1; after two steps it need not be.
+    # After one step from zeros, C is i⊙g, so it is bounded by 1; after two steps it need not be.
     for first, _ in states(50 * x).values():
         assert np.abs(first[1]).max() <= 1
 
@@ -229,7 +229,7 @@ def test_shortcut_a_subsamples_and_pads_with_zeros_at_the_end():
     model = tiny("resnet8", shortcut="A", scan=False)
     x = images(2)
     variables = randomized(shapes(model, (8, 8, 3)))
-    # With the branch's last scale and bias at zero, only the shortcut is left of a block.
+    # If the branch's last scale and bias are zero, a block reduces to its shortcut.
     for stage in ("stage2", "stage3"):
         bn2 = variables["params"][stage]["block1"]["bn2"]
         bn2["scale"], bn2["bias"] = np.zeros_like(bn2["scale"]), np.zeros_like(bn2["bias"])

@@ -1,4 +1,4 @@
-"""RegNetY-400MF is torchvision's: its state dict's names and parameters, and its outputs where torchvision is there."""
+"""RegNetY-400MF equals torchvision's: names and parameters, and outputs if torchvision is installed."""
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ from regnet_flax.port.torch import from_torch, to_torch
 
 
 def torchvisions_names():
-    """Written from torchvision/models/regnet.py and ops/misc.py: Conv2dNormActivation is (0) convolution, (1) BN."""
+    """Lists the names of torchvision/models/regnet.py and ops/misc.py: Conv2dNormActivation is (0) conv, (1) BN."""
 
     def conv_bn(prefix):
         yield f"{prefix}.0.weight"
@@ -24,7 +24,7 @@ def torchvisions_names():
     for stage, depth in ((1, 1), (2, 3), (3, 6), (4, 6)):
         for index in range(depth):
             block = f"trunk_output.block{stage}.block{stage}-{index}"
-            if index == 0:  # SimpleStemIN and each stage halve the image, and so change the shape
+            if index == 0:  # SimpleStemIN and each stage halve the image, which changes the shape
                 yield from conv_bn(f"{block}.proj")
             for part in "abc":
                 yield from conv_bn(f"{block}.f.{part}")
@@ -46,7 +46,7 @@ def test_names_and_parameters():
 
 
 def test_outputs_are_torchvisions(parity):
-    """Initial weights, statistics moved by one training batch; in evaluation."""
+    """In evaluation, with initial weights, and statistics updated by one training batch."""
     models = pytest.importorskip("torchvision.models")
     torch.manual_seed(0)
     with parity("float32") as device:

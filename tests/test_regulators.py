@@ -17,7 +17,7 @@ def sigmoid(a):
 
 
 def conv3x3(x, kernel):
-    """(N, H, W, inputs) and (3, 3, inputs, outputs), zeros around the image."""
+    """Convolves (N, H, W, inputs) with (3, 3, inputs, outputs), with zero padding."""
     out = np.zeros((*x.shape[:3], kernel.shape[-1]))
     for i in range(x.shape[1]):
         for j in range(x.shape[2]):
@@ -30,7 +30,7 @@ def conv3x3(x, kernel):
 
 
 def gate(params, kernel, index, x, h):
-    """W[x, h] + b of one gate."""
+    """Returns W[x, h] + b of one gate."""
     n = CHANNELS
     here = slice(index * n, (index + 1) * n)
     if kernel == "dense":
@@ -76,7 +76,7 @@ def test_cell_follows_its_equations(name, kernel):
     cell = REGULATORS[name](CHANNELS, kernel)
     params = random_params(cell, rng)
     shape = (N, HEIGHT, WIDTH, CHANNELS)
-    # Not from zeros: a state that is dropped, or its arrays swapped, must show.
+    # Not from zeros, so that a dropped state or swapped arrays show.
     state = expected = tuple(rng.normal(size=shape) for _ in cell.state_names)
     for _ in range(STEPS):
         x = rng.normal(size=shape)

@@ -1,6 +1,6 @@
-"""Several seeds in one program: each trains as it would alone; whole runs of them stop, go on and are evaluated.
+"""Several seeds in one program: each trains as it would alone; whole runs of them stop, resume and are evaluated.
 
-Against lone runs in float64: in float32 a rounding error grows ten-thousandfold in five steps.
+Compared with separate runs in float64, because in float32 a rounding error grows ten-thousandfold in five steps.
 """
 
 import json
@@ -27,13 +27,13 @@ from regnet_flax.training.run import averaged
 from regnet_flax.training.trainer import Trainer, take_seed
 
 SEEDS = (3, 0)
-STEPS = 4  # of 3 steps an epoch
+STEPS = 4  # with 3 steps per epoch
 TOLERANCE = 1e-6  # images are normalised in float32
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _release_compiled():
-    """After all of them, since they share programs; conftest.py does it after each."""
+    """Releases compiled code once per module, because the tests share programs."""
     with helpers.few_digits():
         yield
     jax.clear_caches()
@@ -94,7 +94,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def lone(model):
-    """For each seed its program, trained alone, its state and its metrics."""
+    """Returns for each seed its program, trained separately, its state and its metrics."""
     with jax.enable_x64(True):
         found = {}
         for seed in SEEDS:
@@ -130,7 +130,7 @@ def test_each_seed_trains_as_it_would_alone(together, devices, model, lone, prog
             assert state.step == STEPS and state.nonfinite_step == -1
             own = {name: value[index] for name, value in metrics.items()}
             assert own == pytest.approx(expected_metrics, rel=TOLERANCE), seed
-            if together == "never":  # the lone run's own program
+            if together == "never":  # the same program as in the separate run
                 jax.tree.map(np.testing.assert_array_equal, state, expected)
         first, second = (lone[seed][1].params for seed in SEEDS)
         assert errors(first, second) > 0.1, "the seeds must differ"
@@ -273,7 +273,7 @@ def test_seeds_that_are_wrong_are_refused(tmp_path):
 
 
 def spoil(monkeypatch, spoiled):
-    """From the third step on the weights of these seeds, by their places, are infinite."""
+    """Makes the weights of these seeds, given by index, infinite from the third step on."""
     train = Trainer.train
 
     def spoil(self, state, totals, step, count):
@@ -293,14 +293,15 @@ def test_a_seed_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypat
     lines = read_lines(tmp_path)
     assert [list(line["seeds"]) for line in lines] == [["4"], ["4"]]
     expected = [line["seeds"]["4"] for line in read_lines(finished[0])]
-    assert [line["seeds"]["4"] for line in lines] == expected  # bitwise, as beside a seed that did not fail
+    assert [line["seeds"]["4"] for line in lines] == expected  # bitwise like beside a seed that did not fail
     assert lines[-1]["eval_loss"] == expected[-1]["eval_loss"]
     assert run(tmp_path) == results  # a finished run says the same
     with pytest.raises(WorkdirError, match=r"seed 1 of .* failed .*name another --config.seed \(4\)"):
         evaluate.evaluate_only(tiny_config(**RUN, seed=1), tmp_path, jax.devices()[:1])
     report.write(tmp_path, {"resnet8": tmp_path})
     text = (tmp_path / "report.md").read_text()
-    assert "resnet8: the loss or a gradient is not finite at step 3 of seed 1" in text and "of the one seed 4" in text
+    assert "resnet8: the loss or a gradient is not finite at step 3 of seed 1" in text
+    assert "for the single seed 4" in text
 
 
 @pytest.mark.thorough

@@ -1,4 +1,4 @@
-"""Data sets read into memory: what is read, and the one line that is said when it cannot be."""
+"""Data sets in memory: what is read, and the one-line error if it cannot be."""
 
 import dataclasses
 import importlib.util
@@ -34,7 +34,7 @@ RED, GREEN, BLUE = (250, 0, 0), (0, 250, 0), (0, 0, 250)
 
 
 def error_of(name, **options):
-    """Returns the message of the DataError that load_dataset ends in, checked to be one line."""
+    """Returns the message of load_dataset's DataError, and checks that it is one line."""
     with pytest.raises(DataError) as caught:
         load_dataset(name, **options)
     message = str(caught.value)
@@ -49,7 +49,7 @@ def draw(path, colour=RED, size=(12, 8), mode="RGB", **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes, two train images and one test image each."""
+    """A folder with two classes, two train images and one test image each."""
     for name, colour in (("cat", RED), ("ant", GREEN)):
         for path in ("train/{}/b.png", "train/{}/a.png", "test/{}/c.png"):
             draw(tmp_path / path.format(name), colour)
@@ -124,7 +124,7 @@ def test_resizing_beyond_the_memory_is_refused(monkeypatch):
 
 
 def test_held_out_images_are_drawn_by_seed():
-    # A run that goes on under another version of NumPy or of this package has to train on the same images.
+    # A run that resumes under another version of NumPy or of this package must train on the same images.
     kept, held = hold_out("x", 10, 3, 0, None)
     assert kept.tolist() == [1, 2, 4, 5, 6, 8, 9] and held.tolist() == [0, 3, 7]
     assert hold_out("x", 10, 0.3, 0, None)[1].tolist() == [0, 3, 7]
@@ -154,9 +154,9 @@ def test_held_out_images_are_drawn_by_seed():
 def test_too_many_images_held_out(folder):
     for validation in (1437, 10**9, 1e-5):
         message = error_of("digits", validation=validation)
-        assert f"dataset.validation is {validation}: " in message and "a number of 1 to 1436" in message
+        assert f"dataset.validation is {validation}: " in message and "a number from 1 to 1436" in message
     message = error_of("folder", data_dir=str(folder), validation=3)
-    assert "dataset.validation is 3: " in message and "all those of 1 of the classes" in message
+    assert "dataset.validation is 3: " in message and "all images of 1 of the classes" in message
 
 
 def test_the_splits_are_said(folder, logger, caplog):
@@ -197,7 +197,7 @@ def test_digits():
     assert dataset.class_names == tuple("0123456789")
     assert sources.IMAGES["digits"] == (dataset.train.images.shape[1:], 10)
     assert set(dataset.train.labels) == set(dataset.test.labels) == set(range(10))
-    # Whoever compares results with ours has to have this split.
+    # Results are comparable only with this split.
     assert dataset.fingerprint() == "4d449e4d0327a29c"
 
 
@@ -247,7 +247,7 @@ def test_folder_names_of_the_splits(folder, names):
 
 
 def test_folder_with_val_beside_test_has_a_validation_split(folder):
-    # That of every version, so that a run on such a folder goes on.
+    # The same in every version, so that a run on such a folder can resume.
     before = load_dataset("folder", data_dir=str(folder))
     assert before.validation is None and before.fingerprint() == "5ec4b6d46428b189"
     draw(folder / "val/cat/d.png", BLUE)
@@ -303,7 +303,7 @@ def test_every_mode_becomes_rgb(folder, name, mode):
 
 @pytest.mark.filterwarnings("error")
 def test_palette_with_transparency(folder):
-    draw(folder / "train/ant/0.png", mode="P", transparency=bytes(range(256)))  # nearly all of it, on white
+    draw(folder / "train/ant/0.png", mode="P", transparency=bytes(range(256)))  # nearly all transparent, on white
     image = load_dataset("folder", data_dir=str(folder)).train.images[0]
     np.testing.assert_allclose(image[4, 4], (255, 240, 240), atol=6)
 
@@ -318,7 +318,7 @@ def test_sixteen_bits_are_scaled(folder, name):
 
 def test_exif_rotation_is_honoured(folder):
     exif = Image.Exif()
-    exif[0x0112] = 6  # To be turned a quarter clockwise to be upright.
+    exif[0x0112] = 6  # It must be turned clockwise by 90 degrees.
     pixels = np.zeros((12, 8, 3), np.uint8)
     pixels[:, :2] = RED
     Image.fromarray(pixels).save(folder / "train/ant/0.png", exif=exif)
@@ -367,8 +367,8 @@ def test_an_image_that_does_not_decode(folder, how):
         assert str(path) in message and "--config.dataset.strict=False" in message
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as a user's process has it, no error
-@pytest.mark.parametrize("pixels", [8 * 12 + 30, 8 * 12 * 2 + 30])  # Pillow warns of the one, and refuses the other.
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # a warning, as in a user's process
+@pytest.mark.parametrize("pixels", [8 * 12 + 30, 8 * 12 * 2 + 30])  # Pillow warns about the first, rejects the second
 def test_decompression_bombs_do_not_decode_and_warnings_stay_warnings(folder, monkeypatch, pixels):
     draw(folder / "train/ant/z.png", size=(pixels, 1))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8 * 12)
@@ -384,7 +384,7 @@ def test_decompression_bombs_do_not_decode_and_warnings_stay_warnings(folder, mo
     assert during and all(filters == before for filters in during), "the filters are the whole process's"
 
 
-@pytest.mark.fault("a class of which no image decodes")
+@pytest.mark.fault("a class in which no image decodes")
 def test_a_class_of_which_no_image_decodes(folder):
     for name in "ab":
         (folder / f"train/ant/{name}.png").write_text("no image")
@@ -416,7 +416,7 @@ def empty(*paths):
         (lambda root: shutil.rmtree(root), "{root} is not a directory"),
     ],
 )
-@pytest.mark.fault("a folder laid out otherwise")
+@pytest.mark.fault("a folder with another layout")
 def test_folder_laid_out_otherwise(folder, change, expected):
     change(folder)
     assert expected.format(root=folder) in error_of("folder", data_dir=str(folder), image_size=5)
@@ -437,7 +437,7 @@ def test_folder_without_a_directory_or_permission(folder, monkeypatch):
     assert "cannot be listed (PermissionError" in error_of("folder", data_dir=str(folder))
 
 
-@pytest.mark.fault("images beyond the memory")
+@pytest.mark.fault("more images than fit in memory")
 def test_folder_beyond_the_memory_is_refused_before_decoding(folder, monkeypatch):
     monkeypatch.setattr(image_folder, "_free_memory", lambda: 2 * 6 * 50 * 50 * 3 - 1)
     monkeypatch.setattr(image_folder, "read_image", lambda path: pytest.fail("decoded"))
@@ -491,17 +491,17 @@ def run(script, *arguments):
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Tiny cifar10 and cifar100, "downloaded" by load_dataset and written by TFDS; also what that load returned."""
+    """Tiny cifar10 and cifar100, "downloaded" by load_dataset and written by TFDS; also the loaded data."""
     if not all(map(importlib.util.find_spec, ("tensorflow_datasets", "tensorflow"))):
         pytest.skip("TFDS writes with TensorFlow")
     data_dir = tmp_path_factory.mktemp("tfds")
-    # In a process of its own, because TFDS loads TensorFlow to write.
+    # In a separate process, because TFDS loads TensorFlow to write.
     return data_dir, run(WRITE, data_dir).split()[-2:]
 
 
 @pytest.fixture
 def copy(prepared, tmp_path):
-    """A copy of the tiny cifar10 to be spoilt: its data_dir and the directory of its version."""
+    """A copy of the tiny cifar10 to damage: its data_dir and the directory of its version."""
     shutil.copytree(prepared[0] / "cifar10", tmp_path / "cifar10")
     (version,) = (tmp_path / "cifar10").iterdir()
     return tmp_path, version
@@ -509,7 +509,7 @@ def copy(prepared, tmp_path):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No name look-up succeeds, and TFDS is not to try a download."""
+    """All name look-ups fail, and TFDS must not try to download."""
     tfds = pytest.importorskip("tensorflow_datasets")
 
     def refuse(*_, **__):
@@ -562,7 +562,7 @@ def test_reading_needs_neither_tensorflow_nor_network(prepared):
 
 
 def test_a_converted_copy_is_read(copy, prepared):
-    # As `tfds convert_format` leaves it, when it adds ArrayRecord files to a TFRecord copy.
+    # The state after `tfds convert_format` has added ArrayRecord files to a TFRecord copy.
     info = json.loads((copy[1] / "dataset_info.json").read_text())
     info |= {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
     (copy[1] / "dataset_info.json").write_text(json.dumps(info))
@@ -646,7 +646,7 @@ def test_tfds_not_installed(monkeypatch):
     assert 'pip install "regnet-flax[tfds]"' in message and "--config configs/folder.py" in message
 
 
-@pytest.mark.fault("a data set to be prepared without TensorFlow")
+@pytest.mark.fault("preparing a data set without TensorFlow")
 @pytest.mark.parametrize("name", ["cifar10", "imagenet"])
 def test_tensorflow_not_installed(name, offline, monkeypatch, tmp_path, capsys):
     find = PathFinder.find_spec

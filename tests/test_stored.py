@@ -1,4 +1,4 @@
-"""Workdirs of version 0.1.0, one of each kind, resume and are evaluated; stored/ has what they come to."""
+"""Workdirs of version 0.1.0, one of each kind, resume and are evaluated; stored/ has the expected results."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ EXPECTED = json.loads((STORED / "expected.json").read_text())
 
 
 def config_of(workdir, **overrides):
-    """As the command line takes it from config.json."""
+    """Reads the config from config.json like the command line."""
     config, stored = base.get_config(), json.loads((workdir / "config.json").read_text())
     for name, value in config_dict.ConfigDict(stored).items():
         if name not in config:
@@ -66,5 +66,5 @@ def test_a_workdir_of_before_is_evaluated_and_resumes_to_the_same_end(kind, tmp_
         for name in ("train_loss", "train_accuracy", "learning_rate"):
             assert line[name] == pytest.approx(expected[name], rel=2e-3), (name, expected["step"])
         assert ("eval_loss" in line) == ("eval_loss" in expected)
-        if "eval_loss" in line and kind != "lone":  # whose averages had no warm-up
+        if "eval_loss" in line and kind != "lone":  # its averages had no warm-up
             assert line["eval_loss"] == pytest.approx(expected["eval_loss"], rel=2e-3)

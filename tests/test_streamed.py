@@ -1,4 +1,4 @@
-"""Whole runs on streamed data: exact evaluation, exact resumption, devices, faults; a width-4 network at 16×16."""
+"""Whole runs on streamed data: exact evaluation and resumption, devices, faults; a width-4 network at 16×16."""
 
 import os
 import shutil
@@ -55,7 +55,7 @@ def arguments_of(data, workdir, **overrides):
 
 @pytest.fixture
 def program_on(folder):
-    """A program on the folder: program_on(devices, **overrides)."""
+    """Makes a program on the folder: program_on(devices, **overrides)."""
 
     def make(devices=1, seeds=(), **overrides):
         config = config_of(folder, **overrides)
@@ -65,7 +65,7 @@ def program_on(folder):
 
 
 def test_a_run_that_goes_on_at_step_3_ends_bitwise_as_an_uninterrupted_one(folder, tmp_path):
-    """With two workers then, each of which takes seconds to start. test_streaming.py compares the batches of one."""
+    """It resumes with two workers, which take seconds to start. test_streaming.py compares the batches of one."""
     train(folder, tmp_path / "whole", **{"dataset.workers": 0})
     train(folder, tmp_path / "run", **{"train.max_steps": 3, "dataset.workers": 0})
     results = train(folder, tmp_path / "run", **{"dataset.workers": 2, "dataset.prefetch": 1})
@@ -89,7 +89,7 @@ def test_a_program_reads_on_from_any_step(program_on):
 
 
 def test_two_devices_train_as_one_and_share_batch_statistics_alike(program_on):
-    """With the parts of an accumulated batch, in float64, where another grouping would show."""
+    """With accumulated batches, in float64, where another grouping of images would show."""
 
     def trained(devices):
         program = program_on(devices, **{"optimizer.accumulate_steps": 2, "dtype": "float64"})
@@ -196,7 +196,7 @@ def test_a_stream_takes_one_step_a_call(folder, tmp_path):
 
 def test_faults_are_one_line_and_exit_2(folder, tmp_path, capfd):
     def fails(code, **overrides):
-        overrides |= {"train.batch_size": 8}  # of as many devices
+        overrides |= {"train.batch_size": 8}  # one image per device
         assert main.main(arguments_of(folder, tmp_path / "run", **overrides)) == code
         (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
         return line
@@ -231,7 +231,7 @@ def test_a_dead_worker_ends_the_run_and_a_signal_stops_it_and_neither_leaves_a_p
 
     for number in (signal.SIGTERM, signal.SIGINT):
         process, workers = start()
-        os.killpg(process.pid, number)  # as a terminal and a batch system do, workers included
+        os.killpg(process.pid, number)  # to workers too, like a terminal or a batch system
         out, errors = process.communicate(timeout=100)
         assert process.returncode == 128 + number, errors
         assert "resuming from the checkpoint" in out and errors.startswith("Stopped by SIG"), errors

@@ -1,4 +1,4 @@
-"""Streamed data sets: which batches there are, whoever makes them, and what becomes of files that do not decode."""
+"""Streamed data sets: the same batches for any workers, and files that do not decode."""
 
 import io
 import json
@@ -23,7 +23,7 @@ from regnet_flax.errors import DataError, StreamError
 from streams import SIZE, TEST, TRAIN, assert_same, jpeg, number_of, opened, read
 
 ROOT = Path(__file__).parents[1]
-# Which batches
+# Batches
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
@@ -69,7 +69,7 @@ def test_the_same_example_is_cropped_otherwise_in_another_epoch_and_not_without_
 
 
 def test_the_order_and_the_crops_are_those_of_every_version():
-    # A run that goes on under another version of NumPy or of this package has to see the same batches.
+    # A run that resumes under another version of NumPy or of this package must see the same batches.
     assert epoch_order(0, 0, 10).tolist() == [3, 7, 6, 4, 1, 0, 2, 8, 5, 9]
     random = np.random.RandomState((0, 0, 0)).random_sample((2, photos.UNIFORMS))
     assert photos.random_box(500, 375, random[1]) == (82, 100, 352, 338)
@@ -101,12 +101,12 @@ def test_every_test_example_counts_once(folder, batch_size, processes):
     assert numbers == TEST and labels == [number % 2 for number in TEST]
 
 
-# What does not decode
+# Files that do not decode
 
 
 def test_a_damaged_photograph_is_left_out_and_named(folder):
     path = folder / "train/a/04.jpg"  # example 2; example 3 is number 6
-    path.write_bytes(path.read_bytes()[:300])  # within the tables, before any pixel
+    path.write_bytes(path.read_bytes()[:300])  # inside the tables, before any pixel
     (folder / "val/b/15.jpg").write_bytes(b"")
     dataset = opened(folder)
     batch = dataset.train_batches(seed=0, batch_size=13)(0)
@@ -140,7 +140,7 @@ def test_nothing_that_decodes(folder, monkeypatch):
         opened(folder).train_batches(seed=0, batch_size=4)(0)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as a user's process has it, no error
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # a warning, as in a user's process
 def test_decompression_bombs_do_not_decode_and_warnings_stay_warnings(folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 30 - 1)
     before = list(warnings.filters)
@@ -177,7 +177,7 @@ def test_the_fingerprint_sees_names_and_sizes(folder):
 
 def test_the_fingerprint_is_that_of_every_version(folder):
     for path in folder.glob("*/*/*"):
-        path.write_bytes(b"x" * int(path.stem))  # since it sees sizes only, not what Pillow makes of an image
+        path.write_bytes(b"x" * int(path.stem))  # only the sizes matter, not the contents
     assert opened(folder).fingerprint() == "a42031f3296857c1"
 
 
@@ -219,7 +219,7 @@ def test_a_folder_with_val_and_test_is_streamed_as_three_splits(folder):
         opened(folder, validation=2)
 
 
-@pytest.mark.parametrize(("validation", "reason"), [(13, "13 training images"), (12, "all those of 1 of the classes")])
+@pytest.mark.parametrize(("validation", "reason"), [(13, "13 training images"), (12, "all images of 1 of the classes")])
 @pytest.mark.fault("more images to hold out than there are")
 def test_too_many_images_held_out(folder, validation, reason):
     with pytest.raises(DataError, match=f"dataset.validation is {validation}: .*{reason}") as caught:
@@ -295,14 +295,14 @@ def test_workers_end_with_a_parent_that_was_killed(folder, tmp_path):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, cwd=ROOT, env=env, text=True, **pipes) as parent:
         assert parent.stdout.readline() == "ready\n"
-        wait_until(lambda: len(children(parent.pid)) == 2)  # the first batch may be there before the second worker
+        wait_until(lambda: len(children(parent.pid)) == 2)  # the first batch may precede the second worker
         workers = children(parent.pid)
         assert len(alive(workers)) == 2
         parent.kill()
     wait_until(lambda: not alive(workers))
 
 
-# ImageNet as TFDS has it
+# ImageNet from TFDS
 
 
 def test_imagenet_is_read_as_tfds_wrote_it(imagenet):

@@ -1,4 +1,4 @@
-"""Parameters, multiply-adds and shapes, against sums written out by hand and PyTorch's counts of the reference."""
+"""Parameters, multiply-adds and shapes, against sums by hand and PyTorch's counts of the reference."""
 
 import io
 import pathlib
@@ -21,14 +21,14 @@ TABLE = pathlib.Path(__file__).resolve().parent.parent / "benchmarks" / "models_
 
 
 def basic_stage(n, size, inputs, blocks):
-    """Multiply-adds of a stage of plain basic blocks with shortcut B."""
+    """Returns the multiply-adds of a stage of plain basic blocks with shortcut B."""
     convolutions = 9 * n * inputs + 9 * n * n * (2 * blocks - 1)
     shortcut = n * inputs if n != inputs else 0
     return (convolutions + shortcut) * size * size
 
 
 def fused(n, size, blocks, gates, weights):
-    """What regulators of `weights` a gate and the 1×1 convolutions that fuse them add to a stage."""
+    """Returns what regulators with `weights` per gate and the fusing 1×1 convolutions add to a stage."""
     return (gates * weights + 2 * n * n) * size * size * blocks
 
 
@@ -59,7 +59,7 @@ def test_cifar_networks(name, options, gates, weights):
 
 
 def test_resnet50_at_224():
-    """4.09 billion with torchvision's stride; He et al.'s placement at the first 1×1 convolution gives 3.86."""
+    """4.09 billion with torchvision's stride, 3.86 with He et al.'s, in the first 1×1 convolution."""
     for stride, billions in (("3x3", 4.09), ("1x1", 3.86)):
         parts = summarize(create_model("resnet50", num_classes=1000, bottleneck_stride=stride), (224, 224, 3))
         assert sum(part.multiply_adds for part in parts) / 1e9 == pytest.approx(billions, abs=0.005)
@@ -100,7 +100,7 @@ def test_table_has_the_totals():
     ],
 )
 def test_counts_are_those_of_torch(name, options, size):
-    """Of the reference, run on shapes alone: its parameters, multiply-adds (half of PyTorch's FLOPs) and stages."""
+    """Compares with the reference, run only on shapes: parameters, multiply-adds (half of PyTorch's FLOPs), stages."""
     shapes = {}
 
     def keep(module_name, _, inputs, output):
@@ -117,7 +117,7 @@ def test_counts_are_those_of_torch(name, options, size):
     assert 2 * sum(part.multiply_adds for part in parts) == counter.get_total_flops()
     assert sum(part.parameters for part in parts) == sum(p.numel() for p in theirs.parameters())
     outputs = {part.name: part.output for part in parts}
-    for module_name, (_, channels, height, width) in shapes.items():  # a stage's last block is the last to write
+    for module_name, (_, channels, height, width) in shapes.items():  # a stage's last block writes last
         stage = re.search(r"(?:layer|trunk_output\.block)(\d)", module_name)[1]
         if name == "regnety_400mf":
             stage += f"_block{(1, 3, 6, 6)[int(stage) - 1]}"
@@ -125,14 +125,14 @@ def test_counts_are_those_of_torch(name, options, size):
     assert shapes
 
 
-# Those of test_networks.py are compared there.
+# test_networks.py compares its own families.
 EVERY = [name for name in list_models() if torch_networks.reference(name) is None]
 SUMMARISED = ["resnet110", "se_regnet20_convgru", "regnet18_convlstm", "resnet_rnn20_convrnn", "regnety_400mf"]
 
 
 @pytest.mark.parametrize("names", [SUMMARISED, pytest.param(EVERY, marks=pytest.mark.thorough)], ids=len)
 def test_summary_of_every_model(names, capsys):
-    """`--mode summary` at the recipe's input size: the parameters are the reference's, the stages halve the image."""
+    """`--mode summary` at the recipe's input size: parameters equal the reference's, stages halve the image."""
     for name in names:
         model = create_model(name)
         imagenet = getattr(model, "stem", "imagenet") == "imagenet"

@@ -1,4 +1,4 @@
-"""What the program says, where it says it, and how it is stopped from there."""
+"""The program's output, its encodings and destinations, and signals from a terminal."""
 
 import ast
 import io
@@ -72,7 +72,7 @@ POOR = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOE
 def test_the_head_of_the_output_and_an_ascii_terminal():
     command = f"{sys.executable} -m regnet_flax.main --mode=models | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=60)
-    first, code = done.stdout.splitlines()  # 141 if head was gone before the end
+    first, code = done.stdout.splitlines()  # 141 if head ended first
     assert first == "resnet20" and code in ("0", "141") and not done.stderr
     command = f"{sys.executable} -m regnet_flax.main --help >&-"
     subprocess.run(["bash", "-c", command], env=environment(), check=True, timeout=60)
@@ -81,7 +81,7 @@ def test_the_head_of_the_output_and_an_ascii_terminal():
 
 
 def test_files_have_their_encoding_named():
-    """And so they are UTF-8 whatever the locale says."""
+    """So they are UTF-8 in any locale."""
     missing = []
     for path in sorted(pathlib.Path(regnet_flax.__file__).parent.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -131,11 +131,11 @@ def test_an_option_of_a_model_that_is_mistyped():
 
 
 def signalled(*numbers):
-    """Sends them to this process while a StopSignals is entered; returns it and what its `check` said."""
+    """Sends signals to this process inside a StopSignals context; returns it and the message of its `check`."""
     with StopSignals() as stop:
         for number in numbers:
             os.kill(os.getpid(), number)
-            time.sleep(0.05)  # a handler in Python runs between two bytecodes
+            time.sleep(0.05)  # Python runs handlers between bytecodes
         asked = stop.take_save()
         try:
             stop.check()
@@ -147,18 +147,18 @@ def signalled(*numbers):
 def test_sighup_stops_and_sigusr1_saves():
     asked, again, error = signalled(signal.SIGUSR1)
     assert asked and not again and error is None
-    # A terminal that closes sends more than one.
+    # A closing terminal sends more than one.
     asked, _, error = signalled(signal.SIGHUP, signal.SIGHUP, signal.SIGUSR1)
     assert asked and error.exit_code == 129
     assert str(error) == "Stopped by SIGHUP before the first step; run the same command to start again"
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # like nohup
     try:
         assert signalled(signal.SIGHUP)[2] is None
     finally:
         signal.signal(signal.SIGHUP, before)
 
 
-# What the package imports first, and it swallows a KeyboardInterrupt.
+# Replaces a module that the package imports first, and swallows a KeyboardInterrupt.
 SLOW = """
 import time
 print("importing", flush=True)

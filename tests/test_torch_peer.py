@@ -1,4 +1,4 @@
-"""The PyTorch that is measured against, benchmarks/torch_peer.py, computes what the reference computes."""
+"""benchmarks/torch_peer.py, the PyTorch code of the benchmarks, computes the same as the reference."""
 
 import sys
 
@@ -12,13 +12,13 @@ from helpers import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import torch_peer
 
-SIZES = {"width": 4, "counts": (2, 1)}  # blocks with a state and without one
+SIZES = {"width": 4, "counts": (2, 1)}  # blocks with and without a state
 MODELS = [("resnet20", "per gate")]
 MODELS += [(f"regnet20_{cell}", form) for cell in torch_peer.CELLS for form in torch_peer.FORMS]
 
 
 def outcome(network, images, labels):
-    """Logits in training and evaluation, each parameter's gradient, and the running statistics."""
+    """Returns logits in training and evaluation, each parameter's gradient, and the running statistics."""
     logits = network.train()(images)
     F.cross_entropy(logits, labels).backward()
     found = {"training": logits.detach()} | {name: p.grad for name, p in network.named_parameters()}

@@ -62,7 +62,7 @@ class Harm:
 def test_nothing_else_is_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"a": Harm()}, "w.pth")
-    with pytest.raises(WeightsError, match="weights alone") as error:
+    with pytest.raises(WeightsError, match="weights only") as error:
         read_weights("w.pth")
     assert not (tmp_path / "harm").exists() and "\n" not in str(error.value)
 
@@ -70,8 +70,8 @@ def test_nothing_else_is_unpickled(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("w.safetensors", b"\x08\0\0\0\0\0\0\0{}", "no whole .safetensors"),
-        ("w.safetensors", b"", "no whole .safetensors"),
+        ("w.safetensors", b"\x08\0\0\0\0\0\0\0{}", "not a complete .safetensors"),
+        ("w.safetensors", b"", "not a complete .safetensors"),
         ("w.pth", b"nothing", "cannot be read"),
         ("w.pth", b"", "cannot be read"),
         ("w.onnx", b"", "must end in"),
@@ -136,7 +136,7 @@ def test_training_starts_from_a_file_and_takes_a_new_head(tmp_path, capsys):
         str(tmp_path / "run"),
         f"--config.model.init_from={tmp_path / 'w.safetensors'}",
     ]
-    # A step so small that the weights stay what they were.
+    # The step is so small that the weights do not change.
     run += ["--config.train.max_steps=1", "--config.optimizer.learning_rate=1e-12"]
     assert main.main(run) == 2
     error = capsys.readouterr().err
@@ -171,4 +171,4 @@ def test_the_stride_of_bottlenecks_is_said_or_checked(tmp_path, capsys, monkeypa
     assert "bottleneck_stride=3x3" in capsys.readouterr().err
     write_weights(tmp_path / "plain.safetensors", arrays)
     assert main.main([*command, f"--config.model.init_from={tmp_path / 'plain.safetensors'}"]) == 0
-    assert "taken to be the 1x1 convolution" in capsys.readouterr().out
+    assert "the 1x1 convolution is assumed" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""What a run leaves in its workdir."""
+"""The files that a run writes into its workdir."""
 
 import json
 import math
@@ -19,10 +19,10 @@ from regnet_flax.training.workdir import read_metrics
 
 
 def strictly(text):
-    """The lines of a file, NaN and Infinity refused, which JSON has not."""
+    """Parses the lines of a file, and rejects NaN and Infinity, which JSON does not have."""
 
     def refuse(name):
-        raise ValueError(f"{name} is no JSON")
+        raise ValueError(f"{name} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
 
@@ -112,7 +112,7 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path, step):
         for number in (10, 20, 30):
             log.write({"step": number, "train_loss": 1.0})
     for file in tmp_path.glob("events.*"):
-        file.rename(tmp_path / "events.out.tfevents.0000000000.earlier")  # the names have the second in them
+        file.rename(tmp_path / "events.out.tfevents.0000000000.earlier")  # the names contain the time in seconds
     with MetricsLog(tmp_path, step) as log:
         log.write({"step": step + 5, "train_loss": 2.0})
     shown = {number: value for (_, number), value in events(tmp_path).items()}

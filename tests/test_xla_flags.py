@@ -1,4 +1,4 @@
-"""The flags that the program sets for its own process."""
+"""The XLA flags that the program sets for its own process."""
 
 import importlib.metadata
 import subprocess

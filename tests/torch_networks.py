@@ -1,6 +1,6 @@
-"""The further networks in plain PyTorch: other families of ResNets, comparison models, and the paper's open choices.
+"""The other networks in plain PyTorch: other families of ResNets, comparison models, and the paper's open choices.
 
-As torch_reference.py is: written from the equations, independent of `regnet_flax`, nothing scanned or stacked.
+Like torch_reference.py: written from the equations, independent of `regnet_flax`, nothing scanned or stacked.
 """
 
 from functools import partial
@@ -31,7 +31,7 @@ from torch_reference import (
 
 
 class GroupedBottleneck(nn.Module):
-    """ResNeXt's and Wide ResNet's: m = n · base / 64 · groups channels inside, 4n outside, the stride in the 3×3.
+    """The block of ResNeXt and Wide ResNet: m = n · base / 64 · groups channels inside, 4n outside, stride in the 3×3.
 
     A regulator sees X2, of m channels, at the block's stride; a 1×1 without groups fuses H, 2m → m.
     """
@@ -151,7 +151,7 @@ class DIACell(Cell):
 
 
 class DIABlock:
-    """x' = ReLU(shortcut + F(x)⊙h'), where the cell is given the global means of F(x), after its last BN."""
+    """x' = ReLU(shortcut + F(x)⊙h'), where the cell's input is the global means of F(x), after its last BN."""
 
     def forward(self, x, state=None, regulator=None):
         y = self.residual(x)
@@ -176,7 +176,7 @@ DIA_STYLE = Style(norm_h=False, fuse=False)
 class RLABlock(nn.Module):
     """y = F([x, h]); x' = ReLU(shortcut(x) + y); h' = W_rec * tanh(BN(pooled h + W_out * y)).
 
-    W_out and W_rec are the stage's; h is averaged over 2×2 pixels where the stride is 2.
+    W_out and W_rec belong to the stage; h is averaged over 2×2 pixels if the stride is 2.
     """
 
     def __init__(self, c_in, n, stride, k, at="1x1"):
@@ -224,7 +224,7 @@ class RLANet(nn.Module):
 
 
 def contiguous(cell: type[Regulator]) -> type[Regulator]:
-    """The cell with N literal groups over [X, H]: neighbours are together, X with X and H with H."""
+    """Returns the cell with N literal groups over [X, H]: neighbours share a group, X with X and H with H."""
 
     class Contiguous(cell):
         def preactivations(self, x, h, first, last):
@@ -238,7 +238,7 @@ def contiguous(cell: type[Regulator]) -> type[Regulator]:
 
 
 class OpenBlock(BasicBlock):
-    """The paper's module with ReLU(BN(·)) of H ("h"), of H and C ("hc") or of neither ("none"), perhaps the stage's."""
+    """The paper's module with ReLU(BN(·)) of H ("h"), H and C ("hc") or neither ("none"), optionally per stage."""
 
     def __init__(self, c_in, n, stride=1, *, normalize="h", **options):
         super().__init__(c_in, n, stride, **options)
@@ -247,7 +247,7 @@ class OpenBlock(BasicBlock):
             del self.bn_h
         if normalize == "hc":
             self.bn_c = norm(n)
-        self.stage = None  # a function from a name to the stage's own
+        self.stage = None  # maps a name to the stage's batch normalisation
 
     def regulate(self, x, state, regulator):
         state = (regulator or self.regulator)(x, state)
@@ -273,7 +273,7 @@ class OpenNet(ResNet):
 
 
 def grouped(depth, groups, base, cell=None, kernel="separable", **options):
-    """ResNeXt and Wide ResNet, by torchvision's names where there is no regulator."""
+    """Builds ResNeXt and Wide ResNet, with torchvision's names if there is no regulator."""
     make_cell = None
     if cell:
         make_cell = lambda n: REGULATORS[cell](max(1, n * base // 64) * groups, kernel)  # noqa: E731
@@ -298,7 +298,7 @@ IMAGENET_COUNTS = {depth: counts for depth, (_, counts) in IMAGENET.items()}
 
 
 def reference(name):
-    """The PyTorch network of a listed name of these families at its full size; None for one of another family."""
+    """Builds the PyTorch network of a listed name of these families at full size; None for other families."""
     se, name = name.startswith("se_"), name.removeprefix("se_")
     cell = name.rpartition("_")[2] if name.endswith(("convrnn", "convgru", "convlstm")) else None
     size = name.removesuffix(f"_{cell}").lstrip("abcdefghijklmnopqrstuvwxyz_")

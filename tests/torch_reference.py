@@ -1,7 +1,7 @@
-"""Every model of the package once more, in plain PyTorch, to compare with.
+"""Every model of the package in plain PyTorch, as a reference.
 
 Written from the equations and independent of `regnet_flax`: NCHW arrays, an explicit loop over the blocks, nothing
-scanned or stacked. State-dict names are those `port/torch.py` reads and writes. Notation is that of the paper
+scanned or stacked. `port/torch.py` reads and writes its state-dict names. The notation is the paper's
 (arXiv 2101.00590): X is a feature map, H the regulator's state, C the LSTM's cell state, n their channels.
 
 Initial values are PyTorch's defaults: a test that compares outputs copies the weights over.
@@ -23,12 +23,12 @@ State = tuple[Tensor, ...]  # (H,), or (H, C) for the LSTM
 
 
 def conv(c_in: int, c_out: int, kernel_size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution with padding k//2 and no bias, as used next to every BN."""
+    """Makes a convolution with padding k//2 and no bias, as used before every BN."""
     return nn.Conv2d(c_in, c_out, kernel_size, stride, padding=kernel_size // 2, groups=groups, bias=False)
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
-    """BN with the one set of constants used everywhere."""
+    """Makes a BN with the constants used everywhere."""
     return nn.BatchNorm2d(channels, eps=1e-5, momentum=0.1)
 
 
@@ -55,14 +55,14 @@ class Regulator(Cell):
         if kernel == "dense":
             self.conv = nn.Conv2d(2 * n, rows, 3, padding=1)
         elif kernel == "separable":
-            # Used for their weights only: called as they stand, their outputs would be channel-major.
+            # They only hold weights: called directly, their outputs would be channel-major.
             self.pointwise = nn.Conv2d(2 * n, rows, 1, groups=n, bias=False)
             self.depthwise = nn.Conv2d(rows, rows, 3, padding=1, groups=rows)
         else:
             raise ValueError(f"kernel must be 'separable' or 'dense', not {kernel!r}")
 
     def preactivations(self, x: Tensor, h: Tensor, first: int, last: int) -> tuple[Tensor, ...]:
-        """W_g[X, H] + b_g of the gates `first` up to but not including `last`, one tensor of n channels each."""
+        """Returns W_g[X, H] + b_g of the gates `first` up to, but not including, `last`: n channels each."""
         count, rows = last - first, slice(first * self.n, last * self.n)
         if self.kernel == "dense":
             y = F.conv2d(torch.cat([x, h], 1), self.conv.weight[rows], self.conv.bias[rows], padding=1)
@@ -110,8 +110,8 @@ class ConvLSTM(Regulator):
 class RNNProjectConvRNN(Cell):
     """*RNN*'s ConvRNN, H' = tanh(conv_x[X, H]).
 
-    It has one biased convolution of [X, H], as the parameter count shows; it is taken to be `conv_x`, the GRU's name
-    for its convolution of the same pair, and there is no `conv_y`.
+    It has one biased convolution of [X, H], as the parameter count shows; we assume that it is `conv_x`, the GRU's name
+    for its convolution of the same pair, and that there is no `conv_y`.
     """
 
     def __init__(self, n: int):
@@ -153,7 +153,7 @@ class SqueezeExcite(nn.Module):
 
 
 class ZeroPadShortcut(nn.Module):
-    """He's option A: every stride-th pixel, and zero channels appended at the end."""
+    """He's option A: every stride-th pixel, with zero channels appended."""
 
     def __init__(self, c_in: int, c_out: int, stride: int):
         super().__init__()
@@ -165,13 +165,13 @@ class ZeroPadShortcut(nn.Module):
 
 @dataclass(frozen=True)
 class Style:
-    """What differs between the projects: some names, and how a block uses H."""
+    """The differences between the projects: some names, and how a block uses H."""
 
     cell: str = "regulator"
     shortcut: str = "shortcut"
     head: str = "linear"
     norm_h: bool = True  # H = ReLU(BN(H)) after the cell
-    fuse: bool = True  # 1×1 convolution of [X, H]; otherwise H takes the place of X
+    fuse: bool = True  # 1×1 convolution of [X, H]; otherwise H replaces X
 
 
 PAPER = Style()
@@ -181,10 +181,10 @@ RNN = Style(cell="rnn", norm_h=False, fuse=False)
 
 
 class Block(nn.Module):
-    """What basic and bottleneck blocks share: `block(x, state, regulator) -> (y, state)`.
+    """The base of basic and bottleneck blocks: `block(x, state, regulator) -> (y, state)`.
 
-    A regulated block runs the `regulator` it is given (the stage's shared one), or else `cell`, its own. The state it
-    returns is what the next block receives; a plain block passes on what it was given.
+    A regulated block runs the given `regulator` (the stage's shared one), or else its own `cell`. The next block
+    receives the returned state; a plain block returns the state unchanged.
     """
 
     expansion: int
@@ -281,9 +281,9 @@ class BottleneckBlock(Block):
 
 
 class ResNet(nn.Module):
-    """Stem, stages of blocks, global mean, linear head: every network here but RegNetY.
+    """Stem, stages of blocks, global mean, linear head: every network here except RegNetY.
 
-    Attributes `layer{s}` hold the blocks of stage s and, where the stage has a shared one, `regulator{s}` its cell.
+    The attributes `layer{s}` hold the blocks of stage s, and `regulator{s}` its cell if the stage shares one.
 
     Args:
         num_classes: number of logits.
@@ -347,7 +347,7 @@ class ResNet(nn.Module):
 
 
 def conv_norm(c_in: int, c_out: int, kernel_size: int, stride: int = 1, groups: int = 1, relu: bool = True):
-    """torchvision's convolution, BN and perhaps ReLU as one Sequential."""
+    """Makes torchvision's convolution, BN and optional ReLU as one Sequential."""
     layers = [conv(c_in, c_out, kernel_size, stride, groups), norm(c_out)]
     return nn.Sequential(*layers, nn.ReLU()) if relu else nn.Sequential(*layers)
 
@@ -372,8 +372,8 @@ class RegNetYBlock(nn.Module):
 class RegNetY400MF(nn.Module):
     """Radosavovic's RegNetY-400MF (arXiv 2003.13678) with torchvision's names.
 
-    Widths and depths are what w0 = 48, wa = 27.89, wm = 2.09, depth 16 and group width 8 come to; a smaller depth has
-    the first of its blocks.
+    Widths and depths follow from w0 = 48, wa = 27.89, wm = 2.09, depth 16 and group width 8; with a smaller depth the
+    network has the first of these blocks.
     """
 
     def __init__(self, num_classes: int, in_channels: int = 3, depth: int = 16):
@@ -417,12 +417,12 @@ PROJECT_MODELS = {
 
 
 def build(name: str, num_classes: int = 10, **options) -> nn.Module:
-    """The model of a registry name, such as `regnet20_convlstm`, `se_resnet50` or `regnety_400mf`.
+    """Builds the model of a registry name, such as `regnet20_convlstm`, `se_resnet50` or `regnety_400mf`.
 
-    Depths 18, 34, 50 and 101 are the ImageNet family (50 too, although it is 6·8 + 2), any other 6m + 2 is CIFAR's.
+    Depths 18, 34, 50 and 101 are the ImageNet family (even 50, although it is 6·8 + 2), any other 6m + 2 is CIFAR's.
 
-    Options: in_channels, width, counts, shortcut, regulated_stages, kernel, share_regulator, bottleneck_stride; one
-    that the model fixes is a TypeError, one without meaning for it (kernel in a plain ResNet) is ignored.
+    Options: in_channels, width, counts, shortcut, regulated_stages, kernel, share_regulator, bottleneck_stride; an
+    option that the model fixes is a TypeError, an irrelevant one (kernel in a plain ResNet) is ignored.
     """
     if name == "regnety_400mf":
         return RegNetY400MF(num_classes, **options)

@@ -1,4 +1,4 @@
-"""What a model makes of a split, class by class: the confusion matrix, precision and recall, pictures."""
+"""A model's predictions by class: confusion matrix, precision, recall and figures."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ EXAMPLES = 16
 
 
 def confusion_matrix(outcomes: np.ndarray, classes: int) -> np.ndarray:
-    """How many examples of each class (row) were taken for each class (column).
+    """Counts the examples of each class (row) that were predicted as each class (column).
 
     Args:
       outcomes: int (N, 2 or more), label and predicted class first; −1 where there was no example.
-      classes: how many.
+      classes: the number of classes.
 
     Returns:
       int64 (classes, classes).
@@ -29,16 +29,16 @@ def confusion_matrix(outcomes: np.ndarray, classes: int) -> np.ndarray:
 
 
 def per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[str, Any]]:
-    """Precision and recall of each class.
+    """Computes precision and recall of each class.
 
     Args:
       confusion: see confusion_matrix.
-      class_names: of its rows and columns.
+      class_names: the names of its rows and columns.
 
     Returns:
-      For each class "class", its name; "images", those of it; "predicted", those that were taken for it; "precision",
-      the share of the latter that are of it; and "recall", the share of the former that were taken for it. A share of
-      no images is None.
+      For each class: "class", its name; "images", the number of its images; "predicted", the number of images predicted
+      as this class; "precision", the share of the latter that belong to it; and "recall", the share of the former that
+      were predicted as it. A share of no images is None.
     """
     found, images, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
     return [
@@ -56,17 +56,17 @@ def per_class(confusion: np.ndarray, class_names: Sequence[str]) -> list[dict[st
 def write_figures(
     directory: pathlib.Path, dataset: Any, outcomes: np.ndarray, title: str, seed: int, split: str = "test"
 ) -> list[dict[str, Any]]:
-    """Writes predictions.png, of 16 images, and confusion.png, of all of them.
+    """Writes predictions.png with 16 images, and confusion.png of all images.
 
-    The mistakes come first, those that the model is most certain of before others; images drawn at random fill up.
+    Mistakes come first, the most confident ones at the front; random images fill the rest.
 
     Args:
-      directory: made where it is not.
-      dataset: its `class_names` and `images(split, indices)` are used.
-      outcomes: int (N, 3), label, predicted class and its probability in millionths of each image of the split; −1 for
-        one that there is not.
-      title: above the pictures; the accuracy is added.
-      seed: fixes which images are drawn.
+      directory: created if it does not exist.
+      dataset: only its `class_names` and `images(split, indices)` are used.
+      outcomes: int (N, 3), label, predicted class and its probability in millionths for each image of the split; −1
+        for a missing image.
+      title: the figures' title; the accuracy is added.
+      seed: determines the random images.
       split: "test" or "validation".
 
     Returns:
@@ -87,7 +87,7 @@ def write_figures(
 
 
 def _chosen(outcomes: np.ndarray, seed: int) -> np.ndarray:
-    """The indices of the images to show."""
+    """Returns the indices of the images to show."""
     there = outcomes[:, 0] >= 0
     wrong = np.flatnonzero(there & (outcomes[:, 0] != outcomes[:, 1]))
     wrong = wrong[np.argsort(-outcomes[wrong, 2], kind="stable")][:EXAMPLES]

@@ -1,4 +1,4 @@
-"""Reads the finished workdirs of several models × several seeds, and what they tell: means, spreads and differences."""
+"""Reads finished workdirs of several models × several seeds; computes means, spreads and differences."""
 
 from __future__ import annotations
 
@@ -38,18 +38,17 @@ class Result:
 
     Attributes:
       label: model and options.
-      regulator: its kind, "" where there is none.
-      parameters: how many.
-      multiply_adds: for one image.
-      seeds: that were trained to the end.
-      failed: from each seed that was not to the reason.
-      chosen: whether a validation split chose the checkpoint that the errors are of; else they are of the last one.
+      regulator: its kind, "" for none.
+      parameters: the number of parameters.
+      multiply_adds: multiply-adds for one image.
+      seeds: the seeds that trained to the end.
+      failed: the reason for each seed that did not.
+      chosen: whether the errors are those of the checkpoint that a validation split chose, or of the last one.
       error: of each seed, in percent of the test images.
-      top5_error: likewise; empty where there are no more than five classes.
+      top5_error: likewise; empty if there are no more than five classes.
       seconds: wall time of all seeds together.
-      claim: what was published of this model on this data set, "" for nothing.
-      curves: from "train_loss" and "error" (percent, of the split that was evaluated) to epochs (k,) and values
-        (seeds, k).
+      claim: the published error of this model on this data set, "" for none.
+      curves: maps "train_loss" and "error" (percent, on the evaluated split) to epochs (k,) and values (seeds, k).
       config: config.json.
       environment: "hardware", "versions" and "command" of results.json.
     """
@@ -71,7 +70,7 @@ class Result:
 
 
 def read(label: str, workdir: pathlib.Path) -> Result:
-    """One model's result, from the config.json, results.json and metrics.jsonl of its workdir."""
+    """Reads one model's result from the config.json, results.json and metrics.jsonl of its workdir."""
     config, results = (
         json.loads((workdir / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "results")
     )
@@ -118,7 +117,7 @@ def _curve(lines: Sequence[Mapping[str, Any]], seeds: Sequence[int], name: str, 
 
 
 def claim(model: str, dataset: str) -> str:
-    """The published test error of a model by its own recipe on a data set, "" where none is known."""
+    """Returns the published test error of a model with its own recipe on a data set, "" if none is known."""
     said = []
     if model in _XU and dataset in (names := ("cifar10", "cifar100")):
         said.append(f"{_XU[model][names.index(dataset)]} % (Xu et al.)")
@@ -129,22 +128,22 @@ def claim(model: str, dataset: str) -> str:
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """The standard deviation of a sample, n − 1 in the denominator; None for a single value."""
+    """Returns the standard deviation of a sample, with n − 1 in the denominator; None for a single value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def difference(values: Sequence[float], baseline: Sequence[float]) -> tuple[float, float | None]:
-    """How far the mean of one sample is from that of another, by Welch's t.
+    """Compares the means of two samples with Welch's t-interval.
 
     Returns:
-      The difference, and half the width of its 95 % interval; None where a sample has a single value.
+      The difference, and half the width of its 95 % interval; None if a sample has a single value.
     """
     between = float(np.mean(values) - np.mean(baseline))
     if min(len(values), len(baseline)) < 2:
         return between, None
     from scipy.special import stdtrit
 
-    # Variances of the two means.
+    # The variances of the two means.
     first, second = (float(np.var(sample, ddof=1)) / len(sample) for sample in (values, baseline))
     if first + second == 0:
         return between, 0.0

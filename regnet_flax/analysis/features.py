@@ -1,4 +1,4 @@
-"""Looks inside a model: what every block puts out, its regulator's state and gates, and how alike the blocks are."""
+"""Looks inside a model: each block's output, its regulator's state and gates, and how similar the blocks are."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ Array = np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class BlockFeatures:
-    """What one block did with a batch of N images; all arrays are float32.
+    """The activations of one block for a batch of N images; all arrays are float32.
 
     Attributes:
       stage: from 1.
-      block: in its stage, from 1.
-      output: (N, height, width, channels), what the next block is given.
-      state: the regulator's by name, "H" and, of an LSTM, "C", as the next block is given it, (N, height, width, n);
+      block: its number in the stage, from 1.
+      output: (N, height, width, channels), the next block's input.
+      state: the regulator's state after this block by name, "H" and, for an LSTM, "C": (N, height, width, n) each; {}
+        without a regulator.
+      gates: the regulator's activations by name, in the order of the cell's `gate_names`: (N, height, width, n) each;
         {} without a regulator.
-      gates: its activations by name, in the order of the cell's `gate_names`, (N, height, width, n); likewise.
-      regulated: what the regulator is given, X2 in the paper, (N, height, width, n); None without one.
+      regulated: the regulator's input, X2 in the paper: (N, height, width, n); None without a regulator.
     """
 
     stage: int
@@ -41,17 +42,17 @@ class BlockFeatures:
 
     @property
     def name(self) -> str:
-        """Such as "1.2", the second block of the first stage."""
+        """The block's name, such as "1.2" for the second block of the first stage."""
         return f"{self.stage}.{self.block}"
 
 
 def inspect(model: nn.Module, variables: dict[str, Any], images: Any) -> list[BlockFeatures]:
-    """Runs images through a model and keeps what is in it.
+    """Runs images through a model and records each block's activations.
 
     Args:
-      model: from create_model, any of them.
+      model: any model from create_model.
       variables: "params" and "batch_stats".
-      images: normalised, (N, height, width, channels). All that is kept lies in memory: take some hundred of them.
+      images: normalised, (N, height, width, channels). All activations stay in memory: use a few hundred images.
 
     Returns:
       The blocks, in the order in which they run.
@@ -67,9 +68,9 @@ def _intermediates(model: nn.Module, variables: Any, images: Any) -> Any:
 
 
 def sown_blocks(intermediates: Mapping[str, Any]) -> dict[tuple[int, int], dict[str, Any]]:
-    """What a model's blocks have sown, by (stage, block), each from 1, in the order in which they run."""
+    """Returns the intermediates of a model's blocks by (stage, block), each from 1, in the order in which they run."""
     found = unstack_blocks(intermediates)
-    # RegNetY's blocks are not inside their stages, but named stage1_block1 and so on.
+    # RegNetY's blocks are not nested in stages, but named stage1_block1 and so on.
     found |= {f"{stage}_{name}": sown for stage, tree in found.items() for name, sown in tree.items()}
     matches = {name: re.fullmatch(r"stage(\d+)_block(\d+)", name) for name in found}
     blocks = {(int(match[1]), int(match[2])): found[name] for name, match in matches.items() if match}
@@ -78,7 +79,7 @@ def sown_blocks(intermediates: Mapping[str, Any]) -> dict[tuple[int, int], dict[
 
 def _block(stage: int, block: int, sown: dict[str, Any], regulator: str | None) -> BlockFeatures:
     state, gates = {}, {}
-    if "gates" in sown:  # a stage may be without a regulator in a model that has one
+    if "gates" in sown:  # not every stage of a RegNet has a regulator
         assert regulator is not None
         cell, ((values,), (arrays,)) = CELLS[regulator], (sown["gates"], sown["state"])
         gates = {name: _float32(values[name]) for name in cell.gate_names}
@@ -95,29 +96,29 @@ def linear_cka(x: Array, y: Array) -> float:
     """Linear centred kernel alignment (Kornblith et al., arXiv 1905.00414, section 3).
 
     Args:
-      x, y: two representations of the same N examples, (N, …), of any sizes: what follows N is taken as one vector.
+      x, y: two representations of the same N examples, (N, …), of any sizes: the axes after N are flattened.
 
     Returns:
-      Between 0 and 1; 1 where the two differ by a rotation, a shift and a scale; nan where one does not vary. With
-      fewer examples than entries of a vector it comes out too high, so compare only what has the same of both.
+      Between 0 and 1; 1 if the two differ only by a rotation, a shift and a scale; nan if one does not vary. With fewer
+      examples than entries per vector the value is too high, so compare only values with equal numbers of both.
     """
     return float(_cosines(_centred_gram(x), _centred_gram(y)).mean())
 
 
 def cosine_similarity(x: Array, y: Array) -> float:
-    """The cosine between two representations of an example, the mean over N of them.
+    """Computes the cosine between two representations of each example, averaged over N examples.
 
     Args:
-      x, y: (N, …), of one shape: what follows N is taken as one vector.
+      x, y: (N, …), of the same shape: the axes after N are flattened.
 
     Returns:
-      Between −1 and 1, and from 0 where nothing is negative, as after a ReLU; nan where a vector is zero.
+      Between −1 and 1, and at least 0 if no entry is negative, as after a ReLU; nan if a vector is zero.
 
     Raises:
       ValueError: the shapes differ.
     """
     if x.shape != y.shape:
-        raise ValueError(f"there is no cosine between shapes {x.shape} and {y.shape}: give two of one shape")
+        raise ValueError(f"there is no cosine between shapes {x.shape} and {y.shape}: give two of the same shape")
     return float(_cosines(_vectors(x), _vectors(y)).mean())
 
 
@@ -141,17 +142,17 @@ _REPRESENTATIONS = {"cka": _centred_gram, "cosine": _vectors}
 
 
 def similarity(blocks: Sequence[BlockFeatures], measure: str = "cka") -> Array:
-    """How alike the outputs of all blocks are, each with each.
+    """Computes the similarity of all blocks' outputs, pair by pair.
 
     Args:
-      blocks: K of them, from `inspect`.
+      blocks: K blocks, from `inspect`.
       measure: "cka", or "cosine", which is nan between outputs of different shapes.
 
     Returns:
       (K, K), float64.
 
     Raises:
-      ValueError: another measure.
+      ValueError: the measure is unknown.
     """
     if measure not in _REPRESENTATIONS:
         raise ValueError(f"measure is {measure!r}: it must be one of {', '.join(map(repr, _REPRESENTATIONS))}")
@@ -164,13 +165,13 @@ def similarity(blocks: Sequence[BlockFeatures], measure: str = "cka") -> Array:
 
 
 def neighbour_similarity(blocks: Sequence[BlockFeatures], measure: str = "cka") -> dict[str, float]:
-    """How alike each block's output is to that of the block before it in its stage.
+    """Computes the similarity of each block's output to that of the previous block in its stage.
 
     Args:
       blocks, measure: see `similarity`.
 
     Returns:
-      From "1.1–1.2" and so on to a number: the paper's argument is that a regulator lowers it.
+      Maps "1.1–1.2" and so on to a number; the paper argues that a regulator lowers it.
     """
     return {
         f"{first.name}–{second.name}": float(similarity([first, second], measure)[0, 1])

@@ -1,4 +1,4 @@
-"""Grad-CAM: which places of a block's output speak for a class (Selvaraju et al., arXiv 1610.02391)."""
+"""Grad-CAM: the positions in a block's output that support a class (Selvaraju et al., arXiv 1610.02391)."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from regnet_flax.models.regnet import unstack_blocks
 def grad_cam(
     model: nn.Module, variables: dict[str, Any], images: Any, *, blocks: Sequence[str] = (), classes: Any = None
 ) -> dict[str, np.ndarray]:
-    """ReLU(Σ_k α_k A^k), A a block's output and α_k the mean over places of the class's logit's gradient by A^k.
+    """Computes ReLU(Σ_k α_k A^k): A is a block's output, α_k the spatial mean of ∂(class logit)/∂A^k.
 
     Args:
-      model: from create_model, any of them, with classes.
+      model: any model from create_model that has classes.
       variables: "params" and "batch_stats".
       images: normalised, (N, height, width, channels).
-      blocks: such as "3.2", the second block of the third stage; () is the last block.
-      classes: (N,), whose logit is asked about; None is the model's own choice for each image.
+      blocks: names such as "3.2", the second block of the third stage; () means the last block.
+      classes: (N,), the class to explain for each image; None means the model's prediction.
 
     Returns:
-      From a block's name to float32 (N, height, width) of its output, from 0.
+      Maps a block's name to float32 (N, height, width), with its output's height and width; no value is negative.
 
     Raises:
-      ValueError: there is no such block.
+      ValueError: a block does not exist.
     """
     shapes = jax.eval_shape(functools.partial(_outputs, model), variables, images)
     known = sorted(shapes, key=lambda name: [int(number) for number in name.split(".")])
@@ -44,7 +44,7 @@ def grad_cam(
         stage, number = name.split(".")
         paths |= {(f"stage{stage}", f"block{number}"): name, (f"stage{stage}_block{number}",): name}
     model = model.clone(ops=PLAIN)
-    if hasattr(model, "scan"):  # blocks by their own names
+    if hasattr(model, "scan"):  # gives each block its own name
         model, variables = model.clone(scan=False), unstack_blocks(variables)
 
     def scores(changes: dict[str, jax.Array], variables: Any, classes: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -74,7 +74,7 @@ def grad_cam(
 
 
 def _outputs(model: nn.Module, variables: dict[str, Any], images: Any) -> dict[str, jax.Array]:
-    """The blocks' outputs, by name."""
+    """Returns the blocks' outputs by name."""
     _, updates = model.apply(variables, images, train=False, mutable=["intermediates"])
     found = sown_blocks(updates["intermediates"])
     return {f"{stage}.{block}": sown["output"][0] for (stage, block), sown in found.items()}

@@ -1,4 +1,4 @@
-"""What the last layer makes of earlier blocks: figure 1(b) of the paper (Xu et al., arXiv 2101.00590)."""
+"""The last layer applied to earlier blocks: figure 1(b) of the paper (Xu et al., arXiv 2101.00590)."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ BATCH = 256
 
 
 def readouts(model: nn.Module, variables: dict[str, Any], images: Any, labels: Any) -> dict[str, float]:
-    """The accuracy of the trained last layer on the pooled output of each block that it can take.
+    """Measures the accuracy of the trained last layer on the pooled output of each block that fits it.
 
-    Nothing is trained again. These are the blocks of the last stage, whose outputs have as many channels as the last
-    layer has inputs. A pre-activation network's last batch normalisation and ReLU stand before the pooling.
+    Nothing is retrained. The blocks are those of the last stage, whose outputs have as many channels as the last layer
+    has inputs. For a pre-activation network, its last batch normalisation and ReLU precede the pooling.
 
     Args:
       model: from create_model, with classes.
@@ -29,11 +29,11 @@ def readouts(model: nn.Module, variables: dict[str, Any], images: Any, labels: A
       labels: (N,).
 
     Returns:
-      From "3.1" and so on, stage and block, to the share of the images that are classified rightly. The last is the
-      network's own accuracy.
+      Maps "3.1" and so on, stage and block, to the share of correctly classified images. The last one is the network's
+      own accuracy.
 
     Raises:
-      ValueError: the model has no last layer, or one that takes more than a block's output, as RLA-Net's.
+      ValueError: the model has no last layer, or one that needs more than a block's output, as in RLA-Net.
     """
     right: dict[str, int] = {}
     for start in range(0, len(images), BATCH):
@@ -47,7 +47,7 @@ def readouts(model: nn.Module, variables: dict[str, Any], images: Any, labels: A
 
 @functools.partial(jax.jit, static_argnames="model")
 def _predictions(model: nn.Module, variables: dict[str, Any], images: jax.Array) -> dict[str, jax.Array]:
-    """The class of each image by each block's readout."""
+    """Predicts the class of each image from each block's output."""
     params = variables["params"]
     if "head" not in params:
         return {}

@@ -1,4 +1,4 @@
-"""The report of a comparison: report.md, and a report.html that needs no other file."""
+"""The report of a comparison: report.md, and a self-contained report.html."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from regnet_flax.analysis.plots import comparison
 from regnet_flax.files import dataset_title, duration, write_text
 
 MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
-_NUMBERS = 2  # the columns from here on are numbers, but for the last two
+_NUMBERS = 2  # from here on, all columns but "published" hold numbers
 _CAPTIONS = {
-    "curves": "Training loss, and error of the split evaluated while training: the mean over the seeds, in a band from "
-    "the lowest to the highest. "
-    "The error of the first epochs lies above the picture.",
+    "curves": "Training loss, and error on the split evaluated during training: the mean over the seeds, in a band "
+    "from the lowest to the highest. "
+    "The error of the first epochs is above the visible range.",
     "costs": "Test error against parameters and multiply-adds: mean ± standard deviation.",
 }
 
@@ -28,15 +28,15 @@ _CAPTIONS = {
 def write(
     path: pathlib.Path, workdirs: Mapping[str, pathlib.Path], failed: Mapping[str, str] | None = None
 ) -> list[list[str]]:
-    """Writes the report of finished runs, the first of which is the baseline.
+    """Writes the report of finished runs; the first is the baseline.
 
     Args:
-      path: the directory in which report.md, report.html and figures/ are written.
-      workdirs: from each model's label to its workdir.
-      failed: from the label of each model that did not end to the reason.
+      path: the directory for report.md, report.html and figures/.
+      workdirs: maps each model's label to its workdir.
+      failed: maps the label of each failed model to the reason.
 
     Returns:
-      The report's table, its head first.
+      The report's table, with its header first.
     """
     results = [compare.read(label, workdir) for label, workdir in workdirs.items()]
     (path / FIGURES).mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _signed(value: float) -> str:
 
 
 def table(results: Sequence[Result]) -> list[list[str]]:
-    """The report's table, its head first; the first result is the baseline."""
+    """Returns the report's table, with its header first; the first result is the baseline."""
     baseline = results[0]
     top5, claims = any(r.top5_error for r in results), any(r.claim for r in results)
     head = ["model", "regulator", "parameters", "multiply-adds", "top-1 error, %"]
@@ -109,45 +109,45 @@ def table(results: Sequence[Result]) -> list[list[str]]:
 
 
 def _summary(results: Sequence[Result]) -> str:
-    """What the table says, in one or two sentences."""
+    """Summarises the table in one or two sentences."""
     best = min(results, key=lambda r: np.mean(r.error))
     said = f"The lowest mean test error is that of {best.label}: {_percent(best.error)} %."
     if len(results) == 1:
         return said
     if len(results[0].seeds) < 2:
-        return f"{said} One seed tells nothing of the spread: a difference may be chance."
+        return f"{said} One seed says nothing about the spread: a difference may be chance."
     others = [r for r in results[1:] if _differs(r, results[0])]
     if not others:
-        return f"{said} None is clearly apart from the baseline, {results[0].label}: each interval holds 0."
+        return f"{said} None differs clearly from the baseline, {results[0].label}: each interval contains 0."
     names = ", ".join(r.label for r in others)
-    return f"{said} Clearly apart from the baseline, {results[0].label} (0 is not in the interval): {names}."
+    return f"{said} Clearly different from the baseline, {results[0].label} (the interval excludes 0): {names}."
 
 
 def _notes(results: Sequence[Result], failed: Mapping[str, str]) -> list[str]:
-    """How to read the table."""
-    notes = [f"{label} did not end and is left out: {reason}" for label, reason in failed.items()]
+    """Explains how to read the table."""
+    notes = [f"{label} failed and is left out: {reason}" for label, reason in failed.items()]
     notes += [f"{r.label}: {reason}; this seed is left out" for r in results for reason in r.failed.values()]
-    errors = "Errors are those of the whole test split at the end of training, not of the best epoch"
+    errors = "Errors are measured on the whole test split at the end of training, not at the best epoch"
     if results[0].chosen:
-        errors = "Errors are those of the whole test split, read once, by the checkpoint that a validation split chose"
+        errors = "Errors are measured once, on the whole test split, with the checkpoint that a validation split chose"
     if len(results[0].seeds) > 1:
         seeds = ", ".join(map(str, results[0].seeds))
         notes.append(
             f"{errors}: mean ± standard deviation (n − 1) over the seeds {seeds}. Below 0 "
-            "the difference is in the model's favour; its interval is the 95 % one of Welch's t, for two samples of "
-            "unequal variance, unpaired, and not corrected for the number of models. It tells what other seeds may "
-            "give, not other test images."
+            "the difference is in the model's favour. Its interval is the 95 % interval of Welch's t, for two unpaired "
+            "samples of unequal variance, not corrected for the number of models. It covers other seeds, not other "
+            "test images."
         )
     else:
         seed = results[0].config["seed"]
-        notes.append(f"{errors}, of the one seed {seed}, and so without a spread or an interval.")
+        notes.append(f"{errors}, for the single seed {seed}, and so without a spread or an interval.")
     notes.append(
-        "Multiply-adds are those of convolutions, dense layers and regulators for one image. The time is that of "
-        "all seeds together, with compilation and evaluation."
+        "Multiply-adds count convolutions, dense layers and regulators for one image. The time covers all seeds "
+        "together, with compilation and evaluation."
     )
     if any(r.claim for r in results):
         notes.append(
-            "What was published is test error after 200 epochs by the recipe of He et al., whatever was done here."
+            "Published figures are test errors after 200 epochs with the recipe of He et al., whatever the recipe here."
         )
     if any(r.config["model"]["overrides"].get("regulated_stages") is not None for r in results):
         notes.append("Xu et al. found that a regulator helps most in the early stages.")
@@ -155,7 +155,7 @@ def _notes(results: Sequence[Result], failed: Mapping[str, str]) -> list[str]:
 
 
 def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
-    """Recipe, hardware, versions and commands."""
+    """Returns recipe, hardware, versions and commands."""
     config = results[0].config
     train, optimizer, data = config["train"], config["optimizer"], config["dataset"]
     size = "×".join(map(str, config["image_shape"]))
@@ -180,7 +180,7 @@ def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
 
 
 def describe_optimizer(settings: Mapping[str, Any]) -> str:
-    """The `optimizer` section of a config in words, but for the learning rate and the weight decay."""
+    """Describes the `optimizer` section of a config, except the learning rate and the weight decay."""
     if settings.get("name", "sgd") == "sgd":
         return f"SGD with {'Nesterov ' * bool(settings['nesterov'])}momentum {settings['momentum']}"
     return f"{settings['name']} with betas {', '.join(map(str, settings['betas']))}"

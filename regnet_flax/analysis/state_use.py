@@ -1,4 +1,4 @@
-"""How much a trained RegNet uses its regulators' state H, stage by stage, without training it again."""
+"""How much a trained RegNet uses its regulators' state H, stage by stage, without retraining."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ BATCH = 256
 
 @dataclasses.dataclass(frozen=True)
 class StageUse:
-    """What one stage makes of its regulator's state.
+    """How one stage uses its regulator's state.
 
     Attributes:
       stage: from 1.
-      norms: from "1.1" and so on, stage and block, to the Frobenius norms of both halves of the 1×1 convolution that
-        fuses [X, H]: that of X, and that of H.
-      logits_change: ‖logits with H − logits without‖ / ‖logits with H‖ where H is zero in this stage's fusions, over
-        all images.
-      predictions_change: the share of the images whose class changes then.
-      accuracy: with H, and without; None where no labels are given.
+      norms: maps "1.1" and so on, stage and block, to the Frobenius norms of both halves of the 1×1 convolution that
+        fuses [X, H]: first X's half, then H's.
+      logits_change: ‖logits with H − logits without‖ / ‖logits with H‖ over all images, when H is zero in this stage's
+        fusions.
+      predictions_change: the share of the images whose predicted class then changes.
+      accuracy: with H, and without; None without labels.
     """
 
     stage: int
@@ -40,10 +40,10 @@ class StageUse:
 
 
 def state_use(model: nn.Module, variables: dict[str, Any], images: Any, labels: Any = None) -> list[StageUse]:
-    """The use of each stage's regulator.
+    """Measures the use of each stage's regulator.
 
-    A block sees H through the 1×1 convolution of [X, H] alone, so H is set to zero by those of that kernel's weights
-    that H meets. The state itself runs on.
+    A block sees H only through the 1×1 convolution of [X, H], so zeroing the kernel's weights for H removes H from the
+    block. The recurrence itself continues.
 
     Args:
       model: a RegNet that fuses X with H, from create_model.
@@ -52,10 +52,10 @@ def state_use(model: nn.Module, variables: dict[str, Any], images: Any, labels: 
       labels: (N,), for the accuracy.
 
     Returns:
-      The stages that have a regulator.
+      One entry per stage that has a regulator.
 
     Raises:
-      ValueError: none has, or H takes the place of X.
+      ValueError: no stage has a regulator, or H replaces X.
     """
     flat: dict[Any, Any] = traverse_util.flatten_dict(dict(variables))
     fusing = [path for path in flat if "conv_fuse" in path]
@@ -85,7 +85,7 @@ def state_use(model: nn.Module, variables: dict[str, Any], images: Any, labels: 
 
 
 def _without_h(kernel: Any) -> jax.Array:
-    """A fusing kernel (…, 2n, n), of one block or of several, with zeros where H comes in."""
+    """Returns a fusing kernel (…, 2n, n), of one or several blocks, with zeros for H."""
     n = kernel.shape[-1]
     return jnp.asarray(kernel).at[..., n:, :].set(0)
 
@@ -105,6 +105,6 @@ def _apply(model: nn.Module, variables: dict[str, Any], images: jax.Array) -> An
 
 
 def _logits(model: nn.Module, variables: dict[str, Any], images: Any) -> np.ndarray:
-    """float32 (N, classes)."""
+    """Returns the logits, float32 (N, classes)."""
     parts = [_apply(model, variables, images[start : start + BATCH]) for start in range(0, len(images), BATCH)]
     return np.concatenate([np.asarray(part, np.float32) for part in parts])

@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-adds, and the output shape of each stage."""
+"""The size of a model: parameters, multiply-adds, and the output shape of each stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from regnet_flax.models.regulators import Regulator
 
 
 def count_parameters(params: Any) -> int:
-    """The number of weights in a tree of arrays; running statistics are not among a model's `params`."""
+    """Returns the number of weights in a tree of arrays; a model's `params` do not include running statistics."""
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
@@ -30,10 +30,10 @@ class Part:
     """One part of a model, such as a stage.
 
     Attributes:
-      name: its name among the variables.
-      parameters: how many.
-      multiply_adds: of convolutions, dense layers and regulators for one image; those of batch normalisation,
-        activations and pooling are not counted, as is usual in the field.
+      name: its name in the variables.
+      parameters: the number of parameters.
+      multiply_adds: of convolutions, dense layers and regulators for one image; by the field's convention, batch
+        normalisation, activations and pooling do not count.
       output: shape of its output for one image, None if it has several.
     """
 
@@ -53,7 +53,7 @@ def _inside_regulator(module: nn.Module) -> bool:
 
 
 def _multiply_adds(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> int:
-    if _inside_regulator(module):  # a regulator counts what is in it
+    if _inside_regulator(module):  # the regulator itself counts its inner layers
         return 0
     if isinstance(module, (nn.Conv, Conv)):
         taps = int(np.prod(module.kernel_size, dtype=int)) * inputs[0].shape[-1] // module.feature_group_count
@@ -65,17 +65,17 @@ def _multiply_adds(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> i
     return 0
 
 
-@functools.lru_cache(maxsize=64)  # networks that differ in depth alone are traced once
+@functools.lru_cache(maxsize=64)  # networks that differ only in depth are traced once
 def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[tuple[str, str], Part]:
-    """The model's parts by (its module, that module's block or ""), without the parameters; shapes of those in ""."""
+    """Returns the model's parts by (module, the module's block or ""); only the parts with "" have a shape."""
     found: dict[tuple[str, str], Part] = {}
-    inside = ["", ""]  # a shared regulator runs detached from the model, so its own path does not tell where it is
+    inside = ["", ""]  # a shared regulator runs detached from the model, so its path does not show where it is
 
     def count(call, args, kwargs, context):
         module = context.module
-        # Before its blocks a stage runs a regulator only to make a shared one's parameters, and to check it.
+        # Before its blocks, a stage runs a shared regulator only to create its parameters and to check it.
         before_blocks = isinstance(module, Regulator) and not inside[1]
-        # A batch normalisation is called by `value` where a convolution follows.
+        # If a convolution follows, batch normalisation is called by `value`.
         if context.method_name not in ("__call__", "value") or before_blocks:
             return call(*args, **kwargs)
         of_the_model = isinstance(module.parent, type(model))
@@ -104,10 +104,10 @@ def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[tuple[st
 
 
 def summarize(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Part]:
-    """The parts of a model, in the order in which they run.
+    """Returns the parts of a model, in the order in which they run.
 
-    Nothing is computed: shapes are traced. A stage's blocks after the first are alike, so one of them is traced and
-    counted as often as it occurs; XLA's own count takes the body of a loop once.
+    It traces shapes and computes nothing. A stage's blocks after the first are alike, so it traces one of them and
+    counts it as often as it occurs. (XLA's own count takes the body of a loop once.)
 
     Args:
       model: from create_model.
@@ -129,7 +129,7 @@ def summarize(model: nn.Module, image_shape: tuple[int, int, int]) -> list[Part]
 
 
 def table(parts: list[Part], title: str) -> Table:
-    """`summarize`'s parts and their total, for the terminal."""
+    """Makes a table of `summarize`'s parts and their total, for the terminal."""
     out = Table(title=title, title_justify="left")
     for column in ("part", "output", "parameters", "multiply-adds"):
         out.add_column(column, justify="left" if column == "part" else "right")

@@ -1,4 +1,4 @@
-"""Checks a config's values, all at once, before anything is compiled, downloaded or written; completes it."""
+"""Checks a config's values, all at once, before anything is compiled, downloaded or written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from regnet_flax.models.registry import OPTIONS, check_model, parse_variant
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """("train.batch_size", 128) and so on, for every field of a nested config; sequences become tuples."""
+    """Yields ("train.batch_size", 128) and so on for every field of a nested config; lists become tuples."""
     for name in config:
         value = config[name]
         if hasattr(value, "items"):
@@ -25,28 +25,28 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def model_options(config: Any) -> dict[str, Any]:
-    """`model.overrides` as create_model's options."""
+    """Returns `model.overrides` as options of create_model."""
     return {name: getattr(config.model.overrides, name) for name in OPTIONS}
 
 
 def image_shape(config: Any) -> tuple[tuple[int, int, int], int]:
-    """Height, width and channels of the images that a config trains on, and the number of classes, with none read."""
+    """Returns (height, width, channels) of a config's training images and the class count, without reading an image."""
     shape, classes = IMAGES.get(config.dataset.name, ((32, 32, 3), 10))
     size = config.dataset.image_size
     return (size, size, shape[-1]) if size else shape, config.dataset.num_classes or classes
 
 
 def eval_batch_size(config: Any) -> int:
-    """Images at a time where no gradient is wanted: by default as many as in training, which needs more memory."""
+    """Returns the batch size for evaluation: by default that of one training step, which needs more memory."""
     return config.eval.batch_size or max(1, config.train.batch_size // config.optimizer.accumulate_steps)
 
 
 def check_config(config: Any, devices: int = 1) -> None:
-    """Raises ConfigError if any value is wrong in itself, or contradicts another; imports `model.plugins` first.
+    """Raises ConfigError if a value is invalid or contradicts another; imports `model.plugins` first.
 
     Args:
       config: a nested config with the fields of configs/base.py.
-      devices: over which a batch is divided.
+      devices: the number of devices that share a batch.
     """
     values = dict(flatten(config))
     problems = [f"{field} is missing: start from configs/base.py" for field in FIELDS if field not in values]
@@ -63,7 +63,7 @@ def check_config(config: Any, devices: int = 1) -> None:
 
 
 def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
-    """What is wrong between fields that are right in themselves; `values` has no others."""
+    """Yields the contradictions between fields; `values` holds only the fields that are valid on their own."""
     yield from _wrong_models(values)
     if (seeds := values.get("compare.seeds", ())) and len(set(seeds)) < len(seeds):
         yield f"compare.seeds is {seeds}: name each seed once"
@@ -80,10 +80,10 @@ def _contradictions(values: dict[str, Any], devices: int) -> Iterator[str]:
     if mean is not None and std is not None and len(mean) != len(std):
         yield (
             f"dataset.mean has {len(mean)} values and dataset.std {len(std)}: "
-            "give both one value a channel, or both () to take them from the data"
+            "give both one value per channel, or both () to take them from the data"
         )
     if ERASE in (names := values.get("dataset.augment", ()))[:-1]:
-        yield f"dataset.augment is {names}: {ERASE} must be the last, and there once"
+        yield f"dataset.augment is {names}: {ERASE} must come last, and only once"
     epochs, boundaries = values.get("train.epochs"), values.get("optimizer.boundaries", ())
     if epochs is not None:
         steps = boundary_steps(boundaries, epochs, 1000)
@@ -161,16 +161,16 @@ def _streaming_contradictions(values: dict[str, Any]) -> Iterator[str]:
         yield "dataset.in_memory is 'always': imagenet2012 does not fit in memory, set it to auto"
     if stream.CROP in augment:
         if in_memory == "always":
-            yield f"dataset.in_memory is 'always': {stream.CROP} is done while decoding, set it to auto or never"
+            yield f"dataset.in_memory is 'always': {stream.CROP} runs while decoding, set it to auto or never"
         if stream.CROP in augment[1:]:
-            yield f"dataset.augment is {augment}: {stream.CROP} must be the first, and there once"
+            yield f"dataset.augment is {augment}: {stream.CROP} must come first, and only once"
     streamed = stream.CROP in augment or in_memory == "never"
     if streamed and name == "folder" and values.get("dataset.image_size") == 0:
-        yield "dataset.image_size is 0: streamed images are brought to one size, such as 224"
+        yield "dataset.image_size is 0: streamed images need one size, such as 224"
 
 
 def _wrong_variants(variants: Sequence[str], overrides: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with compare.models, whose own options go before `model.overrides`."""
+    """Yields the problems of compare.models, whose own options take precedence over `model.overrides`."""
     seen: dict[str, str] = {}
     for text in variants:
         try:

@@ -1,7 +1,7 @@
-"""Every field of a config, one row each: its default, what it must be, and what it means.
+"""Every field of a config, one row each: its default, its valid values and its meaning.
 
-configs/base.py is made from these rows, and the other configs change what it gives. Override a field on the command
-line with --config.train.batch_size=64; a tuple with --config.dataset.mean='(0.5,)'.
+configs/base.py is built from these rows; the other configs start from it. Override a field on the command line with
+--config.train.batch_size=64; a tuple with --config.dataset.mean='(0.5,)'.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from regnet_flax.files import LOCAL, is_remote
 from regnet_flax.models.registry import OPTIONS, Option
 
 SCHEDULES = ("step", "cosine", "constant")
-# Each optimiser with the fields that are its own.
+# Each optimiser with the fields that only it uses.
 OPTIMIZERS = {"sgd": ("momentum", "nesterov"), "adamw": ("betas",), "lamb": ("betas",)}
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
-Check = Callable[[Any], str]  # "" for a good value, otherwise what the value must be
+Check = Callable[[Any], str]  # "" for a valid value, otherwise what the value must be
 
 
 def _number(low: float, high: float = math.inf, *, above: bool = False) -> Check:
@@ -78,7 +78,7 @@ def _modules(value: Any) -> str:
     names = isinstance(value, (tuple, list)) and all(isinstance(name, str) for name in value)
     if names and all(part.isidentifier() for name in value for part in name.split(".")):
         return ""
-    return "a tuple of modules' names, such as \"('my_module',)\""
+    return "a tuple of module names, such as \"('my_module',)\""
 
 
 def _tracker(value: Any) -> str:
@@ -102,12 +102,12 @@ class Field:
     """A row of FIELDS.
 
     Attributes:
-      default: configs/base.py's; a workdir's config.json that lacks the field, being of an earlier version, means this.
-      check: "" for a value that is sound in itself, otherwise what it must be.
-      comment: what a user reads of the field.
-      may_change: whether a run may be resumed with another value, since it changes no number that training computes.
-      from_data: whether the default stands for "from the data set".
-      kind: the type of its values where the default, None, does not tell.
+      default: the value in configs/base.py; a config.json of an earlier version that lacks the field means this value.
+      check: returns "" for a valid value, otherwise what the value must be.
+      comment: the description that users read.
+      may_change: whether a run may resume with another value, because it changes no number that training computes.
+      from_data: whether the default means "from the data set".
+      kind: the type of the values, where the default None does not tell.
     """
 
     default: Any
@@ -120,7 +120,7 @@ class Field:
 
 
 def _override(option: Option) -> Field:
-    """The row of an option of create_model, which checks itself what is not checked here."""
+    """Returns the row of an option of create_model, which itself checks what this does not."""
     checks = {bool: _flag, tuple: _each(_whole(1))}
 
     def check(value: Any) -> str:
@@ -132,11 +132,11 @@ def _override(option: Option) -> Field:
 _DATA_SETS = tuple(dict.fromkeys((*SOURCES, *stream.STREAMED)))
 
 FIELDS: dict[str, Field] = {
-    "seed": Field(0, _whole(0), "of the initial weights, the order of the examples and their augmentation"),
+    "seed": Field(0, _whole(0), "seeds the initial weights, the order of the examples and their augmentation"),
     "dtype": Field(
         "float32",
         _choice("float32", "bfloat16"),
-        'of the arithmetic, or "bfloat16"; parameters and batch statistics are float32',
+        'type for the arithmetic, or "bfloat16"; parameters and batch statistics stay float32',
     ),
     "model.name": Field(
         "regnet20_convlstm", _text, "see `regnet_flax.list_models()`; any CIFAR depth 6m+2 is accepted"
@@ -150,14 +150,14 @@ FIELDS: dict[str, Field] = {
     "model.init_from": Field(
         "",
         _path,
-        "a .safetensors or .pth file of weights by PyTorch's names to start from, or to evaluate; a network with "
-        "regulators takes a plain one's too, and starts as that network",
+        "a .safetensors or .pth file of weights with PyTorch's names, to start from or to evaluate; a network with "
+        "regulators also takes the plain network's weights, and then starts as that network",
     ),
-    "model.new_head": Field(False, _flag, "leave that file's head out, as for another number of classes"),
+    "model.new_head": Field(False, _flag, "ignore that file's head, as for another number of classes"),
     "model.adapt_stem": Field(
         False,
         _flag,
-        "take that file's weights of colour images for grey ones, summed over the channels, or the reverse",
+        "use that file's weights for colour images on grey ones, summed over the channels, or the reverse",
     ),
     # None: the model's own default.
     **{f"model.overrides.{name}": _override(option) for name, option in OPTIONS.items()},
@@ -172,43 +172,41 @@ FIELDS: dict[str, Field] = {
     "dataset.validation": Field(
         0.0,  # takes 5000 as well as 0.1
         _count_or_fraction,
-        'hold out so many training images (5000), or a fraction (0.1), to choose "best" by; 0: none',
+        'number (5000) or fraction (0.1) of training images to hold out for choosing "best"; 0: none',
     ),
     "dataset.in_memory": Field(
         "auto",
         _choice("auto", "always", "never"),
-        '"always": it lies on the device as uint8; "never": it is streamed; "auto" streams imagenet2012, folders of '
-        f"more than 4 GiB once decoded, and what has {stream.CROP} in `augment`",
+        '"always": hold it on the device as uint8; "never": stream it; "auto": stream imagenet2012, folders of '
+        f"more than 4 GiB once decoded, and any data set with {stream.CROP} in `augment`",
         may_change=True,
     ),
     "dataset.workers": Field(
-        0, _whole(0, 1024), "processes that decode what is streamed; 0: threads of this one", may_change=True
+        0, _whole(0, 1024), "processes that decode streamed images; 0: threads of this process", may_change=True
     ),
     "dataset.prefetch": Field(
-        2, _whole(1, 1024), "batches that each of these processes (or this one) holds ready", may_change=True
+        2, _whole(1, 1024), "batches that each of these processes (or this one) keeps ready", may_change=True
     ),
-    "dataset.strict": Field(
-        False, _flag, "an image that does not decode is an error, instead of being listed and left out"
-    ),
+    "dataset.strict": Field(False, _flag, "fail on an image that does not decode, instead of listing and skipping it"),
     "dataset.image_size": Field(
-        0, _whole(0, 8192), "images are resized to this height and width; 0: as they are", from_data=True
+        0, _whole(0, 8192), "resize images to this height and width; 0: leave them as they are", from_data=True
     ),
     "dataset.augment": Field(
         (),
         _each(_choice(stream.CROP, *AUGMENTATIONS, ERASE)),
-        f"of training images, in this order: {', '.join(AUGMENTATIONS)}; {ERASE} must come last; streamed, "
-        f"{stream.CROP} may come first",
+        f"for training images, in the order given: any of {', '.join(AUGMENTATIONS)}; {ERASE} must come last; "
+        f"{stream.CROP} may come first if streamed",
     ),
     "dataset.mean": Field(
-        (), _each(_number(-10, 10)), "of each channel, for pixels in 0…1; (): from the training images", from_data=True
+        (), _each(_number(-10, 10)), "per channel, for pixels in 0…1; (): from the training images", from_data=True
     ),
     "dataset.std": Field((), _each(_number(0, 10, above=True)), "likewise", from_data=True),
     "train.batch_size": Field(128, _whole(1), "over all devices"),
-    # Boundaries that are fractions of the run, and the cosine, depend on it: `optimizer.changed_rate` tells whether a
-    # learning rate already used does.
-    "train.epochs": Field(200, _whole(1), "may change where no learning rate already used does", may_change=True),
+    # The cosine schedule and boundaries given as fractions depend on it: `optimizer.changed_rate` tells whether that
+    # changes a learning rate already used.
+    "train.epochs": Field(200, _whole(1), "may change on resuming if no rate already used changes", may_change=True),
     "train.max_steps": Field(
-        0, _whole(0), "stop after so many steps; 0: no bound. The schedule does not depend on it", may_change=True
+        0, _whole(0), "stop after this many steps; 0: no limit. It does not affect the schedule", may_change=True
     ),
     "train.steps_per_call": Field(
         0, _whole(0), "steps in one compiled call; 0: 1 on a CPU, 50 elsewhere", may_change=True
@@ -216,57 +214,57 @@ FIELDS: dict[str, Field] = {
     "train.batch_norm": Field(
         "sync",
         _choice("sync", "local"),
-        'statistics over the batch of all devices; "local": over each device\'s part',
+        '"sync": statistics over the batch of all devices; "local": over each device\'s part',
     ),
     "train.mixup": Field(
-        0.0, _number(0, 1000), "images mixed in pairs by a share drawn from Beta(mixup, mixup), such as 0.2; 0: none"
+        0.0, _number(0, 1000), "mix pairs of images, with a share drawn from Beta(mixup, mixup), such as 0.2; 0: none"
     ),
     "train.cutmix": Field(
         0.0,
         _number(0, 1000),
-        "boxes exchanged in pairs, of an area drawn likewise, such as 1.0; where both, one at random",
+        "swap boxes within pairs, with an area drawn likewise, such as 1.0; with mixup too, one of the two at random",
     ),
     "optimizer.name": Field("sgd", _choice(*OPTIMIZERS), f"one of {', '.join(OPTIMIZERS)}"),
     "optimizer.learning_rate": Field(0.1, _number(0, 1e6, above=True), "after the warm-up, before any decay"),
-    "optimizer.momentum": Field(0.9, _number(0, 1), 'of "sgd"; 0: none'),
-    "optimizer.nesterov": Field(False, _flag, 'Nesterov\'s momentum, of "sgd"'),
-    "optimizer.betas": Field((0.9, 0.999), _each(_number(0, 1)), 'decay rates of both averages, of "adamw" and "lamb"'),
+    "optimizer.momentum": Field(0.9, _number(0, 1), 'for "sgd"; 0: none'),
+    "optimizer.nesterov": Field(False, _flag, 'Nesterov momentum, for "sgd"'),
+    "optimizer.betas": Field((0.9, 0.999), _each(_number(0, 1)), 'decay rates of both moments, for "adamw" and "lamb"'),
     "optimizer.weight_decay": Field(
         1e-4, _number(0, 1e6), 'L2 for "sgd"; decoupled, times the learning rate, for "adamw" and "lamb"'
     ),
     "optimizer.decayed": Field(
-        "all", _choice("all", "kernels"), 'the weights that decay; "kernels": neither biases nor normalisations'
+        "all", _choice("all", "kernels"), 'which weights decay; "kernels": neither biases nor normalisation parameters'
     ),
-    "optimizer.schedule": Field("step", _choice(*SCHEDULES), f"of the learning rate: {', '.join(SCHEDULES)}"),
+    "optimizer.schedule": Field("step", _choice(*SCHEDULES), f"learning-rate schedule: {', '.join(SCHEDULES)}"),
     "optimizer.boundaries": Field(
         (0.5, 0.75),
         _each(_number(0, 1e9, above=True)),
-        'of "step": epochs, or fractions of the run if below 1',
+        'for "step": epochs, or fractions of the run if below 1',
     ),
-    "optimizer.decay": Field(0.1, _number(0, 1, above=True), 'of "step": the factor at each boundary'),
-    "optimizer.warmup_epochs": Field(0.0, _number(0), "the rate rises linearly over so many epochs first"),
-    "optimizer.label_smoothing": Field(0.0, _number(0, 1), "the share of the target that goes to all classes alike"),
-    "optimizer.clip_norm": Field(0.0, _number(0), "the gradient's largest norm; 0: no bound"),
+    "optimizer.decay": Field(0.1, _number(0, 1, above=True), 'for "step": the factor at each boundary'),
+    "optimizer.warmup_epochs": Field(0.0, _number(0), "epochs over which the rate first rises linearly"),
+    "optimizer.label_smoothing": Field(0.0, _number(0, 1), "share of the target spread evenly over all classes"),
+    "optimizer.clip_norm": Field(0.0, _number(0), "largest norm of the gradient; 0: no limit"),
     "optimizer.accumulate_steps": Field(
-        1, _whole(1), "a batch is taken in so many parts, to save memory; each is normalised by itself"
+        1, _whole(1), "process a batch in this many parts to save memory; batch norm sees each part separately"
     ),
     "optimizer.ema_decay": Field(
         0.0,
         _number(0, 0.99999),
-        "of averages of weights and batch statistics, to be evaluated and exported; after t steps it is at most "
-        "(1 + t) / (10 + t); 0: none",
+        "decay of the averages of weights and batch statistics, which are then evaluated and exported; at most "
+        "(1 + t) / (10 + t) after t steps; 0: none",
     ),
     "eval.batch_size": Field(
         0,
         _whole(0),
-        "over all devices, rounded up to a multiple of them; 0: train.batch_size, so that it needs no more memory",
+        "over all devices, rounded up to a multiple of them; 0: train.batch_size, which needs no more memory",
         may_change=True,
     ),
     "eval.every_epochs": Field(1, _whole(0), "0: never", may_change=True),
     "eval.checkpoint": Field(
         "best", _checkpoint, 'for --mode eval, predict and export: "best", "last" or a step', may_change=True
     ),
-    "log.every_steps": Field(100, _whole(0), "0: only where it evaluates", may_change=True),
+    "log.every_steps": Field(100, _whole(0), "0: only at evaluations", may_change=True),
     "log.trackers": Field(
         ("tensorboard",),
         _each(_tracker),
@@ -274,9 +272,9 @@ FIELDS: dict[str, Field] = {
         may_change=True,
     ),
     "checkpoint.every_steps": Field(0, _whole(0), "0: every epoch", may_change=True),
-    "checkpoint.keep": Field(2, _whole(1), "the newest", may_change=True),
+    "checkpoint.keep": Field(2, _whole(1), "how many of the newest to keep", may_change=True),
     "checkpoint.keep_best": Field(
-        1, _whole(0), "and those of the highest accuracy of the evaluated split", may_change=True
+        1, _whole(0), "and how many of those with the highest accuracy on the evaluated split", may_change=True
     ),
     "predict.images": Field("", _path, "for --mode predict: a file, a folder, or a glob of them", may_change=True),
     "predict.top": Field(5, _whole(1), "classes shown for each image", may_change=True),
@@ -289,19 +287,19 @@ FIELDS: dict[str, Field] = {
     "compare.models": Field(
         (),
         _each(_text),
-        'for --mode compare: the baseline first; options after the name: "regnet20_convgru kernel=dense"',
+        'for --mode compare: the baseline first; options follow the name: "regnet20_convgru kernel=dense"',
         may_change=True,
     ),
-    "compare.seeds": Field((0, 1, 2), _each(_whole(0)), "of each model, trained together", may_change=True),
+    "compare.seeds": Field((0, 1, 2), _each(_whole(0)), "for each model, trained together", may_change=True),
     "compare.together": Field(
         "auto",
         _choice("auto", "always", "never"),
-        'their steps: "always" in one by vmap, "never", taking turns, in the memory of one; "auto": by turns on a CPU',
+        'how seeds step; "always": at once by vmap; "never": in turn, in the memory of one; "auto": in turn on CPUs',
     ),
     "export.format": Field(
         "safetensors",
         _choice("stablehlo", "safetensors", "torch"),
-        'for --mode export; or "torch", weights by PyTorch\'s names; "stablehlo", the model as a program',
+        'for --mode export; or "torch": weights with PyTorch\'s names; "stablehlo": the model as a program',
         may_change=True,
     ),
     "export.path": Field(
@@ -311,7 +309,7 @@ FIELDS: dict[str, Field] = {
 
 
 def default_config() -> Any:
-    """Makes the ConfigDict that every config starts from, with the default of each field.
+    """Makes the ConfigDict that every config starts from; each field has its default.
 
     Returns:
       A nested `ml_collections.ConfigDict`. A field keeps the type of its default; one of `model.overrides` takes its
@@ -336,5 +334,5 @@ def describe() -> str:
 
 
 def boundary_steps(boundaries: Sequence[float], epochs: float, steps_per_epoch: int) -> list[int]:
-    """The steps from which the step schedule's decays hold; a boundary below 1 is a fraction of the run."""
+    """Returns the steps at which the step schedule decays; a boundary below 1 is a fraction of the run."""
     return [round((b * epochs if b < 1 else b) * steps_per_epoch) for b in boundaries]

@@ -1,4 +1,4 @@
-"""Completes a config from its data set, and says what forbids resuming a run under another one."""
+"""Completes a config from its data set, and finds the changes that forbid resuming a run."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from regnet_flax.errors import ConfigError
 
 logger = logging.getLogger("regnet_flax")
 
-# Of a run's config.json, what says nothing of what came of it, or is not a stranger's to say.
+# Fields of a run's config.json that other modes ignore: they do not describe the result, or a stranger's file must not
+# set them.
 _NOT_TAKEN = ("model.init_from", "model.new_head", "model.adapt_stem", "export.path")
 
 
 def resolve(config: Any, dataset: Dataset | stream.StreamedDataset) -> Any:
-    """A copy of the config with what it left to the data set filled in.
+    """Returns a copy of the config, with the fields that it left to the data set filled in.
 
     Raises:
       ConfigError: a value contradicts the data set.
@@ -48,15 +49,15 @@ def resolve(config: Any, dataset: Dataset | stream.StreamedDataset) -> Any:
 def fill_in(config: Any, stored: Mapping[str, Any]) -> None:
     """Gives a config the values of a run's config.json, which may be of an earlier version.
 
-    What is no field any more is left out, with a warning if it was set. What the run began with and where it exported
-    to are not taken: "model.init_from" with its options, and "export.path", which may be a stranger's.
+    Fields that no longer exist are ignored, with a warning if they were set. "model.init_from" with its options and
+    "export.path" are ignored too: the workdir may come from a stranger.
 
     Args:
-      config: a nested config with every field, which is changed.
-      stored: what config.json holds.
+      config: a nested config with every field; changed in place.
+      stored: the contents of config.json.
 
     Raises:
-      ConfigError: a section is none, or a value is of no type that a config can hold.
+      ConfigError: a section holds a plain value, or a config cannot hold a value's type.
     """
     values = dict(flatten(stored))
     if wrong := [name for name in config if hasattr(config[name], "items") and name in values]:
@@ -70,25 +71,25 @@ def fill_in(config: Any, stored: Mapping[str, Any]) -> None:
 
 
 def _warn_of_unknown(stored: Mapping[str, Any]) -> None:
-    """Of fields of an earlier version that were set; what a run records beside its fields is in no section."""
+    """Warns of unknown fields that were set; facts that a run records beside its fields are in no section."""
     for name, value in stored.items():
         if "." in name and name not in FIELDS and value is not None:
             logger.warning("config.json has %s=%r, which this version does not know: it is ignored", name, value)
 
 
 def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, resolved: bool) -> list[str]:
-    """What forbids resuming a run under another config.
+    """Lists the changes that forbid resuming a run under another config.
 
     Args:
-      before: the run's resolved config, of this version or an earlier one: a field that it lacks had its default.
-      now: the config to go on with.
-      resolved: whether `now` is resolved too; if not, what it leaves to the data set is not compared.
+      before: the run's resolved config, from this version or an earlier one: a field that it lacks had its default.
+      now: the config to resume with.
+      resolved: whether `now` is resolved too; if not, fields that it leaves to the data set are not compared.
 
     Returns:
-      A line for each field that differs and may not, "train.batch_size: 128 before, 64 now".
+      One line per field that differs but must not, such as "train.batch_size: 128 before, 64 now".
     """
     old, new = dict(flatten(before)), dict(flatten(now))
-    if not resolved:  # said once, though a run is compared twice
+    if not resolved:  # a run is compared twice: warn once
         _warn_of_unknown(old)
     lines = []
     for name, field in FIELDS.items():

@@ -1,8 +1,8 @@
-"""Augmentation of training images, and normalisation, inside the compiled step.
+"""Augmentation and normalisation of training images, inside the compiled step.
 
-Each augmentation maps a random key and one uint8 image (height, width, channels) to such an image, so that what an
-example becomes depends on its own key alone, not on the batch or the device it is in. Erasing alone comes after
-normalisation: what it erases becomes the mean.
+Each augmentation maps a random key and one uint8 image (height, width, channels) to another such image. The result
+depends only on the example's own key, not on its batch or device. Only erasing comes after normalisation: the erased
+pixels become the mean.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ from regnet_flax.data import policies
 
 Array = jax.Array
 CROP_PADDING = 4  # pixels on each side; He et al. 2015, section 4.2
-ROTATION = 15.0  # degrees, either way
+ROTATION = 15.0  # degrees, in either direction
 JITTER = 0.2  # brightness, contrast and saturation are multiplied by 1 ± this
-HUE = 0.1  # of a turn of the colour wheel, either way
-TRANSLATION = 0.1  # of the width and the height, either way
-ERASE = "erase"  # must come last, and is done to the normalised image
-ERASED_AREA = (0.02, 0.33)  # of a random box, as a share of the image's
+HUE = 0.1  # share of a turn of the colour wheel, in either direction
+TRANSLATION = 0.1  # share of the width and the height, in either direction
+ERASE = "erase"  # must come last, because it acts on the normalised image
+ERASED_AREA = (0.02, 0.33)  # area of a random box, as a share of the image
 ERASED_RATIO = (0.3, 3.3)  # height to width
 ERASE_TRIES = 10
 ORDERS = np.array(list(itertools.permutations(range(4))), np.int32)  # of the four adjustments of a colour jitter
 
 
 def crop(key: Array, image: Array) -> Array:
-    """A random crop of the image's own size, after padding it with 4 black pixels on each side."""
+    """Pads the image with 4 black pixels on each side, and takes a random crop of the original size."""
     padded = jnp.pad(image, ((CROP_PADDING, CROP_PADDING), (CROP_PADDING, CROP_PADDING), (0, 0)))
     top, left = jax.random.randint(key, (2,), 0, 2 * CROP_PADDING + 1)
     return jax.lax.dynamic_slice(padded, (top, left, 0), image.shape)
 
 
 def flip(key: Array, image: Array) -> Array:
-    """Mirrored left to right, with probability 1/2."""
+    """Mirrors the image left to right, with probability 1/2."""
     return jnp.where(jax.random.bernoulli(key), image[:, ::-1], image)
 
 
 def rotate(key: Array, image: Array) -> Array:
-    """Rotated by up to 15 degrees either way: torchvision's RandomRotation(15)."""
+    """Rotates the image by up to 15 degrees in either direction: torchvision's RandomRotation(15)."""
     return rotate_by(image, jax.random.uniform(key, minval=-ROTATION, maxval=ROTATION))
 
 
 def rotate_by(image: Array, degrees: Array | float) -> Array:
-    """The image rotated counter-clockwise about its centre, as Pillow's Image.rotate does: nearest neighbour, black.
+    """Rotates the image counter-clockwise about its centre, like Pillow's Image.rotate: nearest neighbour, black fill.
 
-    Pillow counts source pixels in units of 2⁻¹⁶; so does this, but for the last bit, its cosine being of float32.
+    Like Pillow, it computes source pixels in units of 2⁻¹⁶; the last bit may differ because the cosine is float32.
     """
     height, width, _ = image.shape
     radians = jnp.deg2rad(degrees)
@@ -67,7 +67,7 @@ def _fixed_point(value: Array) -> Array:
 
 
 def translate(key: Array, image: Array) -> Array:
-    """Moved by up to 10 % of its width and height, in whole pixels: torchvision's RandomAffine(0, (0.1, 0.1))."""
+    """Moves the image by whole pixels, up to 10 % of width and height: torchvision's RandomAffine(0, (0.1, 0.1))."""
     height, width, _ = image.shape
     most = TRANSLATION * jnp.array([width, height])
     right, down = jnp.round(jax.random.uniform(key, (2,), minval=-most, maxval=most)).astype(jnp.int32)
@@ -75,13 +75,13 @@ def translate(key: Array, image: Array) -> Array:
 
 
 def translate_by(image: Array, right: Array | int, down: Array | int) -> Array:
-    """The image moved by whole pixels, black where it was not."""
+    """Moves the image by whole pixels; the uncovered part is black."""
     height, width, _ = image.shape
     return policies.pixels_at(image, jnp.arange(height)[:, None] - down, jnp.arange(width) - right)
 
 
 def color(key: Array, image: Array) -> Array:
-    """Brightness, contrast, saturation and hue changed, in random order: ColorJitter(0.2, 0.2, 0.2, 0.1)."""
+    """Changes brightness, contrast, saturation and hue in random order: ColorJitter(0.2, 0.2, 0.2, 0.1)."""
     order_key, factor_key, hue_key = jax.random.split(key, 3)
     order = jnp.asarray(ORDERS)[jax.random.randint(order_key, (), 0, len(ORDERS))]
     factors = jax.random.uniform(factor_key, (3,), minval=1 - JITTER, maxval=1 + JITTER)
@@ -89,23 +89,23 @@ def color(key: Array, image: Array) -> Array:
 
 
 def adjust_color(image: Array, order: Array, factors: Array, hue: Array | float) -> Array:
-    """What Pillow's ImageEnhance.Brightness, .Contrast and .Color and torchvision's adjust_hue make of an image.
+    """Adjusts an image like Pillow's ImageEnhance.Brightness, .Contrast and .Color and torchvision's adjust_hue.
 
     Args:
-      image: uint8 (height, width, channels), RGB or of one channel, which has neither saturation nor hue.
-      order: int (4,), in which brightness (0), contrast (1), saturation (2) and hue (3) are changed.
-      factors: (3,), of brightness, contrast and saturation; 1 changes nothing.
-      hue: what is added to it, in turns, from −0.5 to 0.5.
+      image: uint8 (height, width, channels), RGB or one channel, which has neither saturation nor hue.
+      order: int (4,), the order in which to change brightness (0), contrast (1), saturation (2) and hue (3).
+      factors: (3,), for brightness, contrast and saturation; 1 changes nothing.
+      hue: the hue's shift, in turns, from −0.5 to 0.5.
 
     Returns:
-      uint8 of the same shape; between any two adjustments too values are whole, as Pillow has them.
+      uint8 of the same shape. Like Pillow, it rounds to whole values after each adjustment.
 
     Raises:
-      ValueError: an image of two channels, or more than three.
+      ValueError: the image has two channels, or more than three.
     """
     policies.check_channels(image.shape[-1])
-    # Of a switch that is mapped over examples every branch would be computed: four times the hue, the dearest. So the
-    # three others, which are of one form, run both before and after the hue, with factor 1 where it is not their turn.
+    # A switch mapped over examples computes every branch: four times the hue, the most expensive adjustment. So the
+    # other three, which share one form, run both before and after the hue, with factor 1 when it is not their turn.
     at = jnp.argmax(order == 3)
     others = order[jnp.arange(3) + (jnp.arange(3) >= at)]
     pixels = image.astype(jnp.float32)
@@ -118,14 +118,14 @@ def adjust_color(image: Array, order: Array, factors: Array, hue: Array | float)
 
 
 def _blend(pixels: Array, which: Array, factor: Array) -> Array:
-    """Away from black (0: brightness), the mean grey (1: contrast) or each pixel's grey (2: saturation)."""
+    """Moves pixels away from black (0: brightness), the mean grey (1: contrast) or their own grey (2: saturation)."""
     grey, mean = policies.greys(pixels)
     origin = jnp.where(which == 0, 0, jnp.where(which == 1, mean, grey))
     return jnp.floor(jnp.clip(origin + factor * (pixels - origin), 0, 255))
 
 
 def _turn_hue(pixels: Array, turn: Array) -> Array:
-    """The hue, which Pillow keeps in 0…255 like saturation and value, plus `turn`."""
+    """Adds `turn` to the hue, which Pillow stores in 0…255 like saturation and value."""
     if pixels.shape[-1] == 1:
         return pixels
     red, green, blue = pixels[..., 0], pixels[..., 1], pixels[..., 2]
@@ -149,12 +149,12 @@ def _turn_hue(pixels: Array, turn: Array) -> Array:
 
 
 def erase(key: Array, image: Array) -> Array:
-    """A random box of a normalised image set to 0, the mean, with probability 1/2: torchvision's RandomErasing().
+    """Sets a random box of a normalised image to 0, the mean, with probability 1/2: torchvision's RandomErasing().
 
-    Zhong et al., arXiv 1708.04896. The first of ten boxes that fits is taken; where none does, nothing is erased.
+    Zhong et al., arXiv 1708.04896. It uses the first of ten boxes that fits; if none fits, it erases nothing.
 
     Args:
-      key: random; it alone fixes the box.
+      key: a random key, which alone determines the box.
       image: float (height, width, channels).
 
     Returns:
@@ -173,15 +173,16 @@ def erase(key: Array, image: Array) -> Array:
 
 
 def erased_size(areas: Array, ratios: Array, height: int, width: int) -> Array:
-    """Height and width of the first box that is smaller than the image both ways; 0 and 0 if none is.
+    """Returns the size of the first box that is smaller than the image in both directions; zeros if none is.
 
     Args:
-      areas: (N,) of the boxes, as shares of the image's.
+      areas: (N,), the boxes' areas as shares of the image.
       ratios: (N,), height to width.
-      height: of the image, in pixels, as width.
+      height: the image's height in pixels.
+      width: the image's width in pixels.
 
     Returns:
-      int32 (2,).
+      int32 (2,): height and width.
     """
     areas = areas * height * width
     boxes = jnp.round(jnp.sqrt(jnp.stack([areas * ratios, areas / ratios], -1))).astype(jnp.int32)
@@ -205,7 +206,7 @@ def augment(names: Sequence[str], keys: Array, images: Array) -> Array:
 
     Args:
       names: keys of AUGMENTATIONS.
-      keys: (N,) random keys, one an example.
+      keys: (N,) random keys, one per example.
       images: uint8 (N, height, width, channels).
 
     Returns:
@@ -221,18 +222,19 @@ def augment(names: Sequence[str], keys: Array, images: Array) -> Array:
 
 
 def normalize(images: Array, mean: Any, std: Any) -> Array:
-    """(images / 255 − mean) / std, float32, for uint8 images and a mean and std a channel, or one of each for all."""
+    """Returns (images / 255 − mean) / std in float32, for uint8 images and mean and std per channel or for all."""
     return (images.astype(jnp.float32) / 255 - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)
 
 
 def prepare(names: Sequence[str], keys: Array, images: Array, mean: Any, std: Any) -> Array:
-    """What a model trains on: images augmented, normalised, and erased where the last of the names is ERASE.
+    """Makes a model's training input: images augmented, normalised, and erased if the last name is ERASE.
 
     Args:
       names: keys of AUGMENTATIONS, in order; ERASE may come last.
-      keys: (N,) random keys, one an example.
+      keys: (N,) random keys, one per example.
       images: uint8 (N, height, width, channels).
-      mean: see `normalize`, as std.
+      mean: see `normalize`.
+      std: see `normalize`.
 
     Returns:
       float32 of the same shape.

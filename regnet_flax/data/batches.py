@@ -1,6 +1,6 @@
 """Batches of streamed photographs, as pure functions of their number.
 
-They run in threads and in worker processes, any number of which give the same batches, bit by bit.
+They run in threads and worker processes; the batches are bitwise the same for any number of these.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 from regnet_flax.data import photos
 from regnet_flax.errors import DataError, one_line
 
-SUBSTITUTES = 100  # examples that are tried in the place of one that does not decode
+SUBSTITUTES = 100  # how many examples to try in place of one that does not decode
 
 HostBatch = dict[str, Any]
 
@@ -29,29 +29,29 @@ class Records(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> list[tuple[str | IO[bytes], int, str]]:
-        """What Pillow can open, the label and the name of each of these examples."""
+        """Returns a file that Pillow can open, the label and the name of each of these examples."""
         ...
 
     def identity(self) -> Iterable[bytes]:
-        """What changes with the files, at the cost of listing them."""
+        """Yields bytes that change when the files change; it costs no more than listing them."""
         ...
 
 
 class FolderRecords:
-    """Image files in one folder a class.
+    """Image files, one folder per class.
 
     Args:
         root: the directory that holds the splits.
-        files: the paths of each class, classes in order.
-        labels: of each class.
+        files: the paths of each class, with the classes in order.
+        labels: the label of each class.
 
     Attributes:
-        labels: int32 (N,), of each file.
+        labels: int32 (N,), the label of each file.
     """
 
     def __init__(self, root: Path, files: dict[str, list[str]], labels: dict[str, int]):
         self._root = str(root)
-        # An array of bytes: a million paths as str would be slow to hand to worker processes, and large in each.
+        # An array of bytes: a million str paths would be slow to pass to worker processes, and large in each.
         names = [os.fsencode(os.path.relpath(path, root)) for paths in files.values() for path in paths]
         self._names = np.array(names, dtype=np.bytes_)
         counts = [len(paths) for paths in files.values()]
@@ -67,7 +67,7 @@ class FolderRecords:
         return [(path := self._path(index), int(self.labels[index]), path) for index in indices]
 
     def identity(self) -> Iterable[bytes]:
-        with ThreadPoolExecutor(32) as pool:  # network file systems answer slowly, but many at once
+        with ThreadPoolExecutor(32) as pool:  # network file systems are slow, but answer many requests at once
             sizes = list(pool.map(lambda index: _size(self._path(index)), range(len(self))))
         return self._names.tobytes(), self.labels.tobytes(), np.array(sizes, np.int64).tobytes()
 
@@ -75,7 +75,7 @@ class FolderRecords:
 def _size(path: str) -> int:
     try:
         return os.path.getsize(path)
-    except OSError:  # a dangling link, which is named when it is to be decoded
+    except OSError:  # a dangling link; decoding it will report it
         return -1
 
 
@@ -97,23 +97,23 @@ class Subset:
 
 @functools.lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order in which an epoch goes through `size` examples: int32 (size,).
+    """Returns the order in which an epoch visits `size` examples: int32 (size,).
 
-    NumPy's, since workers have no device; RandomState's stream is frozen, so every version of NumPy gives the same.
+    It uses NumPy because workers have no device. RandomState's stream is frozen, so every NumPy version gives the same.
     """
     return np.random.RandomState((seed, epoch)).permutation(size).astype(np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Batches:
-    """Makes batches of one process's part; a worker process gets a copy.
+    """Makes one process's part of each batch; each worker process gets a copy of this object.
 
     Attributes:
-        records: of the split.
-        image_size: height and width of what the photographs become.
+        records: the records of the split.
+        image_size: height and width of the resulting images.
         crop: see StreamedDataset.
-        strict: likewise.
-        batch_size: over all processes, a multiple of their number.
+        strict: see StreamedDataset.
+        batch_size: over all processes; a multiple of their number.
         process_index: which of the `process_count` equal parts of each batch.
     """
 
@@ -132,7 +132,7 @@ class _Batches:
     def _decode(
         self, file: str | IO[bytes], name: str, box: Callable[[int, int], photos.Box], remarks: list[str]
     ) -> np.ndarray | str:
-        """The image, or "name: reason" where it does not decode."""
+        """Returns the image, or "name: reason" if it does not decode."""
         try:
             return photos.read_crop(file, self.image_size, box, remarks=remarks)
         except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file.
@@ -152,14 +152,14 @@ class _Batches:
 class TrainBatches(_Batches):
     """Maps a step of the run to "images", uint8 (n, size, size, 3), "labels", int32 (n,), "examples" and "skipped".
 
-    "examples", int32 (n,), are the indices that the augmentation keys are made of; "skipped" is a line for each
-    photograph that does not decode, and those of photos.REMARKS that hold. In the place of what does not decode comes
-    the next one in the data's order that does.
+    "examples", int32 (n,), are the indices from which the augmentation keys derive; "skipped" has a line for each
+    photograph that does not decode, and the applicable lines of photos.REMARKS. The next photograph in the data's
+    order that decodes replaces one that does not.
 
     Attributes:
-        seed: of the run.
-        shards: devices of all processes; 0 for one a process.
-        parts: that a batch is taken in; see feeds.Feed.batch.
+        seed: the run's seed.
+        shards: devices of all processes; 0 for one per process.
+        parts: the number of parts into which a step divides a batch; see feeds.Feed.batch.
     """
 
     seed: int = 0
@@ -167,7 +167,7 @@ class TrainBatches(_Batches):
     parts: int = 1
 
     def _positions(self) -> np.ndarray:
-        """The places in the whole batch of this process's rows, device by device, and part by part in each."""
+        """Returns the positions of this process's rows in the whole batch, by device, and within each by part."""
         shards = self.shards or self.process_count
         places = np.arange(self.batch_size).reshape(self.parts, self.process_count, shards // self.process_count, -1)
         return places[:, self.process_index].swapaxes(0, 1).ravel()
@@ -177,7 +177,7 @@ class TrainBatches(_Batches):
         epoch, k = divmod(step, size // self.batch_size)
         positions = self._positions()
         examples = epoch_order(self.seed, epoch, size)[k * self.batch_size + positions]
-        # Drawn for the whole batch, so that the number of processes changes nothing.
+        # Drawn for the whole batch, so that the result does not depend on the number of processes.
         random = np.random.RandomState((self.seed, epoch, k)).random_sample((self.batch_size, photos.UNIFORMS))
         random = random[positions]
         batch, skipped, remarks = self._empty(), [], []
@@ -203,8 +203,8 @@ class TrainBatches(_Batches):
 class EvalBatches(_Batches):
     """Maps k to "images", "labels" and "mask", bool (n,): the k-th batch in the data's order.
 
-    The mask is False beyond the last example and for a photograph that does not decode, which "skipped" names, beside
-    those of photos.REMARKS that hold.
+    The mask is False beyond the last example and for photographs that do not decode. "skipped" names these, and has the
+    applicable lines of photos.REMARKS.
     """
 
     def __call__(self, k: int) -> HostBatch:

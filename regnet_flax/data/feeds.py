@@ -1,8 +1,8 @@
-"""Feeds: what one training step, or one batch of an evaluation, is given of a data set.
+"""Feeds, which give each training step and each batch of an evaluation its data.
 
-Batch k of an epoch is a pure function of (seed, epoch, k): only the step needs saving to resume. A `MemoryFeed` holds
-the data set on the devices as uint8 arrays, and no host work happens between steps; a `StreamFeed` reads, decodes and
-transfers batches ahead of time. A feed knows nothing of models and trainers.
+Batch k of an epoch is a pure function of (seed, epoch, k), so a checkpoint needs only the step to resume. A
+`MemoryFeed` holds the data set on the devices as uint8 arrays, without host work between steps; a `StreamFeed` reads,
+decodes and transfers batches ahead of time. A feed knows nothing of models and trainers.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ class Placement(Protocol):
 
     @property
     def count(self) -> int:
-        """Devices, those of all processes."""
+        """The number of devices, over all processes."""
         ...
 
     def place(self, tree: Any) -> Any:
-        """The same arrays on every device."""
+        """Copies the arrays to every device."""
         ...
 
     def divide(self, array: np.ndarray) -> Array:
-        """This process's rows, one equal part a device: (devices, rows of each, …)."""
+        """Splits this process's rows into one equal part per device: (devices, rows per device, …)."""
         ...
 
 
 class Feed(Protocol):
-    """What the trainer needs of the data.
+    """The trainer's interface to the data.
 
     Attributes:
-      axes: for each argument of `batch` its device axis, 0 where each device has its own part, else None.
-      eval_axes: likewise, of `eval_batch`.
+      axes: the device axis of each argument of `batch`: 0 if each device has its own part, else None.
+      eval_axes: the same for `eval_batch`.
       own: the names of the arguments that differ between seeds.
-      most_steps: the most steps that one set of arguments serves; 0 for no bound but the epoch's end.
+      most_steps: the most steps that one set of arguments serves; 0 for no limit but the epoch's end.
     """
 
     axes: dict[str, int | None]
@@ -59,11 +59,11 @@ class Feed(Protocol):
     most_steps: int
 
     def arguments(self, step: int, seed: int | None = None) -> dict[str, Any]:
-        """What the step needs, on the host's side: made here, used by `batch` inside the compiled step.
+        """Makes, on the host, the arguments that `batch` uses inside the compiled step.
 
         Args:
-          step: steps taken so far, of the whole run.
-          seed: of which run; by default the first.
+          step: steps taken so far in the whole run.
+          seed: the run's seed; by default the first.
 
         Raises:
           DataError: an image does not decode and the data set is strict, or the data set cannot be read.
@@ -72,30 +72,30 @@ class Feed(Protocol):
         ...
 
     def batch(self, arguments: dict[str, Any], shard: Array | int = 0, parts: int = 1) -> tuple[Batch, Array]:
-        """One device's part of the batch of step `arguments["step"]`.
+        """Returns one device's part of the batch of step `arguments["step"]`.
 
         Args:
-          arguments: see `arguments`; `step` may be raised, within an epoch, where `most_steps` allows it.
-          shard: which device's part.
-          parts: that the batch is taken in, one after another. Each device gets an equal share of every part, so that
-            which images share a part does not depend on the number of devices.
+          arguments: see `arguments`; `step` may be raised within an epoch, as far as `most_steps` allows.
+          shard: the device's index.
+          parts: the number of parts into which the step divides the batch. Each device gets an equal share of every
+            part, so that the images in a part do not depend on the number of devices.
 
         Returns:
-          "images", uint8 (n, height, width, channels), and "labels", int32 (n,), and n augmentation keys, each fixed
-          by (seed, epoch, example).
+          "images", uint8 (n, height, width, channels), and "labels", int32 (n,), and n augmentation keys, each
+          determined by (seed, epoch, example).
         """
         ...
 
     def eval_arguments(self, split: str, batch_size: int) -> Generator[dict[str, Any]]:
-        """The arguments of `eval_batch` for each batch of a split, in the data's order; raises as `arguments` does."""
+        """Yields the arguments of `eval_batch` for each batch of a split, in order; raises like `arguments`."""
         ...
 
     def eval_batch(self, arguments: dict[str, Any], shard: Array | int = 0) -> Batch:
-        """One device's part of a batch: "images", "labels" and "mask", bool (n,), False for padding."""
+        """Returns one device's part of a batch: "images", "labels" and "mask", bool (n,), False for padding."""
         ...
 
     def close(self) -> None:
-        """Ends what reads the data, if anything does."""
+        """Ends the processes and threads that read the data, if any."""
         ...
 
 
@@ -110,15 +110,15 @@ def make_feed(
     workers: int = 0,
     prefetch: int = 2,
 ) -> Feed:
-    """The feed of a data set.
+    """Makes the feed of a data set.
 
     Args:
-      dataset: in memory, or to be streamed.
-      seeds: of the runs that train on it, each of which goes through it in an order of its own.
-      placement: where batches go.
+      dataset: in memory, or streamed.
+      seeds: the seeds of the runs that train on it; each run visits the examples in its own order.
+      placement: the devices that batches go to.
       batch_size: over all devices; a multiple of devices × parts.
-      parts: see Feed.batch; a streamed batch is laid out for them on the host.
-      total_steps: of the run, beyond which nothing is read ahead.
+      parts: see Feed.batch; the host lays out a streamed batch for them.
+      total_steps: the run's steps; nothing beyond them is read ahead.
       workers, prefetch: see stream.Stream.
     """
     if isinstance(dataset, StreamedDataset):
@@ -127,7 +127,7 @@ def make_feed(
 
 
 class MemoryFeed:
-    """A Feed of arrays that lie on every device as uint8; see make_feed."""
+    """A Feed of uint8 arrays that every device holds; see make_feed."""
 
     def __init__(self, dataset: Dataset, seeds: Sequence[int], placement: Placement, batch_size: int):
         self._dataset, self._seeds, self._placement, self._batch_size = dataset, tuple(seeds), placement, batch_size
@@ -177,7 +177,7 @@ class MemoryFeed:
 
 
 class StreamFeed:
-    """A Feed of photographs that are read and decoded while the model trains; see make_feed."""
+    """A Feed that reads and decodes photographs while the model trains; see make_feed."""
 
     def __init__(
         self,
@@ -214,7 +214,7 @@ class StreamFeed:
         return next(stream) | {"seed": np.int32(seed), "step": np.int32(step)}
 
     def batch(self, arguments: dict[str, Any], shard: Array | int = 0, parts: int = 1) -> tuple[Batch, Array]:
-        """See Feed; the parts are those that the feed was made with."""
+        """See Feed; `parts` must be the number that the feed was made with."""
         assert parts == self._parts
         epoch = arguments["step"] // self._steps_per_epoch
         keys = example_keys(arguments["seed"], epoch, arguments["examples"])
@@ -252,7 +252,7 @@ class StreamFeed:
 
 @functools.partial(jax.jit, static_argnames="size")
 def epoch_order(seed: Array | int, epoch: Array | int, size: int) -> Array:
-    """The order in which an epoch goes through `size` examples: int32 (size,)."""
+    """Returns the order in which an epoch visits `size` examples: int32 (size,)."""
     return jax.random.permutation(jax.random.fold_in(jax.random.key(seed), epoch), size)
 
 
@@ -267,23 +267,23 @@ def train_batch(
     shards: int = 1,
     parts: int = 1,
 ) -> tuple[Batch, Array]:
-    """One device's part of the batch of a step.
+    """Returns one device's part of the batch of a step.
 
-    The examples beyond the last whole batch of an epoch, others in each epoch, are left out.
+    The examples beyond the last whole batch of an epoch, which differ between epochs, are skipped.
 
     Args:
       data: "images", uint8 (size, height, width, channels), and "labels", int32 (size,).
       order: `epoch_order` of the epoch that `step` is in.
-      seed: of the run.
-      step: steps taken so far, of the whole run.
+      seed: the run's seed.
+      step: steps taken so far in the whole run.
       batch_size: over all shards; a multiple of `shards`.
       shard: which of the `shards` equal parts.
-      parts: of the batch, of each of which every shard has its share, one part's examples after another's; so that
-        these parts are the same for any number of shards.
+      parts: the number of parts of the batch. Every shard has a share of each part, in the order of the parts, so that
+        the parts are the same for any number of shards.
 
     Returns:
-      "images" and "labels" of batch_size / shards examples, and their augmentation keys, each fixed by (seed, epoch,
-      example).
+      "images" and "labels" of batch_size / shards examples, and their augmentation keys, each determined by (seed,
+      epoch, example).
     """
     epoch, k = jnp.divmod(step, order.shape[0] // batch_size)
     indices = jax.lax.dynamic_slice(order, (k * batch_size,), (batch_size,))
@@ -292,17 +292,17 @@ def train_batch(
 
 
 def example_keys(seed: Array | int, epoch: Array | int, indices: Array) -> Array:
-    """The augmentation keys of examples (N,): random keys (N,), each fixed by (seed, epoch, example)."""
-    # One more folding, since epoch_order has used the epoch's own key up.
+    """Returns the augmentation keys of examples (N,): random keys (N,), each determined by (seed, epoch, example)."""
+    # One more fold_in, because epoch_order has consumed the epoch's own key.
     epoch_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), epoch), 1)
     return jax.vmap(jax.random.fold_in, (None, 0))(epoch_key, indices)
 
 
 def eval_batch(data: Batch, indices: Array) -> Batch:
-    """The examples at `indices`, int32 (n,), which may lie beyond the last one.
+    """Returns the examples at `indices`, int32 (n,), some of which may lie beyond the last one.
 
     Returns:
-      "images" and "labels" of n examples, and "mask", bool, False for those beyond the last, which repeat it.
+      "images" and "labels" of n examples, and "mask", bool, False beyond the last example, which is repeated there.
     """
     size = data["labels"].shape[0]
     batch = {name: array[jnp.minimum(indices, size - 1)] for name, array in data.items()}

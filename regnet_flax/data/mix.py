@@ -1,8 +1,8 @@
-"""Mixup and CutMix: each image of a batch and its target mixed with another's, inside the compiled step.
+"""Mixup and CutMix: mixes each image of a batch and its target with another one, inside the compiled step.
 
-Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899. An image's partner is its neighbour, the first's the
-second and the third's the fourth, which the epoch's order makes a random one: so a device needs no image of another,
-and any number of them gives the same batch.
+Zhang et al., arXiv 1710.09412; Yun et al., arXiv 1905.04899. Neighbours are partners: the first and the second image,
+the third and the fourth, and so on. The epoch's order makes the partner random, so a device needs no image of another
+device, and any number of devices gives the same batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 Array = jax.Array
 Box = tuple[Array | int, Array | int, Array | int, Array | int]
-NO_EPOCH = 0xFFFFFFFF  # folded in where the keys of order and augmentation have an epoch
+NO_EPOCH = 0xFFFFFFFF  # folded in where the keys of order and augmentation fold in an epoch
 
 
 def _partners(array: Array) -> Array:
@@ -20,7 +20,7 @@ def _partners(array: Array) -> Array:
 
 
 def mixup(images: Array, targets: Array, share: Array | float) -> tuple[Array, Array]:
-    """`share` of each image and target, and 1 − `share` of its partner's.
+    """Mixes `share` of each image and target with 1 − `share` of its partner's.
 
     Args:
       images: float (N, height, width, channels), N even.
@@ -35,12 +35,12 @@ def mixup(images: Array, targets: Array, share: Array | float) -> tuple[Array, A
 
 
 def cutmix(images: Array, targets: Array, box: Box) -> tuple[Array, Array]:
-    """The partner's pixels inside a box, and of its target the box's share of the area.
+    """Pastes the partner's pixels into a box, and mixes the targets by the box's share of the area.
 
     Args:
       images: float (N, height, width, channels), N even.
       targets: float (N, classes), the probability of each class.
-      box: top, bottom, left and right, in pixels, bottom and right exclusive.
+      box: top, bottom, left and right, in pixels; bottom and right are exclusive.
 
     Returns:
       Images and targets of the same shapes and types.
@@ -55,7 +55,7 @@ def cutmix(images: Array, targets: Array, box: Box) -> tuple[Array, Array]:
 
 
 def random_box(key: Array, share: Array | float, height: int, width: int) -> Box:
-    """CutMix's box: of 1 − `share` of the area, around a uniformly random pixel, cut off at the image's edges."""
+    """Draws CutMix's box: 1 − `share` of the area, around a uniformly random pixel, clipped at the image's edges."""
     size = jnp.sqrt(1 - share)
     halves = jnp.floor(jnp.array([height, width]) * size).astype(jnp.int32) // 2
     bounds = jnp.array([height, width])
@@ -74,16 +74,16 @@ def mix(
     mixup_alpha: float,
     cutmix_alpha: float,
 ) -> tuple[Array, Array]:
-    """Mixes a batch, or one device's part of it; where both are on, one of the two at random.
+    """Mixes a batch, or one device's part of it; if both methods are on, it picks one of them at random.
 
     Args:
-      seed: of the run.
-      step: steps taken; seed and step alone fix what is done, the same for all images.
+      seed: the run's seed.
+      step: steps taken; seed and step alone determine the mixing, which is the same for all images.
       images: float (N, height, width, channels), N even.
       labels: int (N,).
-      classes: how many there are.
-      mixup_alpha: of Beta(alpha, alpha), from which mixup's share is drawn; 0: no mixup.
-      cutmix_alpha: likewise, of CutMix.
+      classes: the number of classes.
+      mixup_alpha: mixup's share is drawn from Beta(alpha, alpha); 0: no mixup.
+      cutmix_alpha: the same for CutMix.
 
     Returns:
       Images, and targets, float32 (N, classes).

@@ -1,4 +1,4 @@
-"""Photographs decoded, made upright 8-bit RGB, cropped and resized, with Pillow."""
+"""Decodes photographs to upright 8-bit RGB, crops and resizes them, with Pillow."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from PIL import ExifTags, Image, ImageOps
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels of the upright photograph
 
-AREA = (0.08, 1.0)  # of a random crop, as a share of the photograph's
+AREA = (0.08, 1.0)  # area of a random crop, as a share of the photograph
 RATIO = (3 / 4, 4 / 3)  # width to height
 TRIES = 10
-UNIFORMS = 2 * TRIES + 2  # random numbers that a random crop takes
-CENTRE = 0.875  # of the shorter side that the test crop has: 224 of 256
+UNIFORMS = 2 * TRIES + 2  # random numbers that a random crop needs
+CENTRE = 0.875  # side of the test crop, as a share of the shorter side: 224 of 256
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".gif", ".webp", ".avif", ".jp2"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tif", ".tiff"),
 )
-HEIC = (".heic", ".heif", ".hif")  # read where pillow-heif is installed
-# What is said once of images that are not shown as they stand in their files.
+HEIC = (".heic", ".heif", ".hif")  # readable if pillow-heif is installed
+# Logged once for images that are not used exactly as stored.
 TRANSPARENT = "some images have transparent parts, which are shown on white"
 DARK = (
     "some images of 16 bits use the lowest 12 or fewer, and come out nearly black: multiply their values, by 16 for 12 "
@@ -36,7 +36,7 @@ REMARKS = (TRANSPARENT, DARK)
 
 @functools.cache
 def reads_heic() -> bool:
-    """Whether HEIC can be read, which Pillow is told here; pillow-heif is the extra [heic]."""
+    """Whether HEIC can be read; registers pillow-heif, the extra [heic], with Pillow."""
     try:
         import pillow_heif  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -46,20 +46,20 @@ def reads_heic() -> bool:
 
 
 def extensions() -> tuple[str, ...]:
-    """The suffixes of the image files that can be read here, in lower case."""
+    """Returns the suffixes of readable image files, in lower case."""
     return EXTENSIONS + (HEIC if reads_heic() else ())
 
 
 def open_image(file: str | os.PathLike | IO[bytes]) -> Image.Image:
-    """Pillow's Image.open, which refuses images of suspicious size instead of warning of them.
+    """Opens an image like Pillow's Image.open, but rejects images of suspicious size instead of warning.
 
     Raises:
-        Image.DecompressionBombError: more than Image.MAX_IMAGE_PIXELS pixels.
+        Image.DecompressionBombError: the image has more than Image.MAX_IMAGE_PIXELS pixels.
         Exception: whatever else Pillow raises for a file that it cannot open.
     """
     if isinstance(file, (str, os.PathLike)) and os.fspath(file).lower().endswith(HEIC):
         reads_heic()
-    # Turning Pillow's warning into an error would do so for the whole process.
+    # Turning Pillow's warning into an error would affect the whole process.
     image = Image.open(file)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
@@ -75,14 +75,14 @@ def read_image(path: str | os.PathLike, remarks: list[str] | None = None) -> Ima
 
     Args:
         path: an image of any size and mode; 16-bit grey is scaled to 8 bits, transparent parts are shown on white.
-        remarks: gets one of REMARKS where it holds of the image.
+        remarks: a list to which the applicable REMARKS are appended.
 
     Returns:
-        The decoded image, mode "RGB", turned as its EXIF orientation says.
+        The decoded image, mode "RGB", turned according to its EXIF orientation.
 
     Raises:
-        Exception: whatever Pillow raises for a file it cannot decode; ValueError for floating-point pixels, and for
-            what is no regular file: a named pipe would wait for its other end.
+        Exception: whatever Pillow raises for a file that it cannot decode; ValueError for floating-point pixels, and
+            for anything but a regular file: a named pipe would block until its other end opens.
     """
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise ValueError("not a regular file")
@@ -94,7 +94,7 @@ def read_image(path: str | os.PathLike, remarks: list[str] | None = None) -> Ima
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether an image that is not loaded yet has 16 bits, which Pillow may cut to 8 when it loads it."""
+    """Whether an image has 16 bits; call it before Pillow loads the image, which may cut them to 8."""
     return image.mode.startswith("I") or any(";16" in str(tile) for tile in getattr(image, "tile", ()))
 
 
@@ -118,28 +118,29 @@ def _is_transparent(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB; see read_image."""
+    """Converts an image of any mode to 8-bit RGB; see read_image."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no fixed range")
     if image.mode.startswith("I"):
         # Pillow's own conversion clips at 255, which turns nearly all of a 16-bit image white.
         image = Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 256).astype(np.uint8))
     elif _is_transparent(image):
-        # What lies under transparent pixels is mostly black, and drawings may have their content in the alpha channel.
+        # The colour of transparent pixels is mostly black, and drawings may have their content in the alpha channel.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     elif image.mode == "P":
-        # Straight to RGB, Pillow warns about palettes with transparency.
+        # Converted straight to RGB, palettes with transparency make Pillow warn.
         image = image.convert("RGBA")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def random_box(width: int, height: int, uniforms: Sequence[float]) -> Box:
-    """A random crop of random area and shape, as torchvision's RandomResizedCrop.get_params draws it.
+    """Draws a crop of random area and shape, like torchvision's RandomResizedCrop.get_params.
 
     Args:
-      width: of the photograph, as height.
-      uniforms: UNIFORMS numbers in [0, 1): area and ratio of each of ten tries, and the place.
+      width: the photograph's width in pixels.
+      height: the photograph's height in pixels.
+      uniforms: UNIFORMS numbers in [0, 1): area and ratio of each of ten tries, and the position.
     """
     log_ratio = math.log(RATIO[0]), math.log(RATIO[1])
     for attempt in range(TRIES):
@@ -156,9 +157,9 @@ def random_box(width: int, height: int, uniforms: Sequence[float]) -> Box:
 
 
 def centre_box(width: int, height: int, size: int) -> Box:
-    """The part that is left when the shorter side is resized to size / 0.875 and the centre cropped to size × size.
+    """Returns the part that remains after resizing the shorter side to size / 0.875 and centre-cropping to size × size.
 
-    Rounded as torchvision's Resize and CenterCrop do.
+    It rounds like torchvision's Resize and CenterCrop.
     """
     short = round(size / CENTRE)
     if width <= height:
@@ -171,7 +172,7 @@ def centre_box(width: int, height: int, size: int) -> Box:
 
 
 def whole_box(width: int, height: int) -> Box:
-    """All of the photograph, whose shape is lost then."""
+    """Returns the whole photograph; resizing it to a square loses its aspect ratio."""
     return 0, 0, width, height
 
 
@@ -184,13 +185,13 @@ def read_crop(
 ) -> np.ndarray:
     """Decodes a part of a photograph, resized to size × size with antialiasing (bilinear).
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, straight from its DCT coefficients, where the part still has
-    `size` pixels each way then.
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size, straight from its DCT coefficients, if the part then still has
+    `size` pixels in each direction.
 
     Args:
       file: a photograph of any size and mode; see read_image.
       size: height and width of the result, in pixels.
-      choose_box: from width and height of the upright photograph to the part, not empty.
+      choose_box: maps width and height of the upright photograph to the part, which must not be empty.
       draft: whether to decode at a smaller size.
       remarks: see read_image.
 
@@ -202,7 +203,7 @@ def read_crop(
     """
     with open_image(file) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        lies = orientation in (5, 6, 7, 8)  # on its side
+        lies = orientation in (5, 6, 7, 8)  # the photograph lies on its side
         width, height = image.size[::-1] if lies else image.size
         left, top, right, bottom = choose_box(width, height)
         deep = _is_deep(image)

@@ -1,10 +1,10 @@
-"""TrivialAugment and RandAugment: one operation of fourteen, or two, drawn for each image inside the compiled step.
+"""TrivialAugment and RandAugment: draw one or two of fourteen operations per image, inside the compiled step.
 
-Müller & Hutter, arXiv 2103.10158; Cubuk et al., arXiv 1909.13719. Operations, magnitudes and draws are torchvision's
-TrivialAugmentWide and RandAugment, of Pillow images, with nearest neighbours and black outside.
+Müller & Hutter, arXiv 2103.10158; Cubuk et al., arXiv 1909.13719. Operations, magnitudes and draws are those of
+torchvision's TrivialAugmentWide and RandAugment for Pillow images, with nearest neighbours and black fill.
 
 Mapped over a batch, a switch would compute all fourteen for every image. Instead each image is gathered twice: once by
-an affine matrix, which is that of the drawn operation, and once by a table of values.
+the affine matrix of the drawn operation, and once by a table of values.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ Array = jax.Array
 IDENTITY, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y, ROTATE = range(6)
 BRIGHTNESS, COLOR, CONTRAST, SHARPNESS, POSTERIZE, SOLARIZE, AUTOCONTRAST, EQUALIZE = range(6, 14)
 OPERATIONS = 14
-LEVELS = 30  # the highest level; the lowest is 0, and signed operations also go from −30 up
+LEVELS = 30  # the highest level; the lowest is 0, or −30 for signed operations
 RANDAUGMENT_OPERATIONS = 2
 RANDAUGMENT_LEVEL = 9
 
 
 @dataclasses.dataclass(frozen=True)
 class Strength:
-    """What the operations do at level 30; at the others proportionally less.
+    """The strength of the operations at level 30; lower levels are proportionally weaker.
 
     Attributes:
         shear: the slope.
-        translation: pixels, from the side that the image is moved along; cut to whole ones.
+        translation: maps the side along which the image moves to pixels, which are truncated to whole ones.
         rotation: degrees.
-        enhancement: what the factor of brightness, color, contrast and sharpness differs from 1 by.
-        bits: how many of the 8 posterize takes.
+        enhancement: how far the factor of brightness, color, contrast and sharpness is from 1.
+        bits: how many of the 8 bits posterize removes.
     """
 
     shear: float
@@ -51,17 +51,17 @@ RANDAUGMENT = Strength(shear=0.3, translation=lambda side: side * 150 / 331, rot
 
 
 def trivialaugment(key: Array, image: Array) -> Array:
-    """One of the fourteen operations at a random level from 0 to 30: torchvision's TrivialAugmentWide().
+    """Applies one of the fourteen operations at a random level from 0 to 30: torchvision's TrivialAugmentWide().
 
     Args:
-      key: random; it alone fixes what is done.
-      image: uint8 (height, width, channels), RGB or of one channel.
+      key: a random key, which alone determines operation and level.
+      image: uint8 (height, width, channels), RGB or one channel.
 
     Returns:
       uint8 of the same shape.
 
     Raises:
-      ValueError: an image of two channels, or more than three.
+      ValueError: the image has two channels, or more than three.
     """
     operation_key, level_key, sign_key = jax.random.split(key, 3)
     operation = jax.random.randint(operation_key, (), 0, OPERATIONS)
@@ -70,7 +70,7 @@ def trivialaugment(key: Array, image: Array) -> Array:
 
 
 def randaugment(key: Array, image: Array) -> Array:
-    """Two of the fourteen operations, one after the other, at level 9 of 30: torchvision's RandAugment().
+    """Applies two of the fourteen operations in sequence, at level 9 of 30: torchvision's RandAugment().
 
     Arguments, result and errors are those of trivialaugment.
     """
@@ -88,35 +88,35 @@ def _signed(key: Array, level: Array | int) -> Array:
 
 
 def apply(image: Array, operation: Array | int, level: Array | int, strength: Strength) -> Array:
-    """One operation at one level.
+    """Applies one operation at one level.
 
-    Equals what torchvision makes of a Pillow image, but for some values of autocontrast: Pillow scales in float64 and
-    cuts, so that where the exact result is a whole number, its own is in 6 % of the cases one less.
+    The result equals torchvision's for a Pillow image, except for some values of autocontrast: Pillow scales in float64
+    and truncates, so where the exact result is a whole number, Pillow's is one less in 6 % of the cases.
 
     Args:
-      image: uint8 (height, width, channels), RGB or of one channel.
+      image: uint8 (height, width, channels), RGB or one channel.
       operation: one of the fourteen, from IDENTITY to EQUALIZE.
-      level: from −30 to 30; posterize and solarize take its size.
-      strength: what a level means.
+      level: from −30 to 30; posterize and solarize use its absolute value.
+      strength: the meaning of a level.
 
     Returns:
       uint8 of the same shape.
 
     Raises:
-      ValueError: an image of two channels, or more than three.
+      ValueError: the image has two channels, or more than three.
     """
     height, width, channels = image.shape
     check_channels(channels)
     operation, level = jnp.asarray(operation), jnp.asarray(level)
     matrices = jnp.asarray(_matrices(strength, height, width))
     moved = affine(image, matrices[jnp.where(operation <= ROTATE, operation, IDENTITY), level + LEVELS])
-    # Where pixels move, the origin is 0 and the table changes nothing; where they do not, `moved` is the image.
+    # If pixels move, the origin is 0 and the table changes nothing; if they do not, `moved` is the image.
     grey, mean = greys(image.astype(jnp.float32))
 
     def blend(channel: Array) -> tuple[Array, Array]:
         return _origin(channel, grey[..., 0], mean, operation), _table(channel, operation, level, strength)
 
-    # In a loop, whose results are stored: else a CPU computes both anew for each pixel, and takes three times as long.
+    # A loop stores its results. Otherwise a CPU recomputes both for each pixel, and takes three times as long.
     origins, tables = jax.lax.map(blend, jnp.moveaxis(image, -1, 0))
     differences = jnp.moveaxis(moved, -1, 0).astype(jnp.int32) - origins.astype(jnp.int32)
     entries = differences + 255 + tables.shape[1] * jnp.arange(channels)[:, None, None]
@@ -125,13 +125,13 @@ def apply(image: Array, operation: Array | int, level: Array | int, strength: St
 
 
 def check_channels(channels: int) -> None:
-    """Raises ValueError where images of so many channels have no colours to change: other than 1 and 3."""
+    """Raises ValueError unless images have 1 or 3 channels: others have no colours to change."""
     if channels not in (1, 3):
-        raise ValueError(f"colours are changed of images of 1 or 3 channels, and this has {channels}")
+        raise ValueError(f"colour operations need images of 1 or 3 channels, and this has {channels}")
 
 
 def affine(image: Array, matrix: Sequence[Array] | Array) -> Array:
-    """The image moved by an affine map, as Pillow's Image.transform does: nearest neighbour, black.
+    """Moves the image by an affine map, like Pillow's Image.transform: nearest neighbour, black fill.
 
     Args:
       image: (height, width, channels).
@@ -148,17 +148,17 @@ def affine(image: Array, matrix: Sequence[Array] | Array) -> Array:
 
 
 def pixels_at(image: Array, y: Array, x: Array) -> Array:
-    """The pixels at rows y and columns x, int and broadcast to (height, width); black where there is none."""
+    """Returns the pixels at rows y and columns x, int and broadcast to (height, width); black outside the image."""
     height, width, _ = image.shape
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     return jnp.where(inside[..., None], image[jnp.clip(y, 0, height - 1), jnp.clip(x, 0, width - 1)], 0)
 
 
 def greys(pixels: Array) -> tuple[Array, Array]:
-    """Each pixel's grey and the mean grey, rounded as Pillow rounds them.
+    """Returns each pixel's grey and the mean grey, rounded like Pillow's.
 
     Args:
-      pixels: float32 (height, width, channels), whole numbers from 0 to 255, RGB or of one channel.
+      pixels: float32 (height, width, channels), whole numbers from 0 to 255, RGB or one channel.
 
     Returns:
       float32 (height, width, 1), and int32 ().
@@ -172,7 +172,7 @@ def greys(pixels: Array) -> tuple[Array, Array]:
 
 
 def _matrices(strength: Strength, height: int, width: int) -> np.ndarray:
-    """Those of `affine` for each operation up to ROTATE and each level, int32 (6, 61, 6)."""
+    """Returns the matrices of `affine` for each operation up to ROTATE and each level: int32 (6, 61, 6)."""
     levels = np.arange(-LEVELS, LEVELS + 1) / LEVELS
     matrices = np.zeros((ROTATE + 1, len(levels), 6))
     matrices[..., [0, 4]] = 1
@@ -189,7 +189,7 @@ def _matrices(strength: Strength, height: int, width: int) -> np.ndarray:
 
 
 def _origin(channel: Array, grey: Array, mean: Array, operation: Array) -> Array:
-    """What a channel, uint8 (height, width), is blended with: float32 of its shape, 0 where it is not."""
+    """Returns what a channel, uint8 (height, width), is blended with: float32 of its shape, 0 without blending."""
     height, width = channel.shape
     pixels = channel.astype(jnp.float32)
     padded = jnp.pad(pixels, 1)
@@ -203,7 +203,7 @@ def _origin(channel: Array, grey: Array, mean: Array, operation: Array) -> Array
 
 
 def _table(channel: Array, operation: Array, level: Array, strength: Strength) -> Array:
-    """What is added to a channel's origin, for each difference of the channel from it, −255 to 255: float32 (511,)."""
+    """Returns what is added to a channel's origin, by the channel's difference from it, −255 to 255: float32 (511,)."""
     values, size = jnp.arange(256), jnp.abs(level)
     counts = jnp.bincount(channel.ravel(), length=256)
     darker = jnp.cumsum(counts) - counts
@@ -219,7 +219,7 @@ def _table(channel: Array, operation: Array, level: Array, strength: Strength) -
         EQUALIZE: jnp.where(share > 0, equalized, values),
     }
     mapped = jnp.select([operation == case for case in cases], list(cases.values()), values)
-    # Products made on the host: a compiler may fuse a product with a sum, which Pillow rounds one after the other.
+    # The host computes the products: a compiler may fuse a product with a sum, but Pillow rounds each of them.
     factors = (1 + np.arange(-LEVELS, LEVELS + 1) / LEVELS * strength.enhancement).astype(np.float32)
     products = jnp.asarray(factors[:, None] * np.arange(-255, 256, dtype=np.float32))
     blends = (operation >= BRIGHTNESS) & (operation <= SHARPNESS)

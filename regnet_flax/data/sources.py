@@ -32,9 +32,9 @@ class Dataset:
         train: the training split.
         test: the test split.
         class_names: the name of each label.
-        skipped: "path: reason" of each image file that could not be decoded.
-        notes: what else is to be said of the data, a line each; the first says which directory serves what.
-        validation: the split that is evaluated while training, if it is not the test split.
+        skipped: "path: reason" for each image file that could not be decoded.
+        notes: other remarks about the data, one line each; the first says which directory serves which split.
+        validation: the split that is evaluated during training, if it is not the test split.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Dataset:
 
     @property
     def evaluated(self) -> str:
-        """The split that is evaluated while training: "validation" where there is one, else "test"."""
+        """The split that is evaluated during training: "validation" if there is one, else "test"."""
         return "test" if self.validation is None else "validation"
 
     def size(self, split: str) -> int:
@@ -60,11 +60,11 @@ class Dataset:
         return len(getattr(self, split).labels)
 
     def images(self, split: str, indices: np.ndarray) -> np.ndarray:
-        """Some of a split's images, uint8 (N, height, width, channels)."""
+        """Returns some of a split's images: uint8 (N, height, width, channels)."""
         return getattr(self, split).images[indices]
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel of the training images; see channel_statistics."""
+        """Returns mean and standard deviation of each channel of the training images; see channel_statistics."""
         return channel_statistics(self.train.images)
 
     def fingerprint(self) -> str:
@@ -94,17 +94,17 @@ def load_dataset(
         name: a key of SOURCES.
         data_dir: where TFDS data sets are prepared ("": TFDS's default), or the directory of the image folders.
         image_size: images are resized to this height and width; 0 keeps the data's own size.
-        num_classes: the number of classes that the data must have; 0 takes what they have. Synthetic data get it.
-        strict: an image file that does not decode is an error instead of being skipped.
+        num_classes: the number of classes that the data must have; 0 accepts any. Synthetic data are made with it.
+        strict: raise an error for an image file that does not decode, instead of skipping it.
         validation: training images that become the validation split; see hold_out. 0 holds none out.
-        seed: fixes which these are, and the synthetic images.
+        seed: determines which these are, and the synthetic images.
         class_names: see list_image_folder.
 
     Returns:
         The data set, in the same order at each call.
 
     Raises:
-        DataError: the name is unknown, or the data set is missing, unreadable, too large, or of other classes, or has
+        DataError: the name is unknown, or the data set is missing, unreadable or too large, has other classes, or has
             too few training images for `validation`.
     """
     if name not in SOURCES:
@@ -130,7 +130,7 @@ def load_dataset(
 
 
 def check_classes(name: str, num_classes: int, found: int) -> None:
-    """Raises DataError if a data set was to have `num_classes` classes, 0 for any number, and has others."""
+    """Raises DataError if a data set should have `num_classes` classes, 0 for any number, but has `found`."""
     if num_classes not in (0, found):
         raise DataError(
             f"--config.dataset.num_classes={num_classes}, but {name} has {found} classes; "
@@ -141,42 +141,42 @@ def check_classes(name: str, num_classes: int, found: int) -> None:
 def hold_out(
     name: str, size: int, validation: float, seed: int, labels: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draws the training images that are held out for validation, whatever their classes.
+    """Draws the training images to hold out for validation, regardless of their classes.
 
     Args:
-        name: of the data set, for the message.
+        name: the data set's name, for the message.
         size: the number of its training images.
         validation: how many to hold out, 1 or more; or which fraction of them, above 0 and below 1.
-        seed: another one draws others.
-        labels: int (size,), of the images; None where they are unknown.
+        seed: determines the draw.
+        labels: int (size,), the images' labels; None if they are unknown.
 
     Returns:
-        The indices of the images that are left to train on, and of those held out, both in the data's order.
+        The indices of the images that remain for training, and of those held out, both in the data's order.
 
     Raises:
-        DataError: none would be held out, or no image be left of some class.
+        DataError: no image would be held out, or a class would lose all its training images.
     """
     count = round(validation if validation >= 1 else validation * size)
     if not 1 <= count < size:
         raise DataError(
-            f"dataset.validation is {validation:.10g}: {name} has {size} training images, of which it would hold out "
-            f"{count or 'none'}; set a number of 1 to {size - 1}, a fraction such as 0.1, or 0"
+            f"dataset.validation is {validation:.10g}: {name} has {size} training images, and this would hold out "
+            f"{count or 'none'}; set a number from 1 to {size - 1}, a fraction such as 0.1, or 0"
         )
-    # RandomState's stream is frozen, as for digits; no epoch's order is drawn from this one.
+    # RandomState's stream is frozen, as for digits; no epoch's order uses this seed.
     order = np.random.RandomState((seed, 2**32 - 1)).permutation(size)
     kept, held = np.sort(order[count:]), np.sort(order[:count])
     if labels is not None and (lost := len(np.unique(labels)) - len(np.unique(labels[kept]))):
         raise DataError(
             f"dataset.validation is {validation:.10g}: it holds out {count} of {name}'s {size} training images, "
-            f"among them all those of {lost} of the classes; set a smaller one, or add images"
+            f"including all images of {lost} of the classes; set a smaller one, or add images"
         )
     return kept, held
 
 
 def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Computes each channel's mean and standard deviation, of values divided by 255.
+    """Computes each channel's mean and standard deviation, for values divided by 255.
 
-    The sums are of integers, so the result is exact up to the last rounding, whatever the number of images.
+    It sums integers, so the result is exact up to the last rounding for any number of images.
 
     Args:
         images: uint8 (N, H, W, C), N at least 1.
@@ -185,7 +185,7 @@ def channel_statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[flo
         The means and the (population) standard deviations, C each.
     """
     counts = np.zeros((images.shape[3], 256), np.int64)
-    # bincount makes 8 bytes of each value: in chunks, that never comes near the size of the images themselves.
+    # bincount uses 8 bytes per value: in chunks, that stays far below the size of the images themselves.
     step = max(1, 2**20 // images[0].size)
     for start in range(0, len(images), step):
         for channel, count in enumerate(counts):
@@ -204,7 +204,7 @@ def _resize(split: Split, size: int) -> Split:
     images = np.empty((len(split.images), size, size, split.images.shape[3]), np.uint8)
 
     def resize(index: int) -> None:
-        # Pillow takes grey images without a channel axis.
+        # Pillow expects grey images without a channel axis.
         image = Image.fromarray(split.images[index].squeeze(-1) if images.shape[3] == 1 else split.images[index])
         image = image.resize((size, size), Image.Resampling.BILINEAR)
         images[index] = np.asarray(image).reshape(images.shape[1:])
@@ -220,11 +220,11 @@ def _digits(**_) -> Dataset:
         raise DataError(
             f"digits come with scikit-learn, which is not installed: pip install scikit-learn, or {USE_FOLDERS}"
         )
-    # Not sklearn.datasets.load_digits, whose import takes longer than all others together.
+    # Not sklearn.datasets.load_digits: importing it takes longer than all other imports together.
     table = np.loadtxt(pathlib.Path(package.origin).parent / "datasets/data/digits.csv.gz", np.uint8, delimiter=",")
     images = np.rint(table[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
     labels = table[:, -1].astype(np.int32)
-    # RandomState's stream is frozen, so that the split is the same under every version of NumPy.
+    # RandomState's stream is frozen, so the split is the same under every version of NumPy.
     train, test = np.split(np.random.RandomState(0).permutation(len(images)), [1437])
     class_names = tuple(str(digit) for digit in range(10))
     return Dataset("digits", Split(images[train], labels[train]), Split(images[test], labels[test]), class_names)
@@ -260,7 +260,7 @@ def _tfds(name: str, *, data_dir: str, **_) -> Dataset:
         )
         class_names = tuple(builder.info.features["label"].names)
         train, test = _read_source(sources["train"]), _read_source(sources["test"])
-    except Exception as error:  # Each layer below (protobuf, ArrayRecord, Pillow) raises its own kinds.
+    except Exception as error:  # Each layer below (protobuf, ArrayRecord, Pillow) raises its own exceptions.
         raise DataError(
             f"the copy of {name} in {builder.data_dir} cannot be read ({one_line(error)}); copy or prepare it again"
         ) from error
@@ -268,7 +268,7 @@ def _tfds(name: str, *, data_dir: str, **_) -> Dataset:
 
 
 def _read_source(source: Any) -> Split:
-    """Reads a TFDS data source whose images are not decoded; in batches, twice as fast as one by one."""
+    """Reads a TFDS data source with encoded images, in batches: twice as fast as one by one."""
     images = np.empty((len(source), *source.dataset_info.features["image"].shape), np.uint8)
     labels = np.empty(len(source), np.int32)
     for start in range(0, len(source), BATCH):
@@ -287,7 +287,7 @@ SOURCES: dict[str, Callable[..., Dataset]] = {
     "synthetic": _synthetic,
 }
 
-# What is known without reading any: (height, width, channels) and the number of classes.
+# Known without reading an image: (height, width, channels) and the number of classes.
 IMAGES = {
     "digits": ((8, 8, 1), 10),
     "cifar10": ((32, 32, 3), 10),

@@ -1,9 +1,9 @@
-"""Data sets too large for memory: photographs read, decoded and cropped on the host by Grain, batch by batch.
+"""Data sets too large for memory: Grain reads, decodes and crops photographs on the host, batch by batch.
 
-Batch k of an epoch is a pure function of (seed, epoch, k), as it is for data in memory: only the step needs saving to
-resume, and neither worker processes nor threads change a bit of it. The host does what depends on a photograph's own
-size, decoding and `random_resized_crop`; flips, colour and normalisation happen in the compiled step, as they do for
-data in memory.
+Batch k of an epoch is a pure function of (seed, epoch, k), as for data in memory: a checkpoint needs only the step to
+resume, and the numbers of worker processes and threads do not change a bit. The host does what depends on a
+photograph's own size: decoding and `random_resized_crop`. Flips, colour and normalisation happen in the compiled step,
+as for data in memory.
 """
 
 from __future__ import annotations
@@ -27,30 +27,30 @@ from regnet_flax.data.sources import channel_statistics, check_classes, hold_out
 from regnet_flax.data.tfds import TfdsRecords, prepare_tfds
 from regnet_flax.errors import DataError, StreamError, one_line
 
-CROP = "random_resized_crop"  # in dataset.augment; must come first, and is done while decoding
+CROP = "random_resized_crop"  # in dataset.augment; must come first, because it runs while decoding
 STREAMED = ("imagenet2012", "folder")  # the data sets that can be streamed
-FOLDER_BYTES = 4 * 2**30  # of decoded images: a folder that would take more is streamed
-SAMPLE = 1000  # training images from which mean and standard deviation of a folder are computed
-ON_DEVICES = 2  # batches on the devices beside the one in use
+FOLDER_BYTES = 4 * 2**30  # a folder whose decoded images need more is streamed
+SAMPLE = 1000  # training images from which a folder's mean and standard deviation are computed
+ON_DEVICES = 2  # batches on the devices besides the one in use
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGENET_SIZE = 224
 
 
 @dataclasses.dataclass(frozen=True)
 class StreamedDataset:
-    """A data set that is read while it is trained on; its counterpart in memory is sources.Dataset.
+    """A data set that is read during training; its counterpart in memory is sources.Dataset.
 
     Attributes:
         name: one of STREAMED.
         train: the training split.
         test: the test split.
         class_names: the name of each label.
-        image_size: height and width of what the photographs become.
-        crop: whether to crop at random for training and the centre for testing; else the whole is resized.
-        strict: a photograph that does not decode is an error, instead of being left out.
-        mean: of each channel, for pixels in 0…1; () to compute it.
+        image_size: height and width of the resulting images.
+        crop: whether to take random crops for training and centre crops for testing; else the whole is resized.
+        strict: raise an error for a photograph that does not decode, instead of skipping it.
+        mean: per channel, for pixels in 0…1; () to compute it.
         std: likewise.
-        validation: the split that is evaluated while training, if it is not the test split.
+        validation: the split that is evaluated during training, if it is not the test split.
     """
 
     name: str
@@ -62,7 +62,7 @@ class StreamedDataset:
     strict: bool = False
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    skipped: tuple[str, ...] = ()  # known while reading only
+    skipped: tuple[str, ...] = ()  # empty: known only while reading
     validation: Records | None = None
     notes: tuple[str, ...] = ()  # see sources.Dataset
 
@@ -73,15 +73,15 @@ class StreamedDataset:
 
     @property
     def evaluated(self) -> str:
-        """The split that is evaluated while training: "validation" where there is one, else "test"."""
+        """The split that is evaluated during training: "validation" if there is one, else "test"."""
         return "test" if self.validation is None else "validation"
 
     def size(self, split: str) -> int:
-        """The number of examples of "train", "validation" or "test", those that do not decode included."""
+        """The number of examples of "train", "validation" or "test", including those that do not decode."""
         return len(getattr(self, split))
 
     def fingerprint(self) -> str:
-        """Returns 16 hex digits that change with the name, the class names, the splits, or files' names or sizes."""
+        """Returns 16 hex digits that change with the name, the class names, the splits, and files' names or sizes."""
         digest = hashlib.blake2b(repr((self.name, self.class_names)).encode(), digest_size=8)
         for records in (self.train, self.test) if self.validation is None else (self.train, self.test, self.validation):
             for part in records.identity():
@@ -89,9 +89,9 @@ class StreamedDataset:
         return digest.hexdigest()
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel: ImageNet's usual, a folder's from at most SAMPLE images.
+        """Returns mean and standard deviation of each channel: ImageNet's usual ones, or those of a folder.
 
-        These lie at equal distances in the training split, and are decoded as for testing.
+        A folder's come from at most SAMPLE images, evenly spaced in the training split and decoded as for testing.
         """
         if self.mean:
             return self.mean, self.std
@@ -105,7 +105,7 @@ class StreamedDataset:
         return channel_statistics(np.concatenate([batch["images"] for batch in batches]))
 
     def images(self, split: str, indices: np.ndarray) -> np.ndarray:
-        """Some of a split's images as they are evaluated, uint8 (N, height, width, 3)."""
+        """Returns some of a split's images as evaluation sees them: uint8 (N, height, width, 3)."""
         make = self.eval_batches(split, 1)
         return np.concatenate([make(int(index))["images"] for index in indices])
 
@@ -118,12 +118,12 @@ class StreamedDataset:
         shards: int = 0,
         parts: int = 1,
     ) -> TrainBatches:
-        """What makes the training batches of a process; see TrainBatches."""
+        """Returns the maker of one process's training batches; see TrainBatches."""
         common = self.image_size, self.crop, self.strict, batch_size, process_index, process_count
         return TrainBatches(self.train, *common, seed=seed, shards=shards, parts=parts)
 
     def eval_batches(self, split: str, batch_size: int, process_index: int = 0, process_count: int = 1) -> EvalBatches:
-        """What makes the batches of a split for evaluation, one process's part; see EvalBatches."""
+        """Returns the maker of one process's evaluation batches of a split; see EvalBatches."""
         records = getattr(self, split)
         return EvalBatches(records, self.image_size, self.crop, self.strict, batch_size, process_index, process_count)
 
@@ -132,19 +132,19 @@ class Stream(Iterator[Any]):
     """Batches made ahead of time, in order, and put on the devices in the background.
 
     Args:
-        make_batch: from an index to a batch; it is pickled where there are workers.
-        indices: of the batches, with step 1.
-        workers: processes that make them; 0 makes them in this one. All cores are used in any case: each process has
-            its share of as many threads.
-        prefetch: batches that each process holds ready.
-        put: what puts a batch on the devices; called in a thread.
+        make_batch: maps an index to a batch; it is pickled if there are workers.
+        indices: the indices of the batches, with step 1.
+        workers: the number of processes that make them; 0 makes them in this process. All cores are used in any case:
+            the processes share one thread per core.
+        prefetch: batches that each process keeps ready.
+        put: puts a batch on the devices; called in a thread.
 
     Attributes:
-        next: the index of the batch that comes next.
+        next: the index of the next batch.
 
     Raises:
-        DataError: Grain is not installed; while iterating, what `make_batch` raises.
-        StreamError: while iterating, a worker process ended, or reading failed otherwise.
+        DataError: Grain is not installed; while iterating, whatever `make_batch` raises.
+        StreamError: while iterating, a worker process ended, or reading failed in another way.
     """
 
     def __init__(
@@ -170,13 +170,13 @@ class Stream(Iterator[Any]):
         read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads + (0 if workers else prefetch))
         batches = numbers.map(make_batch).to_iter_dataset(read)
         if workers:
-            if not flags.FLAGS.is_parsed():  # absl's own, which are not this program's, and which Grain looks at
+            if not flags.FLAGS.is_parsed():  # absl's global flags: Grain reads them, this program does not
                 flags.FLAGS.mark_as_parsed()
             _start_tracker()
             options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
             batches = batches.mp_prefetch(options, worker_init_fn=_start_worker)
         batches = grain.experimental.ThreadPrefetchIterDataset(batches.map(put), prefetch_buffer_size=ON_DEVICES)
-        # What is started here inherits the mask: a signal to all processes, such as Ctrl-C, is the run's to handle.
+        # Threads and processes started here inherit the mask: only the run handles a signal to all, such as Ctrl-C.
         handled = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
         try:
@@ -190,7 +190,7 @@ class Stream(Iterator[Any]):
             batch = next(self._iterator)
         except (StopIteration, DataError):
             raise
-        except Exception as error:  # Grain's own, of a process that was killed, and the system's
+        except Exception as error:  # from Grain, when a process was killed, or from the system
             raise StreamError(
                 f"reading the data stopped ({one_line(error)}): run the same command again, or with another "
                 "--config.dataset.workers"
@@ -201,7 +201,7 @@ class Stream(Iterator[Any]):
     def close(self) -> None:
         """Ends threads and processes."""
         self._iterator.close()
-        self._iterator = iter(())  # Grain's holds a batch in shared memory, which would outlive this process
+        self._iterator = iter(())  # Grain's iterator holds a batch in shared memory, which would outlive this process
 
 
 def _cores() -> int:
@@ -209,7 +209,7 @@ def _cores() -> int:
 
 
 def _start_tracker() -> None:
-    """Starts the process that clears away what a killed worker left in shared memory, silently."""
+    """Starts, without its warnings, the process that frees shared memory left by a killed worker."""
     before = os.environ.get("PYTHONWARNINGS")
     os.environ["PYTHONWARNINGS"] = "ignore"
     try:
@@ -221,13 +221,13 @@ def _start_tracker() -> None:
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs first in a worker process, whose signals are blocked: only its parent ends it."""
+    """Runs first in a worker process. Its signals are blocked: only its parent ends it."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
         parent.join()
-        os._exit(1)  # Grain's worker would wait for ever for a parent that was killed
+        os._exit(1)  # Grain's worker would wait forever for a killed parent
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -245,26 +245,26 @@ def open_stream(
     seed: int = 0,
     class_names: tuple[str, ...] = (),
 ) -> StreamedDataset | None:
-    """Opens a data set that is to be streamed.
+    """Opens a data set for streaming.
 
     Args:
-        name: as for sources.load_dataset, and "imagenet2012".
-        data_dir: likewise.
-        image_size: height and width that photographs are brought to; 0 is 224 for imagenet2012.
-        num_classes: the number of classes that the data must have; 0 takes what they have.
-        in_memory: "never" streams; "auto" streams imagenet2012, what is cropped while decoding, and a folder whose
-            images would take more than FOLDER_BYTES.
-        augment: of training images; CROP among them crops.
+        name: as for sources.load_dataset, or "imagenet2012".
+        data_dir: as for sources.load_dataset.
+        image_size: height and width to which photographs are resized; 0 means 224 for imagenet2012.
+        num_classes: the number of classes that the data must have; 0 accepts any.
+        in_memory: "never" streams; "auto" streams imagenet2012, data cropped while decoding, and a folder whose images
+            would need more than FOLDER_BYTES.
+        augment: the names of dataset.augment; CROP among them makes random crops.
         strict: see StreamedDataset.
-        validation: as for sources.load_dataset. The same photographs are held out, where all of them decode.
-        seed: fixes which these are.
+        validation: as for sources.load_dataset. The same photographs are held out if all of them decode.
+        seed: determines which these are.
         class_names: see list_image_folder.
 
     Returns:
-        The data set; None if it is to be held in memory.
+        The data set; None if it should be held in memory.
 
     Raises:
-        DataError: the data set is missing, unreadable, of other classes, or too small for `validation`.
+        DataError: the data set is missing or unreadable, has other classes, or is too small for `validation`.
     """
     crop = CROP in augment
     if name == "imagenet2012":
@@ -277,7 +277,7 @@ def open_stream(
             return None
         if not image_size:
             raise DataError(
-                f"{listing.root} is streamed: set --config.dataset.image_size, which its images are brought to"
+                f"{listing.root} is streamed: set --config.dataset.image_size, to which its images are resized"
             )
         labels = {name: label for label, name in enumerate(listing.class_names)}
         records = {split: FolderRecords(listing.root, classes, labels) for split, classes in splits.items()}
@@ -297,7 +297,7 @@ def open_stream(
     check_classes(name, num_classes, len(dataset.class_names))
     if validation and (name != "folder" or is_divided(data_dir)):
         train = dataset.train
-        labels = train.labels if isinstance(train, FolderRecords) else None  # TFDS's are not known without reading
+        labels = train.labels if isinstance(train, FolderRecords) else None  # TFDS needs to read to know its labels
         kept, held = hold_out(name, len(train), validation, seed, labels)
         dataset = dataclasses.replace(dataset, train=Subset(train, kept), validation=Subset(train, held))
     return dataset

@@ -1,4 +1,4 @@
-"""TFDS data sets as prepared on disk, in ArrayRecord form; downloads and prepares those that are missing."""
+"""TFDS data sets prepared on disk as ArrayRecord; downloads and prepares missing ones."""
 
 import io
 import os
@@ -18,7 +18,7 @@ USE_FOLDERS = "train from image folders, which need no TFDS, with --config confi
 
 
 def prepare_tfds(name: str, data_dir: str) -> Any:
-    """Opens a TFDS data set prepared in ArrayRecord form; downloads and prepares it first where it is missing.
+    """Opens a TFDS data set prepared as ArrayRecord; downloads and prepares it first if it is missing.
 
     Args:
         name: the data set's name in TFDS.
@@ -28,7 +28,7 @@ def prepare_tfds(name: str, data_dir: str) -> Any:
         A `tfds.core.DatasetBuilder` whose `as_data_source(file_format="array_record")` works.
 
     Raises:
-        DataError: it is missing and cannot be downloaded, is damaged or in another form, or TFDS is not installed.
+        DataError: it is missing and cannot be downloaded, is damaged or has another format, or TFDS is not installed.
     """
     root = Path(data_dir).expanduser() if data_dir else None
     if root and not root.is_dir():
@@ -43,8 +43,8 @@ def prepare_tfds(name: str, data_dir: str) -> Any:
         directory = builder.data_path
         if not (directory / "dataset_info.json").exists():
             _download(builder)
-        # From its files: a builder from TFDS's code, as tfds.data_source makes, does not see the formats that
-        # convert_format has added to a copy.
+        # Built from its files: a builder from TFDS's code, as in tfds.data_source, does not see formats that
+        # convert_format added to a copy.
         builder = tfds.builder_from_directory(directory)
     except DataError:
         raise
@@ -62,16 +62,16 @@ def prepare_tfds(name: str, data_dir: str) -> Any:
         raise DataError(
             f"{directory} holds {name} as {', '.join(formats)} only, which cannot be read in any order: convert it "
             f"with tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record "
-            "(the tfds command also needs pip install apache-beam mlcroissant, best in an environment of its own)"
+            "(the tfds command also needs pip install apache-beam mlcroissant, best in a separate environment)"
         )
     return builder
 
 
 def _download(builder: Any) -> None:
-    """Downloads and prepares; with no network TFDS alone tries for minutes and ends in a traceback."""
+    """Downloads and prepares; without a network, TFDS itself would try for minutes and end in a traceback."""
     name, directory = builder.name, builder.data_path
     if directory.exists():
-        # TFDS takes the directory's existence for a prepared data set.
+        # TFDS considers a data set prepared once the directory exists.
         raise DataError(f"{directory} has no dataset_info.json, so the copy is incomplete: copy it again, or delete it")
     if find_spec("tensorflow") is None:
         raise DataError(
@@ -82,7 +82,7 @@ def _download(builder: Any) -> None:
         _prepare_manual(builder)
         return
     ways = (
-        f"prepare it where there is a network (tfds.builder({name!r}, file_format='array_record')"
+        f"prepare it on a machine with a network (tfds.builder({name!r}, file_format='array_record')"
         f".download_and_prepare()) and copy it to {directory}, name another place with --config.dataset.data_dir=DIR, "
         f"or {USE_FOLDERS}"
     )
@@ -99,7 +99,7 @@ def _download(builder: Any) -> None:
 
 
 def _prepare_manual(builder: Any) -> None:
-    """Prepares a data set whose archives only registered users are given."""
+    """Prepares a data set whose archives only registered users can download."""
     directory = builder.data_path
     archives = directory.parents[1] / "downloads" / "manual"  # where TFDS looks for them
     if missing := [name for name in MANUAL[builder.name] if not (archives / name).exists()]:
@@ -114,13 +114,13 @@ def _prepare_manual(builder: Any) -> None:
     except Exception as error:
         raise DataError(
             f"{builder.name} could not be prepared in {directory} from the archives in {archives} ({one_line(error)}): "
-            "check that they are whole and that there is room"
+            "check that they are complete and that there is room"
         ) from error
 
 
 def _unreachable(url: str) -> str:
     """Returns why there is no answer from a URL within CONNECT_SECONDS, "" if there is one."""
-    # What TFDS downloads with, so that it takes the same proxies and certificates.
+    # TFDS downloads with it, so it uses the same proxies and certificates.
     import requests
 
     reason = [f"no answer in {CONNECT_SECONDS:g} s"]
@@ -129,10 +129,10 @@ def _unreachable(url: str) -> str:
         try:
             requests.head(url, timeout=CONNECT_SECONDS)
             reason[0] = ""
-        except (OSError, ValueError) as error:  # All of requests' own are OSErrors.
+        except (OSError, ValueError) as error:  # All exceptions of requests are OSErrors.
             reason[0] = type(error).__name__
 
-    # A look-up of the host's name knows no timeout: a daemon thread can be left behind, even when the program ends.
+    # Looking up the host's name has no timeout; a daemon thread can be abandoned, even when the program ends.
     thread = threading.Thread(target=connect, name="connect", daemon=True)
     thread.start()
     thread.join(CONNECT_SECONDS)
@@ -140,7 +140,7 @@ def _unreachable(url: str) -> str:
 
 
 class TfdsRecords:
-    """A split of a TFDS data set in ArrayRecord form, whose images TFDS leaves encoded."""
+    """A split of a TFDS data set prepared as ArrayRecord; TFDS leaves its images encoded."""
 
     def __init__(self, builder: Any, split: str):
         import tensorflow_datasets as tfds
@@ -159,7 +159,7 @@ class TfdsRecords:
     def read(self, indices: Sequence[int]) -> list[tuple[str | IO[bytes], int, str]]:
         try:
             examples = self._source.__getitems__(list(indices))
-        except Exception as error:  # Each layer below (protobuf, ArrayRecord) raises its own kinds.
+        except Exception as error:  # Each layer below (protobuf, ArrayRecord) raises its own exceptions.
             raise DataError(f"{self._what} cannot be read ({one_line(error)}); copy or prepare it again") from error
         return [
             (io.BytesIO(example["image"]), int(example["label"]), self._name(index, example))

@@ -1,4 +1,4 @@
-"""What users of a network as a backbone ask of it: which features there are, and which of them they want."""
+"""A network as a backbone: the features that it has, and the selection of some of them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class StageInfo(NamedTuple):
 
     Attributes:
       name: "stem", "stage1", "stage2", …
-      channels: of its output.
-      stride: by which its output is smaller than the image, in height and width.
-      dilation: the distance between the taps of its 3×3 convolutions, where dilation took the place of stride.
+      channels: channels of its output.
+      stride: the factor by which its output is smaller than the image, in height and width.
+      dilation: the distance between the taps of its 3×3 convolutions, if dilation replaced stride.
     """
 
     name: str
@@ -23,7 +23,7 @@ class StageInfo(NamedTuple):
 
 
 def chosen(features: bool | str | Sequence[str] | None, stages: Sequence[StageInfo]) -> tuple[str, ...]:
-    """The names of the features that are asked for, () for none; True is all but the stem.
+    """Returns the names of the requested features, () for none; True means all but the stem.
 
     Raises:
       ValueError: a name is not one of the network's; the message lists them.

@@ -1,6 +1,6 @@
 """Residual blocks, with and without a regulator (the paper's "RegNet module" and "bottleneck RegNet module").
 
-A block maps the carry (X, state) of the block before it to its own, so that a stage's blocks can run under `nn.scan`.
+A block maps the previous block's carry (X, state) to its own, so that a stage's blocks can run under `nn.scan`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class SqueezeExcite(nn.Module):
     """Scales each channel by a weight in (0, 1) that depends on all channels' means (Hu et al., arXiv 1709.01507).
 
     Attributes:
-      squeezed: channels between the two dense layers; 0 stands for C / 16, at least one.
-      dtype: of the result; the means and dense layers are computed in float32 or wider.
+      squeezed: channels between the two dense layers; 0 means C / 16, at least one.
+      dtype: the result's dtype; the means and dense layers are computed in float32 or wider.
       initial: initial values, a name in INITIALIZERS.
     """
 
@@ -35,7 +35,7 @@ class SqueezeExcite(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """From (N, height, width, C) to the same."""
+        """Maps (N, height, width, C) to the same shape."""
         channels, init = x.shape[-1], INITIALIZERS[self.initial]
         wide = jnp.promote_types(self.dtype, jnp.float32)
         squeezed = self.squeezed or max(1, channels // 16)
@@ -50,30 +50,30 @@ class SqueezeExcite(nn.Module):
 
 
 def normalized_states(choice: str, state_names: Sequence[str]) -> dict[str, str]:
-    """The names of the batch normalisations of a state by the arrays that go through one; see `Block`."""
+    """Maps each state array that is normalised to the name of its batch normalisation; see `Block`."""
     names = {"h": state_names[:1], "hc": state_names, "none": ()}[choice]
     return {name: f"bn_{name.lower()}" for name in names}
 
 
 class Block(nn.Module):
-    """What both blocks have in common: the layers' make, the shortcut and the regulator.
+    """The base of all blocks: makes the layers, the shortcut and the regulator.
 
     Attributes:
       features: n, the width of the 3×3 convolution.
-      outputs: channels of the block's output; 0 stands for n, or 4n of a bottleneck.
-      groups: of the 3×3 convolutions; a bottleneck has one.
-      strides: by which the block reduces height and width.
+      outputs: channels of the block's output; 0 means n, or 4n for a bottleneck.
+      groups: groups of the 3×3 convolutions; a bottleneck has one such convolution.
+      strides: the factor by which the block reduces height and width.
       cell: makes the block's regulator, given `name` or `parent`; None for a plain ResNet block.
-      norm: makes a batch normalisation, given `name`, and `relu` where a ReLU follows.
-      normalize_state: what of the state goes through ReLU(BN(·)) on its way: "h", H; "hc", all of it; or "none".
-      replace: whether H takes the place of X2, instead of being fused with it.
+      norm: makes a batch normalisation, given `name`, and `relu` if a ReLU follows.
+      normalize_state: the part of the state that goes through ReLU(BN(·)): "h", H; "hc", all of it; or "none".
+      replace: whether H replaces X2, instead of being fused with it.
       squeeze_excite: whether squeeze-and-excitation follows the last batch normalisation.
       shortcut: "B", a 1×1 convolution where the shape changes, or "A", no parameters: subsampled, then zero-padded.
-      stride_at: the bottleneck's convolution that carries the stride, "1x1" or "3x3".
-      dtype: of the convolutions and activations.
+      stride_at: which of the bottleneck's convolutions has the stride, "1x1" or "3x3".
+      dtype: the dtype of convolutions and activations.
       initial: initial values, a name in INITIALIZERS.
-      fuse_init: where the fusing convolution starts, "he" (`initial`'s) or "identity", [identity, 0].
-      dilations: of the 3×3 convolutions before the place of the stride, its own too, and of those after it.
+      fuse_init: the fusing convolution's initial values: "he" (`initial`'s) or "identity", [identity, 0].
+      dilations: dilation of the 3×3 convolutions up to and including the one with the stride, and of those after it.
       ops: the arithmetic.
     """
 
@@ -95,20 +95,21 @@ class Block(nn.Module):
     ops: Ops = PLAIN
 
     expansion: ClassVar[int] = 1
-    # Whether the network has neither batch normalisation nor ReLU after its stem, and both before its head.
+    # Whether the network has batch normalisation and ReLU before its head instead of after its stem.
     preactivated: ClassVar[bool] = False
 
     @nn.compact
     def __call__(self, carry: tuple[Value, State], shared: Any = None) -> tuple[tuple[Array, State], None]:
-        """One block.
+        """Runs the block.
 
         Args:
-          carry: X1, (N, height, width, channels), and the regulator's state of the block before, () without one. A
-            stage's own batch normalisations of the state are last in it: a dict from names to their variables.
+          carry: X1, (N, height, width, channels), and the regulator's state after the previous block, () without a
+            regulator. If the stage shares batch normalisations of the state, the state ends with a dict from their
+            names to their variables.
           shared: the parameters of the stage's shared regulator; None makes the block's own.
 
         Returns:
-          (X1 of the next block, the new state), and None, as `nn.scan` asks.
+          (X1 of the next block, the new state), and None, which `nn.scan` requires.
         """
         x, state = carry
         y, state = self.branch(x, state, shared)
@@ -119,15 +120,15 @@ class Block(nn.Module):
 
     @property
     def regulated(self) -> bool:
-        """Whether the branch has a regulator in it."""
+        """Whether the branch contains a regulator."""
         return self.cell is not None
 
     def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
-        """The residual branch, up to its last batch normalisation."""
+        """Computes the residual branch, up to its last batch normalisation."""
         raise NotImplementedError
 
     def rescale(self, y: Array, state: State, shared: Any) -> tuple[Array, State]:
-        """What becomes of the branch's output before it is added: squeeze-and-excitation, if anything."""
+        """Rescales the branch's output before the addition, with squeeze-and-excitation if the block has it."""
         del shared
         if self.squeeze_excite:
             y = SqueezeExcite(dtype=self.dtype, initial=self.initial, name="se")(y)
@@ -147,7 +148,7 @@ class Block(nn.Module):
         return self.norm(name=bn, relu=True).value(self.conv(x, features, size, strides, conv, dilation))
 
     def run_cell(self, x: Array, state: State, shared: Any) -> tuple[Regulator, State, Gates]:
-        """One step of the block's cell, or of the stage's with the parameters `shared`."""
+        """Runs one step of the block's own cell, or of the stage's cell with the parameters `shared`."""
         assert self.cell is not None
         options = {"dilation": self.dilations[1]}
         if shared is None:
@@ -176,16 +177,16 @@ class Block(nn.Module):
         return state if norms is None else (*state, norms)
 
     def _normalize_state(self, name: str, array: Array, norms: Any) -> tuple[Array, Any]:
-        """ReLU(BN(·)), the block's own or one of the stage's `norms`, and these with its new running statistics."""
+        """Applies ReLU(BN(·)), the block's own or one of the stage's `norms`; returns `norms` with new statistics."""
         if norms is None:
             return self.norm(name=name, relu=True)(array), None
-        alone = {"axis_name": None} if self.is_initializing() else {}  # there may be no axis of that name yet
+        alone = {"axis_name": None} if self.is_initializing() else {}  # init may run outside that axis
         norm = self.norm(relu=True, parent=None, **alone)
         y, updated = norm.apply(norms[name], array, mutable=["batch_stats"])
         return y, norms | {name: norms[name] | {"batch_stats": updated["batch_stats"]}}
 
     def fuse(self, x: Value, h: Array) -> Value:
-        """ReLU(BN(W * [X, H])), or H itself."""
+        """Computes ReLU(BN(W * [X, H])), or returns H itself."""
         if self.replace:
             return h
         init = identity_of_first if self.fuse_init == "identity" else INITIALIZERS[self.initial].conv
@@ -194,7 +195,7 @@ class Block(nn.Module):
 
     @property
     def width(self) -> int:
-        """Channels of the output."""
+        """The number of output channels."""
         return self.outputs or self.features * self.expansion
 
     def _shortcut(self, x: Value) -> Array:
@@ -207,7 +208,7 @@ class Block(nn.Module):
 
 
 def zero_padded(x: Array, strides: int, features: int) -> Array:
-    """He's shortcut without parameters: every `strides`-th row and column of x, and zeros for further channels."""
+    """Computes He's shortcut without parameters: every `strides`-th row and column of x, and zeros for new channels."""
     if features < x.shape[-1]:
         raise ValueError(f"shortcut 'A' cannot go from {x.shape[-1]} to {features} channels: use 'B'")
     x = x[:, ::strides, ::strides]
@@ -229,8 +230,8 @@ class BasicBlock(Block):
 class BottleneckBlock(Block):
     """1×1, 3×3 and 1×1 convolutions, the last to 4n channels; with a regulator, another 1×1 fuses X3 with H.
 
-    Where the 3×3 convolution carries the stride, the regulator sees X2 at that stride, which is what X2 would be if the
-    first 1×1 carried it.
+    If the 3×3 convolution has the stride, the regulator sees X2 subsampled by it: the same X2 as with the stride in the
+    first 1×1 convolution.
     """
 
     expansion = 4

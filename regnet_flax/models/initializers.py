@@ -1,4 +1,4 @@
-"""Initial values: those of the paper's recipe, and PyTorch's defaults."""
+"""Initial values: the paper's recipe, and PyTorch's defaults."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ def _torch_uniform(fan_in: int) -> Initializer:
 
 @dataclasses.dataclass(frozen=True)
 class Initializers:
-    """Where each kind of weight starts.
+    """The initialisers of each kind of weight.
 
     Attributes:
-      conv: kernels of the convolutions that a batch normalisation follows.
-      regulator: kernels of the regulators' convolutions, whose non-linearities are sigmoid and tanh.
-      dense: kernels of the head and of squeeze-and-excitation.
-      bias: from the layer's fan-in to the initialiser of its bias.
+      conv: for kernels of convolutions before a batch normalisation.
+      regulator: for kernels of the regulators' convolutions, which sigmoid or tanh follow.
+      dense: for kernels of the head and of squeeze-and-excitation.
+      bias: maps a layer's fan-in to the initialiser of its bias.
     """
 
     conv: Initializer
@@ -40,7 +40,7 @@ class Initializers:
 
 
 def identity_of_first(key: jax.Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
-    """[identity, 0], of shape (1, 1, 2n, n): a 1×1 convolution that takes the first n of 2n channels as they are."""
+    """Returns [identity, 0], of shape (1, 1, 2n, n): a 1×1 convolution that copies the first n of 2n channels."""
     del key, out_sharding
     return jnp.eye(*shape[-2:], dtype=dtype or jnp.float32).reshape(shape)
 
@@ -48,14 +48,14 @@ def identity_of_first(key: jax.Array, shape: Any, dtype: Any = None, out_shardin
 _torch_kernel = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # uniform in ±1/√fan_in
 
 INITIALIZERS = {
-    # He et al. 2015 (arXiv 1502.01852), in the fan-out form that torchvision trains ResNets from.
+    # He et al. 2015 (arXiv 1502.01852), in the fan-out form that torchvision uses for ResNets.
     "paper": Initializers(
         conv=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
         regulator=nn.initializers.lecun_normal(),
         dense=nn.initializers.lecun_normal(),
         bias=lambda fan_in: nn.initializers.zeros_init(),
     ),
-    # torchvision.models.regnet.RegNet.__init__: the biases of its squeeze-and-excitation stay PyTorch's own.
+    # torchvision.models.regnet.RegNet.__init__: the biases of its squeeze-and-excitation keep PyTorch's defaults.
     "torchvision_regnet": Initializers(
         conv=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
         regulator=nn.initializers.lecun_normal(),

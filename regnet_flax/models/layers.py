@@ -1,4 +1,4 @@
-"""Convolution and batch normalisation as the networks have them, over a back end's arithmetic."""
+"""The networks' convolution and batch normalisation, on top of a back end's arithmetic."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Conv(nn.Module):
       features: channels of the output.
       kernel_size: height and width, odd.
       kernel_init: initial values.
-      strides: of height and width.
+      strides: stride in height and width.
       dilation: the distance between the kernel's taps.
-      feature_group_count: groups of channels.
-      dtype: of the arithmetic; the kernel is float32.
+      feature_group_count: the number of channel groups.
+      dtype: dtype of the arithmetic; the kernel is float32.
       ops: the arithmetic.
     """
 
@@ -42,7 +42,7 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Value) -> Array:
-        """From (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, features)."""
+        """Maps (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, features)."""
         shape = (*self.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         return self.ops.conv(
@@ -59,12 +59,12 @@ class BatchNorm(nn.Module):
     """Batch normalisation over all axes but the last, with PyTorch's momentum 0.1 (Flax's 0.9) and epsilon.
 
     Attributes:
-      use_running_average: use the running statistics, and leave them as they are.
+      use_running_average: use the running statistics, and do not change them.
       relu: whether a ReLU follows.
-      momentum: the part of the running statistics that a step keeps.
-      epsilon: is added to the variance.
-      dtype: of the result; parameters and statistics are float32.
-      axis_name: of the devices over which statistics are taken; None is this one's batch.
+      momentum: the share of the running statistics that a step keeps.
+      epsilon: added to the variance.
+      dtype: the result's dtype; parameters and statistics are float32.
+      axis_name: the axis of devices over which statistics are computed; None means this device's batch.
       ops: the arithmetic.
     """
 
@@ -77,12 +77,12 @@ class BatchNorm(nn.Module):
     ops: Ops = PLAIN
 
     def __call__(self, x: Array) -> Array:
-        """From (N, height, width, n) to the same, in `dtype`."""
+        """Maps (N, height, width, n) to the same shape, in `dtype`."""
         return self.ops.array(self.value(x))
 
     @nn.compact
     def value(self, x: Array) -> Value:
-        """The same, for a convolution of the same `ops`."""
+        """Computes the same as `__call__`, but as an input for a convolution of the same `ops`."""
         shape = x.shape[-1:]
         running = {
             "mean": self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32),
@@ -91,7 +91,7 @@ class BatchNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
         options: Any = {"relu": self.relu, "epsilon": self.epsilon, "dtype": self.dtype}
-        if self.is_initializing() and not self.use_running_average:  # there may be no axis of that name yet
+        if self.is_initializing() and not self.use_running_average:  # init may run outside the axis
             return PLAIN.batch_norm(x, scale, bias, **options)[0]
         if self.use_running_average:
             return normalize(x, running["mean"].value, running["var"].value, scale, bias, **options)
@@ -103,7 +103,7 @@ class BatchNorm(nn.Module):
 
 
 def norm_of(network: Any, train: bool) -> functools.partial[BatchNorm]:
-    """Makes a network's batch normalisations, with its dtype, axis and arithmetic."""
+    """Returns a function that makes a network's batch normalisations, with its dtype, axis and arithmetic."""
     return functools.partial(
         BatchNorm,
         use_running_average=network.frozen_batch_stats or not train,

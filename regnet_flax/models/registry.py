@@ -23,12 +23,12 @@ from regnet_flax.models.regulators import REGULATORS
 
 
 class Option(NamedTuple):
-    """An option of create_model that a config may give too, as `model.overrides.NAME`.
+    """An option of create_model that a config can also set, as `model.overrides.NAME`.
 
     Attributes:
-      kind: the type of its values; None, the default in a config, leaves the model's own.
-      comment: what a user reads of it.
-      choices: the values that it takes; () for no such list.
+      kind: the type of its values; None, the default in a config, keeps the model's own value.
+      comment: the description that users read.
+      choices: the valid values; () for no such list.
     """
 
     kind: type
@@ -39,49 +39,49 @@ class Option(NamedTuple):
 OPTIONS = {
     "kernel": Option(
         str,
-        'of the regulators: "separable" or "dense"',
+        'the regulators\' convolutions: "separable" or "dense"',
         ("separable", "dense"),
     ),
-    "share_regulator": Option(bool, "one for all blocks of a stage, or one each"),
+    "share_regulator": Option(bool, "one regulator for all blocks of a stage, or one per block"),
     "regulator_grouping": Option(
         str,
-        'what separable regulators put together: "pairs", X[c] with H[c], or "contiguous", neighbours in [X, H]',
+        'how separable regulators group channels: "pairs", X[c] with H[c], or "contiguous", neighbours in [X, H]',
         ("pairs", "contiguous"),
     ),
     "normalize_state": Option(
         str,
-        'what of the state goes through ReLU(BN(·)): "h", H; "hc", an LSTM\'s C too; or "none"',
+        'the part of the state that goes through ReLU(BN(·)): "h", H; "hc", an LSTM\'s C too; or "none"',
         ("h", "hc", "none"),
     ),
-    "share_state_norm": Option(bool, "one batch normalisation of the state for all blocks of a stage, or one each"),
+    "share_state_norm": Option(bool, "one batch normalisation of the state per stage, or one per block"),
     "regulated_stages": Option(tuple, "such as (1, 2); None: all"),
     "shortcut": Option(str, '"B", a 1×1 convolution, or "A", without parameters', ("A", "B")),
     "width": Option(int, "channels of the first stage"),
-    "bottleneck_stride": Option(str, '"1x1", or "3x3" as torchvision has it (ResNets only)', ("1x1", "3x3")),
+    "bottleneck_stride": Option(str, '"1x1", or "3x3" as in torchvision (ResNets only)', ("1x1", "3x3")),
     "init": Option(str, 'initial values: "paper" or "torch"', ("paper", "torch")),
     "fuse_init": Option(
         str,
-        'where the convolutions that fuse X with H start: "he", or "identity", which leaves H out at first',
+        'initial values of the convolutions that fuse X with H: "he", or "identity", which ignores H at first',
         ("he", "identity"),
     ),
     "unroll": Option(int, "blocks per step of nn.scan; None: all on a CPU, 1 elsewhere"),
     "remat": Option(bool, "recompute each block in the backward pass, to save memory"),
     "ops": Option(str, 'the arithmetic: "auto", "plain", "cpu" or "gpu"; see create_model', ops_lib.CHOICES),
 }
-# What may be given in Python, and not in a config.
+# Options for Python, not for a config.
 _BACKBONE = ("features", "frozen_batch_stats")
 _KNOWN: dict[Any, tuple[str, ...]] = {
     RegNet: (*OPTIONS, "scan", "output_stride"),
     RegNetY: (),
     RLANet: ("width", "bottleneck_stride", "init"),
 }
-# What a model that gives it always has.
+# Options that cannot be changed in a model that sets them.
 _FIXED = ("kernel", "share_regulator", "normalize_state")
 _EXAMPLE = "regnet20_convlstm kernel=dense regulated_stages=(1, 2)"
 
 
 def family(regulators: Iterable[str | None]) -> dict[str, functools.partial[nn.Module]]:
-    """The ResNets of all depths with each of these regulators, None for none, by name."""
+    """Returns the ResNets of all depths with each of these regulators (None for no regulator), by name."""
     return {name: functools.partial(RegNet, **fields) for name, fields in RESNETS.names(regulators)}
 
 
@@ -106,7 +106,7 @@ MODELS |= {
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The registered names that match a shell pattern, such as "*gru*"; other sizes are accepted by name too."""
+    """Lists the registered names that match a shell pattern, such as "*gru*"; create_model accepts other sizes too."""
     return fnmatch.filter(MODELS, pattern)
 
 
@@ -125,12 +125,12 @@ def _resolve(name: str) -> functools.partial[nn.Module]:
 
 
 def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
-    """A model's name and options, from text such as "regnet20_convlstm kernel=dense regulated_stages=(1, 2)".
+    """Parses a model's name and options, such as "regnet20_convlstm kernel=dense regulated_stages=(1, 2)".
 
-    Values are Python literals, or words without quotes; whether the model takes them is create_model's to check.
+    Values are Python literals, or words without quotes; create_model checks whether they are valid.
 
     Raises:
-      ValueError: the text is not written so, or an option is not one of OPTIONS or named twice.
+      ValueError: the text has another form, or an option is not one of OPTIONS or appears twice.
     """
     name, *rest = text.split(maxsplit=1)[:2] if text.strip() else ("",)
     parts = re.split(r"\s+(?=\w+\s*=)", rest[0].strip()) if rest else []
@@ -149,7 +149,7 @@ def parse_variant(text: str) -> tuple[str, dict[str, Any]]:
             options[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             if not re.fullmatch(r"\w+", value):
-                raise ValueError(f"{key}={value} is not understood: write it such as in {_EXAMPLE!r}") from None
+                raise ValueError(f"{key}={value} is not understood: write it as in {_EXAMPLE!r}") from None
             options[key] = value
         if isinstance(options[key], list):
             options[key] = tuple(options[key])
@@ -171,32 +171,32 @@ def create_model(
     """Makes a model by name.
 
     Args:
-      name: one of `list_models()`, or one of its families of another size: any CIFAR depth 6m+2, such as
-        "regnet14_convlstm" and "preact_resnet56", 6m+4 of wide ones, "wrn16_4", "resnext50_16x8d", "wide_resnet50_4".
+      name: one of `list_models()`, or another size of one of its families: any CIFAR depth 6m+2, such as
+        "regnet14_convlstm" and "preact_resnet56", 6m+4 for wide ones, "wrn16_4", "resnext50_16x8d", "wide_resnet50_4".
       num_classes: 0 gives pooled features.
-      dtype: of the arithmetic, float32 or bfloat16; parameters, statistics and logits are float32.
+      dtype: the dtype of the arithmetic, float32 or bfloat16; parameters, statistics and logits are float32.
       axis_name: the pmap or shard_map axis over which batch normalisation is synchronised.
-      ops: the arithmetic. "plain" is JAX's own; "cpu" has gradients that are fast on a CPU and, where there is a C++
-        compiler, the separable cells' steps as native operations, which run on CPUs only and which `jax.export`
+      ops: the arithmetic. "plain" is JAX's own; "cpu" has gradients that are fast on a CPU and, if there is a C++
+        compiler, native operations for the steps of the separable cells, which run only on CPUs and which `jax.export`
         refuses; "gpu" has the separable ConvLSTM's step as Pallas kernels for a GPU, not yet measured on one, and slow
-        elsewhere. Their results are equal up to rounding. "auto", or None, is "cpu" on CPUs and "plain" elsewhere. An
-        `Ops` of your own is taken too.
-        "cpu" and "gpu" have reverse rules of their own, so forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`)
-        ends in a TypeError, and so do second derivatives by "gpu"; Hessian-vector products as `jax.jvp` of `jax.grad`
-        and gradients of gradients work by "cpu". For all else give "plain".
-      devices: those that will run the model, for what depends on their platform: "auto", and whether a stage's blocks
-        are unrolled. None is JAX's default device.
+        elsewhere. Their results are equal up to rounding. "auto", or None, means "cpu" on CPUs and "plain" elsewhere.
+        You can also pass your own `Ops`.
+        "cpu" and "gpu" define their own reverse rules, so forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`)
+        raises a TypeError, and so do second derivatives with "gpu"; Hessian-vector products as `jax.jvp` of `jax.grad`
+        and gradients of gradients work with "cpu". For everything else use "plain".
+      devices: the devices that will run the model; their platform decides "auto", and whether a stage's blocks are
+        unrolled. None means JAX's default device.
       **options: kernel, share_regulator, regulator_grouping, normalize_state, share_state_norm, regulated_stages,
         shortcut, width, bottleneck_stride, init (RegNet's `initial`), fuse_init, unroll, remat, scan, features,
-        output_stride and frozen_batch_stats; see RegNet. None leaves the default: the model's, and for unroll all
+        output_stride and frozen_batch_stats; see RegNet. None keeps the default: the model's, and for unroll all
         blocks on a CPU, where a loop is somewhat slower, and 1 elsewhere.
 
     Returns:
-      A Flax module; `model.init(key, images, train=False)` makes its variables, and `model.stage_info` tells the
+      A Flax module; `model.init(key, images, train=False)` makes its variables, and `model.stage_info` lists the
       name, channels and stride of each feature.
 
     Raises:
-      ValueError: unknown name (the closest are named), unknown option, or a value that an option cannot take.
+      ValueError: the name is unknown (the message has the closest names), an option is unknown, or a value is invalid.
     """
     model = check_model(name, num_classes, ops=ops, **options)
     platform = ops_lib.platform_of(devices)
@@ -209,7 +209,7 @@ def create_model(
 def check_model(
     name: str, num_classes: int = 10, *, ops: str | ops_lib.Ops | None = "auto", **options: Any
 ) -> RegNet | RegNetY | RLANet:
-    """The model of `create_model`, with its errors and without its devices: what depends on them is not decided."""
+    """Makes the model of `create_model`, with the same errors, but leaves open what depends on the devices."""
     make = _resolve(name)
     known = {*_KNOWN[make.func], "ops", *_BACKBONE}
     given = {key: value for key, value in options.items() if value is not None}
@@ -249,7 +249,7 @@ def check_model(
     if fields.get("share_state_norm") and fields.get("normalize_state") == "none":
         raise ValueError("share_state_norm is True: with normalize_state 'none' there is nothing to share")
     if fields.get("replace") and fields.get("fuse_init") == "identity":
-        raise ValueError(f"fuse_init is 'identity': {name} has H in the place of X and fuses nothing; leave it out")
+        raise ValueError(f"fuse_init is 'identity': in {name} H replaces X, and nothing is fused; leave it out")
     model: Any = make.func(**fields, num_classes=num_classes)
     wanted = chosen(model.features, model.stage_info)
     if not isinstance(model.features, bool):

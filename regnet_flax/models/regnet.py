@@ -22,7 +22,7 @@ from regnet_flax.models.stage import Stage
 
 Array = jax.Array
 
-# The paper's, a public project's, and DIANet's.
+# The cells of the paper, of a public project, and of DIANet.
 CELLS = REGULATORS | {"replacing_convgru": ReplacingConvGRU, "dia": DIALSTM}
 BLOCKS: dict[str, type[Block]] = {
     "basic": BasicBlock,
@@ -35,7 +35,7 @@ STEM_STRIDES = {"cifar": 1, "cifar_pool": 2, "imagenet": 4}
 
 
 class RegNet(nn.Module):
-    """A ResNet whose stages may each have a regulator beside their blocks.
+    """A ResNet in which each stage may have a regulator beside its blocks.
 
     Attributes:
       stage_sizes: the number of blocks of each stage.
@@ -44,33 +44,33 @@ class RegNet(nn.Module):
       stem: "cifar", a 3×3 convolution; "cifar_pool", that and a 3×3 max-pool at stride 2; or "imagenet", 7×7 at stride
         2 and that max-pool.
       width: n of the first stage; n doubles from stage to stage.
-      stem_width: channels of the stem; None is `width`.
-      groups, width_per_group: of the bottlenecks' 3×3 convolutions, as torchvision has them: their channels are
+      stem_width: channels of the stem; None means `width`.
+      groups, width_per_group: for the bottlenecks' 3×3 convolutions, as in torchvision: their channels are
         n · width_per_group / 64, rounded down, times groups.
-      regulator: a key of CELLS; None is plain ResNet, and the next seven have no effect then.
-      kernel: of the regulators, "separable" or "dense".
-      regulator_grouping: what separable regulators put together, "pairs" or "contiguous"; see Regulator.
-      share_regulator: one regulator for all blocks of a stage, or one each; the state is passed on in both.
-      regulated_stages: the stages, from 1, that have a regulator; None is all.
+      regulator: a key of CELLS; None means a plain ResNet, and then the next seven attributes have no effect.
+      kernel: the regulators' convolutions, "separable" or "dense".
+      regulator_grouping: how separable regulators group channels, "pairs" or "contiguous"; see Regulator.
+      share_regulator: one regulator for all blocks of a stage, or one per block; the state is passed on in both cases.
+      regulated_stages: the stages, from 1, that have a regulator; None means all.
       normalize_state, replace: see Block.
-      share_state_norm: one batch normalisation of the state for all blocks of a stage, or one each.
+      share_state_norm: one batch normalisation of the state for all blocks of a stage, or one per block.
       squeeze_excite: whether each block ends in squeeze-and-excitation.
       shortcut: "B", a 1×1 convolution where the shape changes, or "A", without parameters.
-      bottleneck_stride: the convolution of a bottleneck that carries the stride, "1x1" (He et al. 2015) or "3x3"
+      bottleneck_stride: which convolution of a bottleneck has the stride, "1x1" (He et al. 2015) or "3x3"
         (torchvision).
       initial: initial values, "paper" or "torch".
-      fuse_init: where the convolutions that fuse X with H start: "he", as `initial` has it, or "identity",
-        [identity, 0], which takes X and leaves H out.
-      scan: run a stage's blocks under `nn.scan`; False is a Python loop over blocks named one by one.
-      unroll: blocks per step of the scan; None is all of them.
-      remat: recompute each block in the backward pass instead of keeping what is in it.
+      fuse_init: initial values of the convolutions that fuse X with H: "he", as in `initial`, or "identity",
+        [identity, 0], which passes X through and ignores H.
+      scan: run a stage's blocks under `nn.scan`; False means a Python loop over individually named blocks.
+      unroll: blocks per step of the scan; None means all of them.
+      remat: recompute each block in the backward pass instead of storing its intermediate results.
       ops: the arithmetic.
-      dtype: of the arithmetic; parameters and batch statistics are float32.
-      axis_name: the pmap axis over which batch statistics are taken; None is this device's batch.
+      dtype: the dtype of the arithmetic; parameters and batch statistics are float32.
+      axis_name: the pmap axis over which batch statistics are computed; None means this device's batch.
       features: return features instead of logits: True, the stages' outputs, or some names of `stage_info`.
-      output_stride: the largest stride of a stage; where strides would exceed it, the convolutions after them are
-        dilated instead, so that the weights see what they saw. None is without bound.
-      frozen_batch_stats: use the running batch statistics in training too, and leave them as they are.
+      output_stride: the largest stride of a stage; where strides would exceed it, the following convolutions are
+        dilated instead, so that the weights keep their receptive field. None means no limit.
+      frozen_batch_stats: use the running batch statistics in training too, and do not change them.
     """
 
     stage_sizes: tuple[int, ...]
@@ -134,13 +134,13 @@ class RegNet(nn.Module):
 
         Args:
           images: (N, height, width, channels), normalised.
-          train: take batch statistics from this batch, and update the running ones.
+          train: use the statistics of this batch, and update the running ones.
           features: overrides the attribute.
 
         Returns:
-          Logits (N, num_classes); the pooled features (N, channels) where num_classes is 0; or, with `features`, a
-          dict from the names asked for to (N, height, width, channels). What comes after the last of them is not
-          computed. Logits and pooled features are float32.
+          Logits (N, num_classes); the pooled features (N, channels) if num_classes is 0; or, with `features`, a dict
+          from the requested names to (N, height, width, channels). The network stops after the last of them. Logits
+          and pooled features are float32.
 
         Raises:
           ValueError: there is no feature of that name.
@@ -193,7 +193,7 @@ class RegNet(nn.Module):
         )(pooled)
 
     def _block(self, stage: int, norm: functools.partial[BatchNorm]) -> functools.partial[Block]:
-        """Makes the blocks of a stage."""
+        """Returns a function that makes the blocks of a stage."""
         n, block = self.width * 2 ** (stage - 1), BLOCKS[self.block]
         outputs = n * block.expansion
         n = max(1, n * self.width_per_group // 64) * self.groups
@@ -225,13 +225,13 @@ class RegNet(nn.Module):
 
 
 def unstack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Names a stage's blocks one by one (`block2`, `block3`, …) where `nn.scan` stacked them (`blocks`).
+    """Unstacks the blocks that `nn.scan` stacked (`blocks`) into individual ones (`block2`, `block3`, …).
 
     Args:
       tree: variables, or one collection of them, or gradients: nested dicts of arrays.
 
     Returns:
-      What the model takes with scan=False.
+      The tree for the model with scan=False.
     """
     out: dict[str, Any] = {}
     for name, value in tree.items():
@@ -245,7 +245,7 @@ def unstack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stack_blocks(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `unstack_blocks`: what the model takes with scan=True."""
+    """Inverts `unstack_blocks`: returns the tree for the model with scan=True."""
     out: dict[str, Any] = {}
     repeated = sorted((n for n in tree if n.startswith("block") and n[5:].isdigit() and n != "block1"), key=_index)
     for name, value in tree.items():

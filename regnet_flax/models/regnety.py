@@ -1,6 +1,7 @@
-"""RegNetY-400MF, the comparison model (Radosavovic et al., arXiv 2003.13678), as torchvision has it.
+"""RegNetY-400MF, the comparison model (Radosavovic et al., arXiv 2003.13678), as in torchvision.
 
-Another family called RegNet: no regulators, but a design space of grouped bottlenecks with squeeze-and-excitation.
+This is another family called RegNet: a design space of grouped bottlenecks with squeeze-and-excitation, without
+regulators.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ INITIAL = "torchvision_regnet"
 def stage_widths(
     depth: int = 16, w0: float = 48, wa: float = 27.89, wm: float = 2.09, group_width: int = 8
 ) -> list[tuple[int, int]]:
-    """(width, blocks) of each stage, by the quantised linear rule of section 3.3 of the paper."""
+    """Returns (width, blocks) of each stage, by the quantised linear rule of section 3.3 of the paper."""
     widths = []
     for block in range(depth):
         exponent = round(math.log((w0 + wa * block) / w0) / math.log(wm))
@@ -39,11 +40,11 @@ class Block(nn.Module):
 
     Attributes:
       features: channels of the output.
-      strides: of the 3×3 convolution.
-      group_width: its channels a group.
+      strides: stride of the 3×3 convolution.
+      group_width: its channels per group.
       squeezed: channels between the two layers of squeeze-and-excitation.
       norm: makes a batch normalisation, given `name`.
-      dtype: of the arithmetic.
+      dtype: dtype of the arithmetic.
       ops: the arithmetic.
     """
 
@@ -57,7 +58,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Value) -> Array:
-        """From (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, features)."""
+        """Maps (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, features)."""
         features, strides = self.features, self.strides
         features, strides = self.features, self.strides
         options = {"norm": self.norm, "dtype": self.dtype, "ops": self.ops}
@@ -85,8 +86,8 @@ def conv_bn(
     groups: int = 1,
     relu: bool = False,
 ) -> Value:
-    """A convolution `<name>_conv` and the batch normalisation `<name>_bn`, with a ReLU where asked for."""
-    # Of variance 2 / (height × width × outputs / groups), while Flax's fan-out knows no groups.
+    """Applies a convolution `<name>_conv` and a batch normalisation `<name>_bn`, and a ReLU if requested."""
+    # The variance is 2 / (height × width × outputs / groups); Flax's fan-out ignores groups.
     init = nn.initializers.variance_scaling(2.0 * groups, "fan_out", "normal")
     options = {"strides": strides, "feature_group_count": groups, "dtype": dtype, "ops": ops}
     y = Conv(features, (size, size), init, **options, name=f"{name}_conv")(x)
@@ -98,12 +99,12 @@ class RegNetY(nn.Module):
 
     Attributes:
       num_classes: 0 gives the pooled features.
-      depth, w0, wa, wm, group_width: of the design space; see stage_widths.
-      se_ratio: channels between the layers of squeeze-and-excitation, as a part of those of the block's input.
-      dtype: of the arithmetic; parameters and batch statistics are float32.
-      axis_name: the pmap axis over which batch statistics are taken; None is this device's batch.
+      depth, w0, wa, wm, group_width: parameters of the design space; see stage_widths.
+      se_ratio: channels between the layers of squeeze-and-excitation, as a fraction of the block's input channels.
+      dtype: the dtype of the arithmetic; parameters and batch statistics are float32.
+      axis_name: the pmap axis over which batch statistics are computed; None means this device's batch.
       features: return features instead of logits: True, the stages' outputs, or some names of `stage_info`.
-      frozen_batch_stats: use the running batch statistics in training too, and leave them as they are.
+      frozen_batch_stats: use the running batch statistics in training too, and do not change them.
       ops: the arithmetic.
     """
 

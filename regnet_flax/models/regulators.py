@@ -1,8 +1,8 @@
 """Regulators: the convolutional RNN cells that run beside the shortcuts (Xu et al., arXiv 2101.00590).
 
-A cell takes the feature map X and its state, of which H comes first, all of shape (N, height, width, n), and returns
-the new state and its gates. The gates of a cell are computed together: their kernels are stacked gate-major, so that
-output g·n + c is channel c of gate g.
+A cell takes the feature map X and its state, with H first, all of shape (N, height, width, n), and returns the new
+state and its gates. A cell computes its gates together: their kernels are stacked gate-major, so that output g·n + c is
+channel c of gate g.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Array = jax.Array
 
 
 class GateWeights(nn.Module):
-    """Holds the kernel, and the bias where there is one, of a convolution that its owner applies.
+    """Holds the kernel, and the bias if there is one, of a convolution that its owner applies.
 
     Attributes:
       shape: (height, width, input channels per group, output channels).
@@ -46,17 +46,17 @@ class GateWeights(nn.Module):
 
 
 class Regulator(nn.Module):
-    """Base of the cells. One of your own gives `gate_names`, `state_names` and `step`, which calls `convolve`.
+    """The base of all cells. Your own cell defines `gate_names`, `state_names` and `step`, which calls `convolve`.
 
     Attributes:
       features: n, the channels of X and of the state.
-      kernel: "separable", the paper's efficient form of 12n parameters per gate, or "dense", one 3×3 convolution from
-        2n to n channels, 18n² + n per gate.
-      dtype: of the arithmetic between X, H and the gates' sums, which are float32 or wider, and of the new state.
+      kernel: "separable", the paper's efficient form with 12n parameters per gate, or "dense", one 3×3 convolution from
+        2n to n channels, with 18n² + n parameters per gate.
+      dtype: the dtype of the new state and of the arithmetic up to the gates' sums, which are float32 or wider.
       initial: initial values, a name in INITIALIZERS.
       dilation: the distance between the taps of its 3×3 convolutions.
-      grouping: what the separable form's grouped 1×1 convolution puts together: "pairs", X[c] with H[c], or
-        "contiguous", neighbours among all of [X, H], so that X[2c] is with X[2c + 1], and then H with H.
+      grouping: how the separable form's grouped 1×1 convolution groups channels: "pairs", X[c] with H[c], or
+        "contiguous", neighbours in [X, H], so X[2c] with X[2c + 1], and then H with H.
       ops: the arithmetic.
 
     Raises:
@@ -76,12 +76,12 @@ class Regulator(nn.Module):
 
     @classmethod
     def initial_state(cls, shape: tuple[int, ...], dtype: Any = jnp.float32) -> State:
-        """Zeros of `shape`, one array for each of `state_names`."""
+        """Returns zeros of `shape`, one array for each of `state_names`."""
         return tuple(jnp.zeros(shape, dtype) for _ in cls.state_names)
 
     @nn.compact
     def __call__(self, x: Array, state: State) -> tuple[State, Gates]:
-        """One step.
+        """Runs one step.
 
         Args:
           x: X, (N, height, width, n).
@@ -96,7 +96,7 @@ class Regulator(nn.Module):
         x = x.astype(self.dtype)
         state = tuple(array.astype(self.dtype) for array in state)
         if self.dilation > 1:
-            # A step with dilation d is d² steps without it, each on every d-th row and column.
+            # A step with dilation d equals d² steps without dilation, each on every d-th row and column.
             shape, d = x.shape, self.dilation
             x, state = jax.tree.map(lambda array: _apart(array, d), (x, state))
             found = self.step(x, state, self._weights())
@@ -106,21 +106,21 @@ class Regulator(nn.Module):
         return tuple(array.astype(self.dtype) for array in new_state), gates
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
-        """The cell's equations.
+        """Computes the cell's equations.
 
         Args:
           x: X, (N, height, width, n), in `dtype`.
-          state: as many arrays like x as there are `state_names`, H first.
-          weights: of the gates in the order of `gate_names`, for `convolve`.
+          state: one array of x's shape for each of `state_names`, H first.
+          weights: the gates' weights in the order of `gate_names`, for `convolve`.
 
         Returns:
-          The new state, and the gates by their names, each of x's shape, in float32 or wider.
+          The new state, and the gates by name, each of x's shape, in float32 or wider.
         """
         raise NotImplementedError
 
     @property
     def multiply_adds(self) -> int:
-        """Of one step, per pixel, of a cell that has its variables: each weight is used once, but for biases."""
+        """Multiply-adds of one step per pixel, for a cell with variables: it uses each weight except biases once."""
         weights = jax.tree.leaves(self.variables.get("params", {}))
         return sum(math.prod(weight.shape) for weight in weights if len(weight.shape) > 1)
 
@@ -137,15 +137,15 @@ class Regulator(nn.Module):
 
     @property
     def in_one_step(self) -> bool:
-        """Whether `ops` has this cell's whole step."""
+        """Whether `ops` has this cell's whole step as one function."""
         return self.kernel == "separable" and self.grouping == "pairs"
 
     def conv3x3(self, x: Array, kernel: Array) -> Array:
-        """A convolution at stride 1 with padding 1."""
+        """Convolves at stride 1 with padding 1."""
         return self.ops.conv(x, kernel, (1, 1), ((1, 1), (1, 1)))
 
     def convolve(self, x: Array, h: Array, weights: tuple[Array, ...], first: int, last: int) -> list[Array]:
-        """W[x, h] + b for the gates from `first` up to `last`, not included, in float32 or wider."""
+        """Computes W[x, h] + b for the gates from `first` up to, but not including, `last`, in float32 or wider."""
         if self.kernel == "separable":
             if self.grouping == "contiguous":
                 both = jnp.concatenate([x, h], -1)
@@ -160,7 +160,7 @@ class Regulator(nn.Module):
 
 
 def _apart(x: Array, d: int) -> Array:
-    """Every d-th row and column of (N, height, width, n) as an image of its own, padded with zeros: (d² N, …, n)."""
+    """Splits (N, height, width, n) into d² images of every d-th row and column, zero-padded: (d² N, …, n)."""
     batch, height, width, n = x.shape
     x = jnp.pad(x, ((0, 0), (0, -height % d), (0, -width % d), (0, 0)))
     height, width = x.shape[1] // d, x.shape[2] // d
@@ -168,7 +168,7 @@ def _apart(x: Array, d: int) -> Array:
 
 
 def _together(x: Array, shape: tuple[int, ...], d: int) -> Array:
-    """The inverse of `_apart`, for an image of `shape`."""
+    """Inverts `_apart`, for an image of `shape`."""
     (batch, height, width, n), (rows, columns) = shape, x.shape[1:3]
     x = x.reshape(d, d, batch, rows, columns, n).transpose(2, 3, 0, 4, 1, 5)
     return x.reshape(batch, rows * d, columns * d, n)[:, :height, :width]
@@ -214,7 +214,7 @@ class ConvLSTM(Regulator):
 class ReplacingConvGRU(Regulator):
     """a, b = σ(W[X, H] + b); y = tanh(Wy[X, H, b⊙H] + by); H' = a⊙H + (1 − a)⊙y.
 
-    That of a public project in which H takes the place of the features; dense only.
+    The cell of a public project in which H replaces the features; dense only.
     """
 
     gate_names = ("a", "b", "y")
@@ -222,7 +222,7 @@ class ReplacingConvGRU(Regulator):
     def _weights(self) -> tuple[Array, ...]:
         n, initial = self.features, INITIALIZERS[self.initial]
         if self.kernel != "dense":
-            raise ValueError(f"kernel is {self.kernel!r}: this cell has none but 'dense'")
+            raise ValueError(f"kernel is {self.kernel!r}: this cell has only 'dense'")
         return (
             *GateWeights((3, 3, 2 * n, 2 * n), True, initial, name="conv_x")(),
             *GateWeights((3, 3, 3 * n, n), True, initial, name="conv_y")(),
@@ -243,7 +243,7 @@ REGULATORS: dict[str, type[Regulator]] = {"convrnn": ConvRNN, "convgru": ConvGRU
 
 
 def check_cell(cell: Regulator, state: State, *, shared: bool) -> None:
-    """Raises InputError if a custom cell needs what its stage does not give it; nothing is computed."""
+    """Raises InputError if a custom cell needs something that its stage cannot provide; computes nothing."""
 
     def init_and_apply() -> Any:
         variables = cell.init(jax.random.key(0), state[0], state)
@@ -255,13 +255,13 @@ def check_cell(cell: Regulator, state: State, *, shared: bool) -> None:
         variables = jax.eval_shape(init_and_apply)
     except InvalidRngError as error:
         raise InputError(
-            f"the regulator {name} draws random numbers, as for dropout, and is given none, since what a run computes "
-            "would depend on the number of devices: leave them out"
+            f"the regulator {name} draws random numbers, as for dropout, but gets none, because results would depend "
+            "on the number of devices: leave them out"
         ) from error
     if others := sorted(variables.keys() - {"params", "batch_stats"}):
-        raise InputError(f"the regulator {name} keeps {', '.join(others)}: it can keep params and batch_stats only")
+        raise InputError(f"the regulator {name} keeps {', '.join(others)}: it can keep only params and batch_stats")
     if shared and "batch_stats" in variables:
         raise InputError(
-            f"the regulator {name} keeps batch_stats, and one that all blocks of a stage share can keep params only: "
-            "give each block its own, with share_regulator=False"
+            f"the regulator {name} keeps batch_stats, but one that all blocks of a stage share can keep only params: "
+            "give each block its own with share_regulator=False"
         )

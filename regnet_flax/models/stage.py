@@ -1,4 +1,4 @@
-"""A stage: blocks of one spatial size, with what they share."""
+"""A stage: blocks of one spatial size, and what they share."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ Array = jax.Array
 class Stage(nn.Module):
     """A run of blocks of one spatial size, with one regulator running through them.
 
-    The first block, which may change stride and width, stands alone (`block1`); the others are alike and run under
-    `nn.scan`, their variables stacked on a leading axis (`blocks`), or in a Python loop (`block2`, `block3`, …).
+    The first block, which may change stride and width, is separate (`block1`). The others are alike and run under
+    `nn.scan`, with their variables stacked on a leading axis (`blocks`), or in a Python loop (`block2`, `block3`, …).
 
     Attributes:
       block: makes a block, given `name` and, for the first, `strides`.
-      length: how many blocks.
-      strides: of the first.
-      dilations: of the 3×3 convolutions before the place of the stride, its own too, and of those after it.
+      length: the number of blocks.
+      strides: stride of the first block.
+      dilations: dilation of the 3×3 convolutions up to and including the one with the stride, and of those after it.
       shared: whether one regulator (`regulator`) serves all blocks, or each has its own.
-      share_norm: whether one batch normalisation of the state does (`bn_h`, and `bn_c` for an LSTM's C).
+      share_norm: whether one batch normalisation of the state (`bn_h`, and `bn_c` for an LSTM's C) serves all blocks.
       scan, unroll, remat: see RegNet.
     """
 
@@ -44,7 +44,7 @@ class Stage(nn.Module):
 
     @nn.compact
     def __call__(self, x: Value) -> Array:
-        """From (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, the block's channels)."""
+        """Maps (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, the block's channels)."""
         block_type, options = self.block.func, self.block.keywords
         carry: tuple[Value, Any] = (x, ())
         shared, statistics = None, {}
@@ -57,8 +57,8 @@ class Stage(nn.Module):
             if self.is_initializing():
                 check_cell(cell, state, shared=self.shared)
             if self.shared:
-                # Made here and passed to every block: a cell handed over as a submodule of the scanned block would
-                # silently be given one copy per step.
+                # Made here and passed to every block: as a submodule of the scanned block, the cell would silently get
+                # one copy per step.
                 shared = self.param("regulator", lambda key: cell.init(key, state[0], state).get("params", {}))
             if self.share_norm:
                 norms, statistics = self._norms(normalized_states(options["normalize_state"], cell.state_names), state)
@@ -71,7 +71,7 @@ class Stage(nn.Module):
             for index in range(2, self.length + 1):
                 carry, _ = one(**alike, name=f"block{index}")(carry, shared)
         elif self.length > 1:
-            # A loop keeps XLA from merging the recomputation with the first computation, so nothing else need.
+            # A loop already keeps XLA from merging the recomputation with the first computation.
             unroll = min(self.unroll or self.length, self.length - 1)
             rolled = unroll < self.length - 1
             repeated = nn.remat(block_type, prevent_cse=not rolled) if self.remat else block_type
@@ -90,7 +90,7 @@ class Stage(nn.Module):
         return carry[0]
 
     def _norms(self, names: Mapping[str, str], state: State) -> tuple[dict[str, Any], dict[str, nn.Variable]]:
-        """The variables of the stage's batch normalisations of the state, and its running statistics, by name."""
+        """Makes the variables of the stage's batch normalisations of the state, and their statistics, by name."""
         norm = self.block.keywords["norm"](use_running_average=True, parent=None)
         made = norm.init(jax.random.key(0), state[0])  # ones and zeros
         norms, statistics = {}, {}

@@ -1,4 +1,4 @@
-"""--mode analyze: the paper's own measures of a trained model, with pictures."""
+"""--mode analyze: the paper's measurements on a trained model, with figures."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def analyze(trained: Trained, path: pathlib.Path) -> dict[str, Any]:
 
     - readouts.png: the accuracy of the last layer on each of the last blocks, figure 1(b) of arXiv 2101.00590;
     - blocks.png: input, O, I and H of the first stage's first blocks for one image, figure 1(a);
-    - state_use.png: how much each stage uses its regulator's state, of a RegNet;
-    - grad_cam.png: the places of each stage's last block that speak for the class the model chooses.
+    - state_use.png: how much each stage of a RegNet uses its regulator's state;
+    - grad_cam.png: the positions in each stage's last block that support the predicted class.
 
     Args:
-      trained: the model, whose config names the data set.
+      trained: the model; its config names the data set.
       path: the workdir.
 
     Returns:
-      What analysis.json holds: "model", "step", "images" (how many of the test split were looked at), "readouts" from
-      a block to an accuracy, and "state_use", a dict for each stage.
+      The contents of analysis.json: "model", "step", "images" (how many of the test split were used), "readouts", which
+      maps a block to an accuracy, and "state_use", one dict per stage.
 
     Raises:
-      ConfigError, DataError: the data set cannot be had.
+      ConfigError, DataError: the data set is not available.
     """
     config, model, variables = trained.config, trained.model, trained.variables
     pixels, labels = _examples(open_dataset(config))
@@ -56,7 +56,7 @@ def analyze(trained: Trained, path: pathlib.Path) -> dict[str, Any]:
     try:
         result["readouts"] = readout.readouts(model, variables, inputs, labels)
         probes.readouts({config.model.name: result["readouts"]}, figures / "readouts.png", title)
-    except ValueError as error:  # as of RLA-Net, whose last layer takes more
+    except ValueError as error:  # such as for RLA-Net, whose last layer has more inputs
         logger.warning("no readouts: %s", error)
     try:
         used = state_use.state_use(model, variables, inputs, labels)
@@ -77,7 +77,7 @@ def analyze(trained: Trained, path: pathlib.Path) -> dict[str, Any]:
 
 
 def _examples(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
-    """At most IMAGES of the test split, at equal distances: uint8 (N, height, width, channels), and labels (N,)."""
+    """Returns at most IMAGES evenly spaced test images, uint8 (N, height, width, channels), and their labels (N,)."""
     size = dataset.size("test")
     chosen = np.unique(np.linspace(0, size - 1, min(IMAGES, size)).astype(int))
     if not isinstance(dataset, StreamedDataset):

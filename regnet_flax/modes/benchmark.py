@@ -1,4 +1,4 @@
-"""What a training step of a config costs on this machine: --mode benchmark."""
+"""--mode benchmark: the cost of a config's training step on this machine."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from regnet_flax.modes.setup import build_model, make_trainer
 
 logger = logging.getLogger("regnet_flax")
 
-SECONDS, CALLS = 3.0, 5  # measured for at least so long, and so many calls
-# Sides of the square matrices whose product tells the machine's rate.
+SECONDS, CALLS = 3.0, 5  # the least time and number of calls to measure
+# Sides of the square matrices whose product measures the machine's rate.
 MATRIX = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 
 
 def benchmark(config: Any, devices: list[Any]) -> dict[str, Any]:
-    """Measures the training step of a config on random images of its data set's size; no data set is read.
+    """Measures the training step of a config on random images of its data set's size; reads no data set.
 
     Args:
       config: a nested config with the fields of configs/base.py.
-      devices: over which each batch is divided.
+      devices: the devices that share each batch.
 
     Returns:
       "model", "batch_size", "image_shape", "dtype", "device", "devices" and "steps_per_call"; "images_per_second" and
-      "step_ms", from the median of the calls; "compile_s", of lowering and compiling, which a compilation cache
-      shortens; "peak_bytes" on the first device, from the compiled step's own analysis where the device keeps no count;
-      "flops_per_second", two for each multiply-add and three times those of a forward pass;
-      "matmul_flops_per_second", that of a large matrix product in the same dtype on the first device, and
-      "share_of_matmul", by device.
+      "step_ms", from the median of the calls; "compile_s", the time to lower and compile, which a compilation cache
+      shortens; "peak_bytes" on the first device, from the compiled step's own analysis if the device does not count;
+      "flops_per_second", with two per multiply-add and three times those of a forward pass;
+      "matmul_flops_per_second", the rate of a large matrix product in the same dtype on the first device, and
+      "share_of_matmul", per device.
 
     Raises:
       ConfigError: a value is wrong.
@@ -49,7 +49,7 @@ def benchmark(config: Any, devices: list[Any]) -> dict[str, Any]:
     config_lib.check_config(config, len(devices))
     shape, classes = config_lib.image_shape(config)
     config = copy.deepcopy(config)
-    # That crop is the host's work, while photographs are decoded.
+    # The host does that crop, while it decodes photographs.
     config.dataset.augment = tuple(name for name in config.dataset.augment if name != stream.CROP)
     dataset = _random_images(2 * config.train.batch_size, shape, classes)
     config = resolve(config, dataset)
@@ -67,7 +67,7 @@ def benchmark(config: Any, devices: list[Any]) -> dict[str, Any]:
         jax.block_until_ready((state, done))
         if deadline < float("inf"):
             times.append((time.perf_counter() - began) / count)
-        else:  # the first call places what was compiled
+        else:  # the first call loads the compiled program
             deadline = time.perf_counter() + SECONDS
     seconds = float(np.median(times))
     images_per_second = config.train.batch_size / seconds
@@ -108,7 +108,7 @@ def _peak_bytes(device: Any, analysis: Any) -> int:
 
 
 def matmul_rate(device: Any, dtype: str, rounds: int = 5) -> float:
-    """Floating-point operations a second of a large product of square matrices, the best of some rounds."""
+    """Returns the floating-point operations per second of a large matrix product, the best of some rounds."""
     side = MATRIX.get(device.platform, MATRIX["gpu"])
     a = jax.device_put(jnp.ones((side, side), dtype), device)
     product = jax.jit(jnp.matmul)
@@ -122,6 +122,6 @@ def matmul_rate(device: Any, dtype: str, rounds: int = 5) -> float:
 
 
 def run(config: Any, options: Options) -> None:
-    """Prints what `benchmark` measures, as one line of JSON."""
+    """Prints the result of `benchmark` as one line of JSON."""
     config.dataset.data_dir = config.dataset.data_dir or "."  # nothing is read
     print(json.dumps(benchmark(config, jax.local_devices())))

@@ -1,4 +1,4 @@
-"""Several models × several seeds on one data set: trains what is not finished yet, then writes the report."""
+"""--mode compare: trains several models × several seeds on one data set, except finished ones; writes the report."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ logger = logging.getLogger("regnet_flax")
 
 
 def label(variant: str) -> str:
-    """How a report names a variant, and, with its marks replaced, the folder of its run."""
+    """Returns a variant's name in reports; `folder` derives the name of its run's folder from it."""
     name, options = parse_variant(variant)
     return " ".join([name, *(f"{option}={value}".replace(" ", "") for option, value in sorted(options.items()))])
 
 
 def folder(variant: str) -> str:
-    """The name of a variant's workdir below the comparison's, such as "regnet20_convlstm-regulated_stages-1-2"."""
+    """Returns the name of a variant's folder in the comparison, such as "regnet20_convlstm-regulated_stages-1-2"."""
     return re.sub(r"\W+", "-", label(variant).replace("=()", "=none")).strip("-")
 
 
 def variant_config(config: Any, variant: str) -> Any:
-    """The config of one variant's run: its options in the place of `model.overrides`'."""
+    """Returns the config of one variant's run: its options replace those of `model.overrides`."""
     config = copy.deepcopy(config)
     config.model.name, options = parse_variant(variant)
     for option, value in options.items():
@@ -52,13 +52,13 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
 
     Args:
       config: a nested config with the fields of configs/base.py.
-      path: the comparison's workdir; each model has its own in it. Finished ones are not repeated.
-      train: `train.train_and_evaluate`, or what takes its place in a test.
+      path: the comparison's workdir, which holds one workdir per model. Finished runs are not repeated.
+      train: `train.train_and_evaluate`, or a replacement for it in a test.
 
     Raises:
-      ConfigError: wrong values, or others than those that a model's run began with.
-      NonFiniteError: after all others were trained and the report written: those that ended so are named.
-      Interrupted: stopped by a signal, after saving.
+      ConfigError: values are wrong, or differ from those that a model's run began with.
+      NonFiniteError: some models failed; raised after the others are trained and the report is written.
+      Interrupted: a signal stopped the comparison, after saving.
       DataError, WorkdirError, CheckpointError: see train.
     """
     path = pathlib.Path(path)
@@ -84,14 +84,14 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
                 failed[label(variant)] = str(error)
             else:
                 runs[label(variant)] = path / folder(variant)
-            # JAX's caches hold the run's compiled functions, and so its data set on the device.
+            # JAX's caches hold the run's compiled functions, and with them its data set on the device.
             jax.clear_caches()
             gc.collect()
         if runs:
             say_table(_table(report.write(path, runs, failed)))
             logger.info("report: %s and %s", path / report.MARKDOWN, path / report.HTML)
     if failed:
-        raise NonFiniteError(f"{len(failed)} of {len(variants)} models did not end: {'; '.join(failed)}")
+        raise NonFiniteError(f"{len(failed)} of {len(variants)} models failed: {'; '.join(failed)}")
 
 
 def _table(cells: Sequence[Sequence[str]]) -> Table:

@@ -1,4 +1,4 @@
-"""--mode eval: a checkpoint of a workdir, or a file of weights, on the test split."""
+"""--mode eval: evaluates a checkpoint of a workdir, or a file of weights, on the test split."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ logger = logging.getLogger("regnet_flax")
 def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | None = None) -> dict[str, float]:
     """Evaluates the checkpoint `eval.checkpoint` of a workdir, or the file `model.init_from`, on the test split.
 
-    Leaves eval.json and figures/eval/ in the workdir; those of training stay as they are.
+    It writes eval.json and figures/eval/ into the workdir; the files of training stay as they are.
 
     Args:
-      config: the workdir's, its values to be overridden at will.
+      config: the workdir's config, in which any value may be overridden.
       path: the workdir.
-      devices: to evaluate on; all by default, those of other processes too.
+      devices: the devices to evaluate on; by default all, including those of other processes.
 
     Returns:
-      "step", "loss", "accuracy", "top5_accuracy" where there are more than five classes, and "count".
+      "step", "loss", "accuracy", "top5_accuracy" if there are more than five classes, and "count".
 
     Raises:
       ConfigError, DataError, CheckpointError: see train_and_evaluate.
@@ -97,7 +97,7 @@ def _write(
     try:
         by_class = write_figures(figures, dataset, outcomes, title, seed)
         write_json(path / workdir.EVAL, metrics | {"per_class": by_class})
-    except OSError as error:  # as in a workdir that another user owns, or on a full disk
+    except OSError as error:  # such as in another user's workdir, or on a full disk
         logger.warning("%s and the pictures cannot be written: %s", path / workdir.EVAL, error.strerror)
     else:
         logger.info("by class: %s, pictures: %s", path / workdir.EVAL, figures)

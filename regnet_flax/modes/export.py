@@ -1,4 +1,4 @@
-"""--mode export: a trained model in a file, as a StableHLO program or as weights by PyTorch's names; a model card."""
+"""--mode export: writes a StableHLO program or weights with PyTorch's names, and a model card."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ logger = logging.getLogger("regnet_flax")
 
 
 def export_model(trained: Trained, workdir: str | pathlib.Path) -> pathlib.Path:
-    """Writes the file that `export.path` and `export.format` ask for, and a model card beside it.
+    """Writes the file given by `export.path` and `export.format`, and a model card beside it.
 
     Args:
-      trained: the model, with the config that says what to write.
-      workdir: where the file goes if `export.path` is "".
+      trained: the model; its config says what to write.
+      workdir: the file's directory if `export.path` is "".
 
     Returns:
-      The file.
+      The file's path.
 
     Raises:
-      WeightsError: the path's suffix is none of that format's, or PyTorch is needed and not installed.
+      WeightsError: the path's suffix does not fit the format, or PyTorch is needed and not installed.
     """
     config, model, variables = trained.config, trained.model, trained.variables
     workdir, kind = pathlib.Path(workdir), config.export.format
@@ -73,19 +73,19 @@ def export_model(trained: Trained, workdir: str | pathlib.Path) -> pathlib.Path:
 def stablehlo(
     model: nn.Module, variables: dict[str, Any], image_shape: Sequence[int], mean: Sequence[float], std: Sequence[float]
 ) -> bytes:
-    """A model as one program for a CPU, CUDA and a TPU, weights and normalisation inside.
+    """Exports a model as one program for CPU, CUDA and TPU that contains weights and normalisation.
 
     Args:
       model: from create_model.
       variables: "params" and "batch_stats".
       image_shape: (height, width, channels).
-      mean, std: of each channel, for pixels in 0…1.
+      mean, std: per channel, for pixels in 0…1.
 
     Returns:
-      What `jax.export.deserialize` takes; its `call` goes from uint8 (N, height, width, channels), for any N, to logits
+      Bytes for `jax.export.deserialize`; its `call` maps uint8 (N, height, width, channels), for any N, to logits
       (N, classes), float32.
     """
-    # The plain equations and no loop, whatever the backend that exports would choose for itself.
+    # The plain equations without a loop, whatever the exporting backend would use for itself.
     model = model.clone(ops=PLAIN)
     if hasattr(model, "scan"):
         model, variables = model.clone(scan=False), unstack_blocks(variables)
@@ -102,7 +102,7 @@ def run(config: Any, options: Options) -> None:
     """Exports the workdir's checkpoint `eval.checkpoint`, or `model.init_from`; see `export_model`.
 
     Raises:
-      WorkdirError: the file cannot be written where it is to be.
+      WorkdirError: the file cannot be written there.
     """
     trained = with_config(config, options.workdir)
     try:

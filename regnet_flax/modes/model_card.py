@@ -1,4 +1,4 @@
-"""The README.md beside an exported file: what a stranger has to know to use it."""
+"""The README.md beside an exported file: what others need to know to use it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from regnet_flax.training.workdir import CONFIG, RESULTS, read_metrics
 
 NAME = "README.md"
 _HEAD = "---\nlibrary_name: regnet_flax\npipeline_tag: image-classification\n"
-CLASSES = 20  # so many are named
+CLASSES = 20  # the most class names that are listed
 
 _STABLEHLO = """\
-A StableHLO program for a CPU, CUDA and a TPU, weights and normalisation inside. It needs `pip install jax flatbuffers`
-and nothing of regnet_flax:
+A StableHLO program for CPU, CUDA and TPU that contains weights and normalisation. It needs
+`pip install jax flatbuffers`, and nothing from regnet_flax:
 
 ```python
 import jax
@@ -36,7 +36,7 @@ probabilities = jax.nn.softmax(logits)
 ```
 """
 _WEIGHTS = """\
-Weights by PyTorch's names and in its layouts. With regnet_flax:
+Weights with PyTorch's names and in its layouts. With regnet_flax:
 
 ```python
 import numpy as np
@@ -61,7 +61,7 @@ files:
 
 # {name}, trained on {dataset}
 
-An image classifier of {classes} classes, trained and exported with regnet_flax {version}.
+An image classifier with {classes} classes, trained and exported with regnet_flax {version}.
 
 ## Model
 
@@ -90,8 +90,8 @@ An image classifier of {classes} classes, trained and exported with regnet_flax 
 
 ## Preprocessing
 
-uint8 images of exactly {height}×{width} pixels, {colours}; others are to be {fitted}.
-Then each channel is taken to (x / 255 − mean) / std, with mean {mean} and std {std}:
+The model takes uint8 images of exactly {height}×{width} pixels, {colours}; others must be {fitted}.
+Then each channel becomes (x / 255 − mean) / std, with mean {mean} and std {std}:
 the StableHLO program does that itself, the weights leave it to you.
 
 ## How to load
@@ -99,15 +99,15 @@ the StableHLO program does that itself, the weights leave it to you.
 
 
 def write(path: pathlib.Path, trained: Trained, workdir: pathlib.Path) -> pathlib.Path:
-    """Writes the card of an exported file: README.md beside it, or FILE.md if another README.md stands there.
+    """Writes the card of an exported file: README.md beside it, or FILE.md if there is another README.md.
 
     Args:
-      path: the file.
-      trained: what was exported.
-      workdir: whose config.json, metrics.jsonl and results.json tell the rest, if it is a checkpoint's.
+      path: the exported file.
+      trained: the exported model.
+      workdir: for a checkpoint, its config.json, metrics.jsonl and results.json give the other facts.
 
     Returns:
-      The card.
+      The card's path.
     """
     card, files, step = path.with_name(NAME), [path.name], trained.step
     if card.exists():
@@ -132,7 +132,7 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
 
 
 def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> str:
-    """The card's text, for the files of these names; see `write`."""
+    """Returns the card's text for the files with these names; see `write`."""
     config, step = trained.config, trained.step
     record = {} if trained.weights else read_json(workdir / CONFIG) or {}
     results = {} if trained.weights else read_json(workdir / RESULTS)
@@ -159,7 +159,7 @@ def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> s
     started = trained.weights or record["model"]["init_from"]
     augmentation = [*data.augment, *(f"{name} {train[name]:g}" for name in ("mixup", "cutmix") if train[name])]
     averaged = f"; averages of the weights over the steps, decay {sgd.ema_decay:g}" if sgd.ema_decay else ""
-    fitted = "resized by a bilinear filter, as those of image folders were"
+    fitted = "resized with a bilinear filter, like those of image folders"
     if "random_resized_crop" in data.augment:
         fitted = f"resized to {round(height / 0.875)} on the shorter side, and the centre cropped"
     return _CARD.format(
@@ -224,7 +224,7 @@ def _metrics(lines: Sequence[dict[str, Any]], results: dict[str, Any] | None, co
 
     found = next((own(line) for line in lines if line["step"] == step and "eval_accuracy" in line), None)
     kind, split, note = "eval", "test", ""
-    if "test" in results:  # read once, while another split chose the checkpoint
+    if "test" in results:  # read once; another split chose the checkpoint
         split = "validation"
         test = results.get("seeds", {}).get(seed, results)["test"]
         if test["step"] == step:
@@ -239,6 +239,6 @@ def _metrics(lines: Sequence[dict[str, Any]], results: dict[str, Any] | None, co
         rows.insert(1, ("top-5 accuracy", f"{found[f'{kind}_top5_accuracy']:.2%}"))
     count = sum("eval_accuracy" in line for line in lines)
     if kind == "eval" and config.eval.checkpoint == "best" and count > 1:
-        note = f"\n\nOf {count} evaluations of the run this had the best accuracy, which flatters it a little."
+        note = f"\n\nThis was the best of the run's {count} evaluations, so it is slightly optimistic."
     body = [f"| {name} | {value} |" for name, value in rows]
     return "\n".join([f"| all {split} images | |", "| --- | --- |", *body]) + note

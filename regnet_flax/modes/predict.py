@@ -1,4 +1,4 @@
-"""--mode predict: a trained model's classes for image files, as a table, as JSON and as a picture."""
+"""--mode predict: a trained model's classes for image files, as a table, JSON and a figure."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ logger = logging.getLogger("regnet_flax")
 
 
 def find_images(where: str) -> list[pathlib.Path]:
-    """The files that `predict.images` names, sorted.
+    """Returns the files that `predict.images` names, sorted.
 
     Args:
-      where: a file; a folder, all image files in and below it; or a glob of these, in which ** goes below.
+      where: a file; a folder, for all image files in and below it; or a glob of these, in which ** matches subfolders.
 
     Raises:
-      ConfigError: there is none.
+      ConfigError: there is no such file.
     """
     if not where:
         raise ConfigError(
@@ -57,7 +57,7 @@ def find_images(where: str) -> list[pathlib.Path]:
 
 
 def _glob(pattern: pathlib.Path) -> Iterator[pathlib.Path]:
-    """What matches; the leading folders that there are stand for themselves, brackets in their names included."""
+    """Yields the matches; leading folders that exist are taken literally, even with brackets in their names."""
     base, parts = pathlib.Path(pattern.anchor or "."), list(pattern.parts[bool(pattern.anchor) :])
     while len(parts) > 1 and (base / parts[0]).is_dir():
         base /= parts.pop(0)
@@ -72,7 +72,7 @@ def _is_image(file: pathlib.Path, folder: pathlib.Path) -> bool:
 def _read(
     files: Sequence[pathlib.Path], trained: Trained
 ) -> tuple[list[pathlib.Path], np.ndarray, list[np.ndarray], list[dict[str, str]]]:
-    """The files that can be read, the model's inputs, thumbnails of the first, and the files that cannot, with why."""
+    """Returns the readable files, the model's inputs, thumbnails of the first ones, and other files with reasons."""
     readable, inputs, thumbnails, skipped, remarks = [], [], [], [], []
     for file in files:
         try:
@@ -97,11 +97,11 @@ def predict_images(trained: Trained, path: str | os.PathLike) -> dict[str, Any]:
     """Predicts the classes of the images that `predict.images` names, and writes figures/predict.png.
 
     Args:
-      trained: the model, with the config.
-      path: the workdir, where the figure goes.
+      trained: the model with its config.
+      path: the workdir, for the figure.
 
     Returns:
-      "model"; "workdir"; "step"; "predictions", for each image that could be read its "file" and "top", the
+      "model"; "workdir"; "step"; "predictions", which has for each readable image its "file" and "top", the
       `predict.top` most probable classes, each with "class" and "probability"; "skipped", each with "file" and
       "reason"; "picture", the figure's path, None if it cannot be written; and "chosen", which weights are used and
       why.
@@ -131,7 +131,7 @@ def predict_images(trained: Trained, path: str | os.PathLike) -> dict[str, Any]:
                 picture,
                 title=f"{config.model.name}, {trained.source}{more}",
             )
-    except OSError as error:  # as in a workdir that another user owns
+    except OSError as error:  # such as in another user's workdir
         logger.warning("%s cannot be written: %s", picture, error.strerror)
         picture = None
     return {
@@ -146,7 +146,7 @@ def predict_images(trained: Trained, path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _chosen(trained: Trained, path: pathlib.Path) -> str:
-    """Which weights are used, and why these."""
+    """Describes which weights are used, and why."""
     which = trained.config.eval.checkpoint
     if trained.weights or which not in ("best", "last"):
         return trained.source
@@ -160,9 +160,9 @@ def _chosen(trained: Trained, path: pathlib.Path) -> str:
 
 
 def show(result: dict[str, Any], as_json: bool) -> None:
-    """Prints what predict_images returned: a table, or JSON."""
+    """Prints the result of predict_images as a table or JSON."""
     if as_json:
-        print(json.dumps(result, indent=2))  # in ASCII, whatever the terminal's encoding
+        print(json.dumps(result, indent=2))  # ASCII, so it works in every terminal's encoding
         return
     predictions = result["predictions"]
     files = [prediction["file"] for prediction in predictions]

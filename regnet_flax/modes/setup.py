@@ -1,4 +1,4 @@
-"""What a run is made of, from its config: the data set, the model, the weights it starts from, the trainer."""
+"""Builds the parts of a run from its config: data set, model, initial weights and trainer."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ logger = logging.getLogger("regnet_flax")
 
 
 def open_dataset(config: Any, seed: int | None = None, class_names: Sequence[str] = ()) -> Dataset:
-    """The config's data set, in memory or to be streamed; logs its sizes, and which images could not be read.
+    """Opens the config's data set, in memory or streamed; logs its sizes, and the images that could not be read.
 
     Args:
       config: a nested config with the fields of configs/base.py.
-      seed: fixes what is held out and synthetic images; the config's by default. Seeds that train together share the
-        first one's.
-      class_names: of a model to evaluate on an image folder, which needs no images to train on then.
+      seed: determines the held-out images and synthetic images; by default the config's seed. Seeds that train
+        together share the first one's.
+      class_names: the classes of a model to evaluate on an image folder, which then needs no training images.
     """
     began = time.monotonic()
     settings = config.dataset
@@ -83,7 +83,7 @@ def open_dataset(config: Any, seed: int | None = None, class_names: Sequence[str
 
 
 def build_model(config: Any, devices: Sequence[Any] | None = None, axis_name: str | None = None) -> nn.Module:
-    """The model of a resolved config, for these devices; by default JAX's own."""
+    """Makes the model of a resolved config for these devices; by default JAX's own."""
     return create_model(
         config.model.name,
         num_classes=config.dataset.num_classes,
@@ -95,13 +95,13 @@ def build_model(config: Any, devices: Sequence[Any] | None = None, axis_name: st
 
 
 def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
-    """The variables in the file `model.init_from` of a resolved config; None where it names none.
+    """Reads the variables in the file `model.init_from` of a resolved config; None if it names no file.
 
-    A file of a plain network's weights gives those of one with regulators but for the regulators themselves.
+    For a network with regulators, a plain network's weights give all variables except the regulators.
 
     Args:
-      config: resolved.
-      channels: of the images; the file's may be of others with `model.adapt_stem`.
+      config: the resolved config.
+      channels: the images' channels; with `model.adapt_stem` the file's may differ.
 
     Raises:
       WeightsError: the file cannot be read, or does not fit the model.
@@ -112,7 +112,7 @@ def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
     arrays, metadata = weights.read_weights(file)
     if whole := [name for name, a in arrays.items() if a.dtype != np.float32 and not name.endswith(torch_port.IGNORED)]:
         raise WeightsError(
-            f"{file}: {whole[0]} is {arrays[whole[0]].dtype}, as of quantised weights: save them as floats"
+            f"{file}: {whole[0]} is {arrays[whole[0]].dtype}, so the weights look quantised: save them as floats"
         )
     model = build_model(config)
     plain, stride = torch_port.starts_from_plain(arrays, model), torch_port.bottleneck_stride(model)
@@ -120,8 +120,8 @@ def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
         recorded = metadata.get("bottleneck_stride", stride)
         if recorded != stride and plain:
             logger.warning(
-                "%s is of bottlenecks with the stride in the %s convolution, and %s has it in the %s: it takes the "
-                "weights, and computes something else at first",
+                "%s has bottlenecks with the stride in the %s convolution, but %s has it in the %s: it uses the "
+                "weights, but computes something else at first",
                 file,
                 recorded,
                 config.model.name,
@@ -129,12 +129,12 @@ def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
             )
         elif recorded != stride:
             raise WeightsError(
-                f"{file} is of bottlenecks with the stride in the {recorded} convolution: "
+                f"{file} has bottlenecks with the stride in the {recorded} convolution: "
                 f"set model.overrides.bottleneck_stride={recorded}"
             )
         if "bottleneck_stride" not in metadata:
             logger.warning(
-                "%s does not say where its bottlenecks have their stride; it is taken to be the %s convolution "
+                "%s does not say where its bottlenecks have their stride; the %s convolution is assumed "
                 "(torchvision's have it in the 3x3%s)",
                 file,
                 stride,
@@ -149,23 +149,23 @@ def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
     except torch_port.StemError as error:
         raise WeightsError(f"{file}: {error}; model.adapt_stem=True adapts it") from error
     except ValueError as error:
-        raise WeightsError(f"{file}: {error}; model.new_head=True leaves the head out") from error
+        raise WeightsError(f"{file}: {error}; model.new_head=True ignores the head") from error
     rest = [*(["the head"] if config.model.new_head else []), *(["the regulators"] if plain else [])]
     logger.info("weights from %s%s", file, f", all but {' and '.join(rest)}" if rest else "")
     return variables
 
 
 def read_trained(config: Any, path: pathlib.Path, like: Any) -> tuple[int, dict[str, Any]]:
-    """The step and the variables of a workdir's checkpoint `eval.checkpoint`; of several seeds, those of the config's.
+    """Reads the step and the variables of a workdir's checkpoint `eval.checkpoint`, for the config's seed.
 
     Args:
-      config: the workdir's; its model may differ from the run's where the shapes stay.
+      config: the workdir's config; its model may differ from the run's as long as the shapes agree.
       path: the workdir.
       like: shapes and placement of "params" and "batch_stats".
 
     Raises:
-      ConfigError: the workdir has several seeds, and the config's is none of them.
-      WorkdirError, CheckpointError: there is no such checkpoint, it is damaged, or it is of another model.
+      ConfigError: the workdir has several seeds, but not the config's.
+      WorkdirError, CheckpointError: there is no such checkpoint, it is damaged, or it belongs to another model.
     """
     seeds = (workdir.read_config(path) or {}).get("seeds", [])
     if seeds and config.seed not in seeds:
@@ -190,14 +190,14 @@ def read_trained(config: Any, path: pathlib.Path, like: Any) -> tuple[int, dict[
 
 
 def load_trained(config: Any, path: str | pathlib.Path) -> tuple[nn.Module, dict[str, Any], int]:
-    """The model of a workdir, and the variables of its checkpoint `eval.checkpoint`; no data set is read.
+    """Loads the model of a workdir and the variables of its checkpoint `eval.checkpoint`; reads no data set.
 
     Args:
-      config: the workdir's.
+      config: the workdir's config.
       path: the workdir.
 
     Returns:
-      The model, its "params" and "batch_stats" (the averages where it keeps them), and the step.
+      The model, its "params" and "batch_stats" (the averages if the run keeps them), and the step.
 
     Raises:
       ConfigError, WorkdirError, CheckpointError: see read_trained.
@@ -219,13 +219,13 @@ def load_trained(config: Any, path: str | pathlib.Path) -> tuple[nn.Module, dict
 def build_step(
     config: Any, model: nn.Module, tx: optax.GradientTransformation, image_shape: Sequence[int], unroll: bool
 ) -> Step:
-    """The Step of a resolved config, for images of shape (height, width, channels).
+    """Makes the Step of a resolved config, for images of shape (height, width, channels).
 
     Args:
-      unroll: the parts of a batch are not a loop, which XLA runs badly on a CPU.
+      unroll: whether to unroll the loop over a batch's parts, which XLA runs slowly on a CPU.
     """
     train, settings, data = config.train, config.optimizer, config.dataset
-    names = tuple(name for name in data.augment if name != stream.CROP)  # which is the host's, while it decodes
+    names = tuple(name for name in data.augment if name != stream.CROP)  # the host crops while it decodes
 
     def init(seed):
         variables = model.init(jax.random.key(seed), jnp.zeros((1, *image_shape)), train=False)
@@ -259,9 +259,9 @@ def build_step(
 
 
 def make_plan(config: Any, train_size: int) -> Plan:
-    """The Plan of a resolved config, for so many training examples."""
+    """Makes the Plan of a resolved config for `train_size` training examples."""
     train, settings = config.train, config.optimizer
-    steps_per_epoch = max(1, train_size // train.batch_size)  # evaluation needs no whole batch
+    steps_per_epoch = max(1, train_size // train.batch_size)  # there may be no whole batch in evaluation
     total_steps = min(train.epochs * steps_per_epoch, train.max_steps or sys.maxsize)
     drops = optimizer.boundary_steps(settings.boundaries, train.epochs, steps_per_epoch)
     schedule, _ = optimizer.build_optimizer(config, steps_per_epoch)
@@ -276,13 +276,13 @@ def make_trainer(
     seeds: Sequence[int] = (),
     start: dict[str, Any] | None = None,
 ) -> Trainer:
-    """The trainer of a resolved config.
+    """Makes the trainer of a resolved config.
 
     Args:
-      config: resolved.
-      dataset: in memory, or to be streamed.
-      devices: over which each batch is divided.
-      seeds: of the runs; by default the config's.
+      config: the resolved config.
+      dataset: in memory, or streamed.
+      devices: the devices that share each batch.
+      seeds: the runs' seeds; by default the config's.
       start: see Trainer.
     """
     train, data, seeds = config.train, config.dataset, tuple(seeds) or (config.seed,)
@@ -302,6 +302,6 @@ def make_trainer(
         prefetch=data.prefetch,
     )
     steps_per_call = train.steps_per_call or (1 if on_cpu else STEPS_PER_CALL_ON_ACCELERATORS)
-    # XLA:CPU runs the grouped convolutions that vmap makes of batched weights badly.
+    # vmap over weights makes grouped convolutions, which XLA:CPU runs slowly.
     together = config.compare.together == "always" or (config.compare.together == "auto" and not on_cpu)
     return Trainer(step, feed, seeds, placement, steps_per_call=steps_per_call, together=together, start=start)

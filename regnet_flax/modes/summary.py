@@ -1,4 +1,4 @@
-"""--mode summary: what a config's model costs, as a table; --mode models: the models by name."""
+"""--mode summary: the size of a config's model as a table; --mode models: the names of all models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from regnet_flax.training.display import say_table
 
 
 def run(config: Any, options: Options) -> None:
-    """Prints parameters, multiply-adds and the output shape of each stage; no data set is read.
+    """Prints parameters, multiply-adds and the output shape of each stage; reads no data set.
 
-    With --mode models, the names of all models instead.
+    With --mode models, it prints the names of all models instead.
 
     Raises:
       ConfigError: a value is wrong.

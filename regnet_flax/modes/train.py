@@ -1,4 +1,4 @@
-"""--mode train: training and evaluation from a config and a workdir, where everything else is put together."""
+"""--mode train: trains and evaluates from a config and a workdir; combines all the other modules."""
 
 from __future__ import annotations
 
@@ -46,30 +46,30 @@ def train_and_evaluate(
 
     Args:
       config: a nested config with the fields of configs/base.py.
-      path: the workdir. An interrupted run that it holds is resumed; a finished one is only reported.
-      devices: to train on; all by default, those of other processes too.
-      seeds: several train together, each as it would alone, and what is logged are means and each seed's own values;
-        by default the config's seed, in whose place a single one given here is taken. All of them share what
-        `dataset.validation` holds out by the first.
-      profile: whether a trace of a few steps goes into `<workdir>/profile`.
+      path: the workdir. If it holds an interrupted run, the run resumes; a finished run is only reported.
+      devices: the devices to train on; by default all, including those of other processes.
+      seeds: the seeds; a single one replaces the config's, which is the default. Several train together, each as it
+        would alone; the log has the means and each seed's own values. All of them use the images that
+        `dataset.validation` holds out for the first.
+      profile: whether to write a trace of a few steps to `<workdir>/profile`.
 
     Returns:
-      What results.json holds.
+      The contents of results.json.
 
     Raises:
-      ConfigError: wrong values, or others than those the workdir's run began with.
+      ConfigError: values are wrong, or differ from those that the workdir's run began with.
       DataError: the data set is missing or unreadable.
       WorkdirError: the workdir cannot be used.
-      CheckpointError: the workdir has checkpoints, and none can be read.
-      NonFiniteError: the loss or a gradient is not finite; of several seeds, of all of them.
-      Interrupted: stopped by a signal, after saving.
+      CheckpointError: the workdir has checkpoints, but none can be read.
+      NonFiniteError: the loss or a gradient is not finite; with several seeds, for all of them.
+      Interrupted: a signal stopped the run, after saving.
       ProcessError: another process failed, or has another config, workdir or data set.
     """
     path, devices = pathlib.Path(path), devices or jax.devices()
     config, seeds = _settle_seeds(config, seeds)
     stored, results = _stored_run(config, path, seeds)
     if results:
-        _open_dataset(config, stored, path)  # whose results they are
+        _open_dataset(config, stored, path)  # checks that the results belong to this data set
         logger.info("%s holds a finished run", path)
         report(results, path)
         return results
@@ -82,7 +82,7 @@ def train_and_evaluate(
         dataset, fingerprint = _open_dataset(config, stored, path)
         with parallel.together():
             config = _complete_config(config, dataset, stored, path, seeds)
-            # A run that resumes needs its start no more, which may have been moved.
+            # A resumed run no longer needs its initial weights, and the file may have been moved.
             start = None if stored else load_weights(config, dataset.image_shape[-1])
         stop.check()
         with workdir.workdir_lock(path):
@@ -115,14 +115,14 @@ def _settle_seeds(config: Any, seeds: Sequence[int]) -> tuple[Any, tuple[int, ..
 
 
 def _stored_run(config: Any, path: pathlib.Path, seeds: tuple[int, ...]) -> tuple[Stored, dict[str, Any] | None]:
-    """What config.json says of the run to be resumed, and its results if it is finished; refuses another config."""
+    """Returns the config.json of the run to resume, and its results if it is finished; refuses another config."""
     with parallel.together():
         check_config(config)
-        # Before the first checkpoint there is nothing that another config would spoil.
+        # Before the first checkpoint another config does no harm.
         stored = workdir.stored_config(path)
         workdir.refuse_changes(stored, config, path, seeds, resolved=False)
         results = workdir.read_results(path) if stored else None
-    here = dict(flatten(config)) | {"dataset.data_dir": ""}  # which each machine may have elsewhere
+    here = dict(flatten(config)) | {"dataset.data_dir": ""}  # may differ between machines
     parallel.check_same("config", here)
     parallel.check_same("workdir", [str(path.resolve()), stored, results])
     if stored and results and any(stored["train"][name] != config.train[name] for name in ("max_steps", "epochs")):
@@ -131,7 +131,7 @@ def _stored_run(config: Any, path: pathlib.Path, seeds: tuple[int, ...]) -> tupl
 
 
 def _open_dataset(config: Any, stored: Stored, path: pathlib.Path) -> tuple[Dataset, str]:
-    """The data set and its fingerprint; refuses another one than the stored run's."""
+    """Returns the data set and its fingerprint; refuses a data set that differs from the stored run's."""
     with parallel.together():
         dataset = open_dataset(config)
         fingerprint = dataset.fingerprint()
@@ -147,7 +147,7 @@ def _open_dataset(config: Any, stored: Stored, path: pathlib.Path) -> tuple[Data
 
 
 def _complete_config(config: Any, dataset: Dataset, stored: Stored, path: pathlib.Path, seeds: tuple[int, ...]) -> Any:
-    """The resolved config; refuses another one than the stored run's."""
+    """Returns the resolved config; refuses a config that differs from the stored run's."""
     config = resolve(config, dataset)
     workdir.refuse_changes(stored, config, path, seeds, resolved=True)
     if stored:
@@ -167,7 +167,7 @@ def _check_unchanged(stored: Stored, path: pathlib.Path) -> None:
 
 
 def _begin_workdir(config: Any, dataset: Dataset, fingerprint: str, path: pathlib.Path, seeds: tuple[int, ...]) -> None:
-    # Of a run that is to be resumed: it would pass for finished if it were stopped now.
+    # An earlier results.json would make the resumed run look finished if it were stopped now.
     (path / workdir.RESULTS).unlink(missing_ok=True)
     record = {
         "class_names": list(dataset.class_names),
@@ -193,10 +193,10 @@ def _announce(config: Any, devices: list[Any], seeds: tuple[int, ...]) -> None:
 
 
 def _finish(run: Run, config: Any, dataset: Dataset, checkpoints: Checkpoints, path: pathlib.Path) -> dict[str, Any]:
-    """Evaluates what is left, and writes results and figures."""
+    """Does the remaining evaluations, and writes results and figures."""
     test, outcomes = None, None
     if dataset.validation is not None:
-        # The test split is read once, by the checkpoint that the validation split chose.
+        # The test split is read once, with the checkpoint that the validation split chose.
         step, variables = checkpoints.read_variables("best", run.placement.replicated)
         metrics, outcomes = run.outcomes(variables, "test")
         metrics = {f"test_{name}": value for name, value in metrics.items() if name != "count"}
@@ -214,7 +214,7 @@ def _finish(run: Run, config: Any, dataset: Dataset, checkpoints: Checkpoints, p
             results["per_class"] = write_figures(figures, dataset, outcomes, title, config.seed)
         lines, picture = workdir.read_metrics(path), figures / "curves.png"
         plots.curves(lines, picture, title=title, drops=run.plan.drops, split=dataset.evaluated)
-        # Last, since it is what marks the run as finished.
+        # Last, because it marks the run as finished.
         write_json(path / workdir.RESULTS, results)
         report(results, path)
     return parallel.from_primary(results)

@@ -1,4 +1,4 @@
-"""PyTorch state dicts to Flax variables and back, in numpy, by the public projects' and torchvision's names."""
+"""Converts PyTorch state dicts to Flax variables and back, in numpy, with the names of the public projects."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _IDENTITY_NORM = {"scale": 1.0, "bias": 0.0, "mean": 0.0, "var": 1.0 - BatchNorm
 
 
 def _module_names(model: nn.Module) -> dict[str, str]:
-    """What the model's PyTorch counterpart calls the modules that go by another name here."""
+    """Maps modules to their names in the model's PyTorch counterpart, where the names differ."""
     if isinstance(model, RegNetY):
         return _REGNETY
     if isinstance(model, RLANet):
@@ -50,26 +50,26 @@ _REGNETY |= {"se": "f.se"}
 
 
 def _torch_name(path: tuple[str, ...], modules: dict[str, str]) -> str:
-    """From ("stage1", "block2", "shortcut_conv", "kernel") to "layer1.1.shortcut.0.weight"."""
+    """Maps ("stage1", "block2", "shortcut_conv", "kernel") to "layer1.1.shortcut.0.weight"."""
     parts = []
     *owners, leaf = path
     for index, owner in enumerate(owners):
         if match := re.fullmatch(r"stage(\d+)_block(\d+)", owner):  # RegNetY
             parts.append(f"trunk_output.block{match[1]}.block{match[1]}-{int(match[2]) - 1}")
         elif match := re.fullmatch(r"stage(\d+)", owner):
-            of_a_block = owners[1].startswith("block")  # and not the stage's own, which all its blocks share
+            of_a_block = owners[1].startswith("block")  # otherwise all blocks of the stage share it
             parts.append(f"layer{match[1]}" if of_a_block else f"{owners[1]}{match[1]}")
         elif match := re.fullmatch(r"block(\d+)", owner):
             parts.append(str(int(match[1]) - 1))
         elif index == 1 and re.fullmatch(r"stage\d+", owners[0]):
-            continue  # the stage's own, already named
+            continue  # shared by the stage, and already named
         else:
             parts.append(modules.get(owner, owner))
     return ".".join([*parts, _LEAVES.get(leaf, leaf)])
 
 
 class StemError(ValueError):
-    """Weights are of images with another number of channels; the message is one line."""
+    """The weights expect images with another number of channels; the message is one line."""
 
 
 def _stem(model: nn.Module) -> str:
@@ -77,7 +77,7 @@ def _stem(model: nn.Module) -> str:
 
 
 def check_stem(state_dict: Mapping[str, np.ndarray], model: nn.Module, channels: int) -> None:
-    """Raises StemError if the weights are not of images with so many channels."""
+    """Raises StemError if the weights expect images with another number of channels."""
     name, stem = _stem(model), state_dict.get(_stem(model))
     if stem is not None and stem.ndim == 4 and stem.shape[1] != channels:
         wanted = (stem.shape[0], channels, *stem.shape[2:])
@@ -87,9 +87,9 @@ def check_stem(state_dict: Mapping[str, np.ndarray], model: nn.Module, channels:
 
 
 def adapt_stem(state_dict: Mapping[str, np.ndarray], model: nn.Module, channels: int) -> dict[str, np.ndarray]:
-    """Weights of colour images for grey ones, or the reverse; others are left alone.
+    """Adapts weights for colour images to grey ones, or the reverse; other weights stay unchanged.
 
-    Grey images give what they would with all three channels alike, and colour images what their mean would give.
+    A grey image gives the result of three equal channels; a colour image gives the result of its channels' mean.
     """
     name, arrays = _stem(model), dict(state_dict)
     stem = arrays.get(name)
@@ -101,20 +101,20 @@ def adapt_stem(state_dict: Mapping[str, np.ndarray], model: nn.Module, channels:
 
 
 class _Entry(NamedTuple):
-    """An array of per-block variables: PyTorch's name, the path with the collection first, the array."""
+    """An array of per-block variables: PyTorch's name, the path starting with the collection, and the array."""
 
     name: str
     path: tuple[str, ...]
     array: Any
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
-        """In PyTorch's layout, (outputs, inputs, height, width) for (height, width, inputs, outputs)."""
-        if ".f.se." in self.name and array.ndim == 2:  # torchvision's RegNet has 1×1 convolutions for dense layers
+        """Converts to PyTorch's layout: (height, width, inputs, outputs) to (outputs, inputs, height, width)."""
+        if ".f.se." in self.name and array.ndim == 2:  # torchvision's RegNet uses 1×1 convolutions for dense layers
             return array.T[:, :, None, None]
         return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
 
     def from_torch(self, array: np.ndarray) -> np.ndarray:
-        """The inverse; an array that fits in no layout is left alone."""
+        """Inverts `to_torch`; an array that fits no layout stays unchanged."""
         if ".f.se." in self.name and array.ndim == 4:
             return array[:, :, 0, 0].T
         return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
@@ -127,20 +127,20 @@ def _entries(variables: Mapping[str, Any], model: nn.Module) -> Iterator[_Entry]
     count = collections.Counter(names.values())
     for path, array in flat.items():
         name = names[path]
-        if count[name] > 1:  # as of a custom cell with weights "kernel" and "scale"
+        if count[name] > 1:  # such as a custom cell with weights "kernel" and "scale"
             name = f"{name.rpartition('.')[0]}.{path[-1]}"
         yield _Entry(name, path, array)
 
 
 def to_torch(variables: Mapping[str, Any], model: nn.Module) -> dict[str, np.ndarray]:
-    """A model's variables as a PyTorch state dict.
+    """Converts a model's variables to a PyTorch state dict.
 
     Args:
-      variables: "params" and "batch_stats", stacked or per block; or either one, as of gradients.
+      variables: "params" and "batch_stats", stacked or per block; or only one of them, for gradients say.
       model: from create_model.
 
     Returns:
-      From PyTorch's names to arrays in PyTorch's layouts.
+      Maps PyTorch's names to arrays in PyTorch's layouts.
     """
     variables = {name: variables[name] for name in ("params", "batch_stats") if name in variables}
     entries = _entries(unstack_blocks(variables), model)
@@ -148,22 +148,22 @@ def to_torch(variables: Mapping[str, Any], model: nn.Module) -> dict[str, np.nda
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], model: nn.Module, *, new_head: bool = False) -> dict[str, Any]:
-    """A PyTorch state dict as the model's variables.
+    """Converts a PyTorch state dict to the model's variables.
 
     Args:
-      state_dict: from PyTorch's names to arrays, in PyTorch's layouts; `num_batches_tracked` is ignored.
-      model: from create_model, with the number of classes of the state dict.
-      new_head: leave the head out, of the state dict and of the result; the number of classes may differ then.
+      state_dict: maps PyTorch's names to arrays in PyTorch's layouts; `num_batches_tracked` is ignored.
+      model: from create_model, with the state dict's number of classes.
+      new_head: ignore the state dict's head, and return none; the number of classes may then differ.
 
     Returns:
       "params" and "batch_stats", stacked where the model runs its blocks under `nn.scan`.
 
     Raises:
-      ValueError: entries are missing, left over or of another shape; the message lists them.
+      ValueError: entries are missing, left over or have another shape; the message lists them.
     """
     found = {name: np.asarray(array) for name, array in state_dict.items() if not name.endswith(IGNORED)}
     if _module_names(model)["head"] == "linear" and "linear.weight" not in found:
-        # A public notebook's name for the head.
+        # A public notebook names the head this way.
         found = {name.replace("fc.", "linear.") if name.startswith("fc.") else name: a for name, a in found.items()}
     per_block = model.clone(scan=False) if hasattr(model, "scan") else model
     stem = found.get(_stem(model))
@@ -199,30 +199,30 @@ def from_torch(state_dict: Mapping[str, np.ndarray], model: nn.Module, *, new_he
 
 
 def bottleneck_stride(model: nn.Module) -> str:
-    """The convolution that carries the stride in a network of bottlenecks, "1x1" or "3x3"; "" for another network."""
+    """Returns which convolution of a bottleneck has the stride, "1x1" or "3x3"; "" without bottlenecks."""
     bottlenecks = isinstance(model, RLANet) or (isinstance(model, RegNet) and model.block.endswith("bottleneck"))
     return model.bottleneck_stride if bottlenecks else ""  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def starts_from_plain(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> bool:
-    """Whether a state dict is of a network without regulators, and the model one that fuses X with a regulator's H."""
+    """Whether the model fuses X with a regulator's H, and the state dict comes from a network without regulators."""
     fuses = isinstance(model, RegNet) and model.regulator not in (None, "dia") and not model.replace
     return fuses and not any("conv_fuse" in name for name in state_dict)
 
 
 def from_plain_torch(state_dict: Mapping[str, np.ndarray], model: RegNet, *, new_head: bool = False) -> dict[str, Any]:
-    """The state dict of a plain network as a start for the one with regulators.
+    """Converts the state dict of a plain network to initial variables of the network with regulators.
 
-    The convolutions that fuse X with H start as [identity, 0] and their batch normalisations as the identity, so that
-    the network computes in evaluation what the plain one does.
+    The convolutions that fuse X with H start as [identity, 0] and their batch normalisations as the identity, so in
+    evaluation the network starts as the plain one.
 
     Args:
-      state_dict: of `model.clone(regulator=None)`, by its names; see from_torch.
+      state_dict: of `model.clone(regulator=None)`, with its names; see from_torch.
       model: see `starts_from_plain`.
       new_head: see from_torch.
 
     Returns:
-      "params" and "batch_stats" of all but the regulators and the batch normalisations of their states.
+      "params" and "batch_stats", without the regulators and the batch normalisations of their states.
 
     Raises:
       ValueError: see from_torch.

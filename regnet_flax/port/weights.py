@@ -1,6 +1,6 @@
-"""Files of weights, .pth and .safetensors, as {name: array} and back.
+"""Reads and writes files of weights, .pth and .safetensors, as {name: array}.
 
-They may come from strangers: nothing is unpickled but by PyTorch's own restricted reader.
+The files may come from strangers: only PyTorch's own restricted reader unpickles anything.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import numpy as np
 from regnet_flax.errors import WeightsError, printable
 from regnet_flax.files import replacing, write_json
 
-# Of a file's name; PyTorch's first one is what exports have.
+# Suffixes of file names; exports use PyTorch's first one.
 SUFFIXES = {".safetensors": "safetensors"} | dict.fromkeys((".pth", ".pt", ".pth.tar", ".ckpt", ".bin"), "torch")
-# Under which a training script's checkpoint holds the weights: averaged ones first, which are what it evaluates.
+# The keys under which a training script's checkpoint holds the weights: first the averages, which it evaluates.
 _NESTED = ("state_dict_ema", "model_ema", "ema_state_dict", "state_dict", "model_state_dict", "model", "net")
-# What wrappers put before each name (data parallel and averaged models, PyTorch Lightning) or into it (torch.compile).
+# Text that wrappers add before each name (data parallel and averaged models, PyTorch Lightning) or in it
+# (torch.compile).
 _PREFIXES, _COMPILED = ("module.", "model.", "net."), "_orig_mod."
 _BESIDE_AVERAGES = "n_averaged"
 
@@ -49,15 +50,15 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
     """Reads a file of weights.
 
     Args:
-      file: a .safetensors file, or one of PyTorch's that `torch.load(weights_only=True)` can read, of a state dict or
-        of a training script's checkpoint that holds one, averaged weights before others.
+      file: a .safetensors file, or a PyTorch file that `torch.load(weights_only=True)` can read: a state dict, or a
+        training script's checkpoint that holds one. Averaged weights take precedence.
 
     Returns:
-      From names to arrays, float32 but for integers, without what wrappers add to the names; and the metadata that
-      write_weights gave it, {} for others. What is left out or renamed is logged.
+      Maps names to arrays, float32 except for integers, without the text that wrappers add to the names; and the
+      metadata that write_weights stored, {} for other files. Ignored and renamed entries are logged.
 
     Raises:
-      WeightsError: there is no such file, it is damaged, or what reads it is not installed.
+      WeightsError: there is no such file, it is damaged, or the library that reads it is not installed.
     """
     path = pathlib.Path(file)
     kind = _check_suffix(path)
@@ -74,12 +75,12 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
                 metadata = opened.metadata() or {}
                 found = {name: np.asarray(opened.get_tensor(name)) for name in opened.keys()}
         except (SafetensorError, OSError, TypeError) as error:
-            raise WeightsError(f"{path} is no whole .safetensors file: {str(error).splitlines()[0]}") from error
+            raise WeightsError(f"{path} is not a complete .safetensors file: {str(error).splitlines()[0]}") from error
     else:
         torch = _import_torch(path)
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # zip, pickle and storage errors of any kind, on a file that may be anything
+        except Exception as error:  # the file may be anything, so zip, pickle and storage errors of any kind
             raise WeightsError(_unreadable(path, error, torch)) from error
         nests = [name for name in _NESTED if _is_nested(loaded, name)]
         if nests:
@@ -90,13 +91,13 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
             raise WeightsError(f"{path} holds no state dict: save model.state_dict() with torch.save")
         found = {name: (t.float() if t.is_floating_point() else t).numpy() for name, t in loaded.items()}
         metadata = _read_beside(path)
-    # NumPy does not count bfloat16 and the 8-bit types among its floating ones.
+    # NumPy does not treat bfloat16 and the 8-bit types as floating.
     found = {n: a.astype(np.float32) if jnp.issubdtype(a.dtype, jnp.floating) else a for n, a in found.items()}
     return _unwrapped(found, path), metadata
 
 
 def _unwrapped(found: dict[str, np.ndarray], path: pathlib.Path) -> dict[str, np.ndarray]:
-    """The arrays by the names that the model itself gives them."""
+    """Returns the arrays with the model's own names."""
     arrays = {name: array for name, array in found.items() if name != _BESIDE_AVERAGES}
     removed = [_BESIDE_AVERAGES] if len(arrays) < len(found) else []
     if any(_COMPILED in name for name in arrays):
@@ -111,18 +112,18 @@ def _unwrapped(found: dict[str, np.ndarray], path: pathlib.Path) -> dict[str, np
 
 
 def _unreadable(path: pathlib.Path, error: Exception, torch: Any) -> str:
-    """Why a file of PyTorch's cannot be read without running code, on one line."""
+    """Explains in one line why a PyTorch file cannot be read without running code."""
     found = {match[1] for match in re.finditer(r"GLOBAL ([\w.]+)", str(error))}
-    with contextlib.suppress(Exception):  # it may be no archive at all
+    with contextlib.suppress(Exception):  # it may not be an archive at all
         found.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     if found:
         return (
-            f"{path} cannot be read as weights alone: it also holds {', '.join(sorted(found))}, and reading that may "
+            f"{path} cannot be read as weights only: it also holds {', '.join(sorted(found))}, and reading that may "
             "run code. If you trust the file, save its weights by themselves: "
             f"torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'weights.pth')"
         )
     lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
-    return printable(f"{path} cannot be read as weights alone: {lines[0][:120] if lines else type(error).__name__}")
+    return printable(f"{path} cannot be read as weights only: {lines[0][:120] if lines else type(error).__name__}")
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:
@@ -144,15 +145,15 @@ def _is_nested(loaded: Any, name: str) -> bool:
 def write_weights(
     file: str | pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a file of weights, whole or not at all.
+    """Writes a file of weights atomically.
 
     Args:
-      file: its name ends in one of SUFFIXES; its directory is made.
-      arrays: from names to arrays.
-      metadata: kept in a .safetensors file; as FILE.json beside a file of PyTorch's, which has no place for it.
+      file: its name ends in one of SUFFIXES; its directory is created if needed.
+      arrays: maps names to arrays.
+      metadata: stored inside a .safetensors file, or as FILE.json beside a PyTorch file, which cannot hold it.
 
     Raises:
-      WeightsError: another suffix, or what writes it is not installed.
+      WeightsError: the suffix is unknown, or the library that writes it is not installed.
     """
     path = pathlib.Path(file)
     kind = _check_suffix(path)

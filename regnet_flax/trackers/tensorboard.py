@@ -12,11 +12,12 @@ from regnet_flax.trackers.registry import Start
 class TensorBoard:
     """A file of TensorBoard events.
 
-    tensorboardX's SummaryWriter writes in a thread: its flush does not wait for what is still queued, so that a killed
-    run would lack events whose checkpoint stands, and once the disk is full that thread is gone and the queue blocks.
+    tensorboardX's SummaryWriter is not used, because it writes in a thread. Its flush does not wait for queued events,
+    so a killed run could have a checkpoint without its events. Once the disk is full, the thread dies and the queue
+    blocks.
 
     Args:
-      start: TensorBoard is to forget what earlier files have from its step on.
+      start: names the workdir, and the step from which TensorBoard discards the events of earlier files.
     """
 
     id = ""
@@ -37,7 +38,7 @@ class TensorBoard:
         self._writer.write_event(event)
 
     def config(self, values: Mapping[str, Any]) -> None:
-        """Nothing: config.json stands beside the events."""
+        """Does nothing: config.json is in the same directory."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

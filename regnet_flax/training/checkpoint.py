@@ -1,4 +1,4 @@
-"""Checkpoints: Orbax's CheckpointManager, with a checksum per array and a way back past a damaged step."""
+"""Checkpoints: Orbax's CheckpointManager, with a checksum per array and a fallback from damaged steps."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger("regnet_flax")
 
 
 def _checksums(tree: Any) -> dict[str, int]:
-    """CRC-32 of every array by its path, since Orbax restores a flipped bit in silence."""
+    """Returns the CRC-32 of every array by its path, because Orbax restores a flipped bit silently."""
     return {
         jax.tree_util.keystr(path): zlib.crc32(np.ascontiguousarray(np.asarray(leaf)).tobytes())
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -48,7 +48,7 @@ def _with_record(checksums: dict[str, int], record: dict[str, Any]) -> dict[str,
 
 
 def _reason(error: Exception) -> str:
-    """One line from what Orbax and TensorStore raise, which may run over many."""
+    """Returns one line from an exception of Orbax or TensorStore, whose messages may have many."""
     cause: BaseException = error
     while cause.__cause__ is not None:
         cause = cause.__cause__
@@ -60,7 +60,7 @@ def _reason(error: Exception) -> str:
 
 
 class _DamagedError(Exception):
-    """A checkpoint is not whole; the message is one line."""
+    """A checkpoint is damaged; the message is one line."""
 
 
 def _compare(found: Mapping[str, int], expected: Mapping[str, int | None]) -> None:
@@ -69,7 +69,7 @@ def _compare(found: Mapping[str, int], expected: Mapping[str, int | None]) -> No
         raise _DamagedError(f"the checksum of {wrong[0]} does not match")
 
 
-# Version 0.1.0 kept the sums of loss, accuracy and steps in the state, where now the record has all metrics by name.
+# Version 0.1.0 kept the sums of loss, accuracy and steps in the state; now the record has all metrics by name.
 class _StateWithSums(TrainState):
     sums: Any
 
@@ -104,9 +104,9 @@ class Checkpoints:
         policies = ocp.checkpoint_managers
         self.directory = workdir.absolute() / CHECKPOINTS
         for path in self.directory.glob("[0-9]*"):
-            if path.is_symlink():  # what is deleted or moved would lie elsewhere
+            if path.is_symlink():  # deleting or moving it would affect files elsewhere
                 raise WorkdirError(
-                    f"{path} is a symbolic link, which no run makes: remove it, or name another --workdir"
+                    f"{path} is a symbolic link, which no run creates: remove it, or name another --workdir"
                 )
         if parallel.is_primary():
             self._drop_damaged_metrics()
@@ -115,7 +115,7 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 best_fn=lambda metrics: metrics[METRIC],
-                # best_fn with max_to_keep deletes the newest, so that a resumed run would go back.
+                # best_fn with max_to_keep would delete the newest, and a resumed run would go back.
                 preservation_policy=policies.AnyPreservationPolicy(
                     [
                         policies.LatestN(keep),
@@ -131,12 +131,12 @@ class Checkpoints:
         )
 
     def _drop_damaged_metrics(self) -> None:
-        # Orbax reads every step's metrics when it starts, and would end in the first error.
+        # Orbax reads every step's metrics when it starts, and would fail at the first error.
         for path in self.directory.glob(f"[0-9]*/{METRICS}/{METRICS}"):
             try:
                 float(json.loads(path.read_text(encoding="utf-8"))[METRIC])
             except (OSError, ValueError, KeyError, TypeError):
-                logger.warning("checkpoint %s has damaged metrics, and does not count for the best", path.parts[-3])
+                logger.warning("checkpoint %s has damaged metrics, and cannot be chosen as the best", path.parts[-3])
                 path.rename(path.with_name(DAMAGED))
 
     @contextlib.contextmanager
@@ -150,20 +150,20 @@ class Checkpoints:
             ) from error
 
     def steps(self) -> list[int]:
-        """The saved steps, oldest first, whole or not."""
+        """Returns the saved steps, oldest first, damaged ones included."""
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, record: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         """Saves in the background.
 
         Args:
-          step: above every saved one, or the newest one itself, which then stands as it is.
+          step: above every saved step, or the newest one itself, which then stays as it is.
           state: a tree of arrays.
-          record: what else to remember, as JSON.
+          record: other facts to store, as JSON.
           metrics: of an evaluation at this step, with "eval_accuracy".
 
         Raises:
-          CheckpointError: nothing was saved, or an earlier save failed in the background.
+          CheckpointError: nothing was saved, or an earlier save in the background failed.
         """
         if self.steps()[-1:] == [step]:
             if metrics is not None and parallel.from_primary(self._manager.metrics(step) is None):
@@ -179,7 +179,7 @@ class Checkpoints:
             raise CheckpointError(f"no checkpoint was saved at step {step}: {self.directory} holds a later one")
 
     def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        # Orbax cannot add to a saved step: a signal had interrupted this step's evaluation, and saved without it.
+        # A signal interrupted this step's evaluation, so it was saved without metrics. Orbax cannot add them.
         self.wait()
         folder = self.directory / str(step) / METRICS
         with self._writing(), parallel.together():
@@ -189,23 +189,23 @@ class Checkpoints:
         self._manager.reload()
 
     def restore(self, like: Any) -> tuple[Any, dict[str, Any]] | None:
-        """The newest whole checkpoint, after moving those after it to `checkpoints/damaged/`, each with a warning.
+        """Restores the newest undamaged checkpoint, and moves newer ones to `checkpoints/damaged/` with a warning each.
 
-        Only for the process that holds the workdir: what a save left unfinished is deleted.
+        Only the process that holds the workdir may call it: it deletes unfinished saves.
 
         Args:
-          like: a state of the same structure, whose arrays' shapes, dtypes and placement the result takes.
+          like: a state of the same structure, which gives the result's shapes, dtypes and placement.
 
         Returns:
-          The state and its record; None where nothing was ever saved.
+          The state and its record; None if nothing was ever saved.
 
         Raises:
-          CheckpointError: there are checkpoints, and none of them is whole.
+          CheckpointError: there are checkpoints, but all are damaged.
         """
         self.wait()
         if parallel.is_primary():
             for unfinished in self.directory.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-                if unfinished.is_dir():  # a save makes directories only
+                if unfinished.is_dir():  # a save creates only directories
                     shutil.rmtree(unfinished)
         parallel.wait_for_all("unfinished")
         steps, reasons = self.steps(), {}
@@ -227,19 +227,19 @@ class Checkpoints:
         return None
 
     def read_variables(self, which: str, sharding: Any) -> tuple[int, dict[str, Any]]:
-        """What one checkpoint has for evaluation, whatever optimiser and averages the run has.
+        """Reads the variables of one checkpoint for evaluation, whatever the run's optimiser and averages.
 
         Args:
-          which: "best" (the newest where none was evaluated), "last" or a step.
-          sharding: of the arrays.
+          which: "best" (the newest if none was evaluated), "last" or a step.
+          sharding: the sharding of the arrays.
 
         Returns:
-          The step; and "params" and "batch_stats", the averages where the run keeps them, with a leading seed axis if
-          the run has several.
+          The step; and "params" and "batch_stats", the averages if the run keeps them, with a leading seed axis if the
+          run has several seeds.
 
         Raises:
           WorkdirError: there is no such checkpoint.
-          CheckpointError: it is damaged.
+          CheckpointError: the checkpoint is damaged.
         """
         step = self._choose(which)
         try:
@@ -268,7 +268,7 @@ class Checkpoints:
         state = self.directory / str(step) / "state"
         with ocp.PyTreeCheckpointer() as reader:
             verbosity = absl_logging.get_verbosity()
-            absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns that an item has no metadata of its own
+            absl_logging.set_verbosity(absl_logging.ERROR)  # Orbax warns that an item has no own metadata
             try:
                 tree: Any = reader.metadata(state).item_metadata.tree  # pyright: ignore[reportOptionalMemberAccess]
             finally:
@@ -311,14 +311,14 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise nearly anything on a damaged file.
             reason = _reason(error)
         finally:
-            if reason:  # The reads that Orbax leaves unfinished would each end in a page of traceback.
+            if reason:  # Each read that Orbax leaves unfinished would print a page of traceback.
                 gc.collect()
             sys.unraisablehook = hook
         if reason:
             raise _DamagedError(reason)
 
     def _set_aside(self, step: int) -> None:
-        # While a damaged step stands, Orbax refuses saves at or below it.
+        # While a damaged step is there, Orbax refuses saves at or below it.
         target = self.directory / DAMAGED / str(step)
         if parallel.is_primary():
             target.parent.mkdir(exist_ok=True)
@@ -326,7 +326,7 @@ class Checkpoints:
                 shutil.rmtree(target)
             path = self.directory / str(step)
             if not os.access(path, os.W_OK):
-                path.chmod(0o700)  # without permission for it, it cannot be moved
+                path.chmod(0o700)  # without write permission it cannot be moved
             path.rename(target)
             logger.warning("moved damaged checkpoint %d to %s", step, target)
         parallel.wait_for_all(f"damaged {step}")
@@ -342,6 +342,6 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for background saves, whose errors it raises as `wait` does, and ends Orbax's threads."""
+        """Waits for background saves, raises their errors like `wait`, and ends Orbax's threads."""
         with self._writing():
             self._manager.close()

@@ -1,4 +1,4 @@
-"""What a run says while it goes on: a live display on a terminal, plain lines in a file."""
+"""A run's progress on standard output: a live display on a terminal, plain lines in a file."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ logger = logging.getLogger("regnet_flax")
 
 
 def describe(line: dict[str, Any], total_steps: int, epochs: int, left: float | None, split: str = "test") -> str:
-    """One line of metrics.jsonl, whose evaluation is of `split`, as a person reads it; of COLUMNS at most.
+    """Formats one line of metrics.jsonl, whose evaluation is of `split`, for people, in at most COLUMNS columns.
 
-    What there is no room for is left out, the least important first; metrics.jsonl has all of it.
+    If it does not fit, the least important parts are dropped first; metrics.jsonl has all of them.
     """
     parts = {"epoch": f"epoch {line['epoch']:.4g}/{epochs}", "step": f"step {line['step']}/{total_steps}"}
     if "train_loss" in line:
@@ -48,16 +48,16 @@ def describe(line: dict[str, Any], total_steps: int, epochs: int, left: float | 
 
 
 def say_table(table: Any) -> None:
-    """Prints a rich table: as wide as the terminal allows, and elsewhere one line for each of its rows."""
+    """Prints a rich table: as wide as the terminal, or with one line per row elsewhere."""
     width = None if sys.stdout.isatty() else 10_000
     Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False).print(table)
 
 
 def outlive_output(error: OSError) -> None:
-    """Sends what is said from now on nowhere if whoever read it is gone, as after `| head`; else raises the error."""
+    """Discards further output if its reader is gone, as after `| head`; otherwise raises the error."""
     if error.errno not in (errno.EPIPE, errno.EIO):
         raise error
-    # What the stream still holds would end in an error when the program does.
+    # Otherwise the text still in the stream's buffer would raise an error when the program ends.
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
@@ -66,7 +66,7 @@ _started: list[Progress] = []
 
 
 def working(what: str) -> None:
-    """Says on a terminal, until the next call, what the program does before its first step; "" ends it."""
+    """Shows on a terminal, until the next call, what the program does before its first step; "" clears it."""
     if _started:
         try:
             _started.pop().stop()
@@ -94,15 +94,15 @@ class _AboveTheBar(logging.Handler):
 
 
 class RunDisplay:
-    """The live display of a training run, which the logger's lines scroll above; nothing live in a file.
+    """The live display of a training run; log lines scroll above it. If output goes to a file, nothing is live.
 
     Args:
-      total_steps: of the run.
-      epochs: of the run.
-      steps_per_epoch: batches an epoch.
-      batch_size: images a step.
-      step: where the run resumes from.
-      split: that is evaluated.
+      total_steps: the run's steps.
+      epochs: the run's epochs.
+      steps_per_epoch: batches per epoch.
+      batch_size: images per step.
+      step: the step from which the run resumes.
+      split: the evaluated split.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class RunDisplay:
         self._total, self._epochs, self._steps_per_epoch = total_steps, epochs, steps_per_epoch
         self._batch_size, self._step, self._first = batch_size, step, step
         self._begin: float | None = None
-        from regnet_flax.training import parallel  # which imports JAX: `working` comes before it
+        from regnet_flax.training import parallel  # imports JAX, so only after `working`
 
         self._progress = Progress(
             TextColumn("epoch {task.fields[epoch]}"),
@@ -124,7 +124,7 @@ class RunDisplay:
             console=Console(file=sys.stdout),
             transient=True,
         )
-        # Not the console's is_terminal, which FORCE_COLOR and TTY_COMPATIBLE make true of a file.
+        # Not the console's is_terminal: FORCE_COLOR and TTY_COMPATIBLE make it true for a file.
         self._live = sys.stdout.isatty() and parallel.is_primary()
         self._task = self._progress.add_task(
             "", total=total_steps, completed=step, epoch=self._epoch(), rate="", left="", doing="compiling"
@@ -155,8 +155,8 @@ class RunDisplay:
         return f"{min(self._epochs, self._step // self._steps_per_epoch + 1)}/{self._epochs}"
 
     def step(self, step: int) -> None:
-        """`step` steps are done."""
-        if self._begin is None:  # the first call compiled, and would spoil the rate
+        """Shows that `step` steps are done."""
+        if self._begin is None:  # the first call compiles, which would distort the rate
             self._begin, self._first = time.monotonic(), step
         self._step = step
         left, elapsed = self.seconds_left(), time.monotonic() - self._begin
@@ -171,31 +171,31 @@ class RunDisplay:
         )
 
     def doing(self, what: str) -> None:
-        """Says what the run does between two steps."""
+        """Shows what the run does between two steps."""
         self._progress.update(self._task, doing=what)
 
     def seconds_left(self) -> float | None:
-        """An estimate from the steps so far, all that happened between them included; None before the second call."""
+        """Estimates the time left from the steps so far and everything between them; None before the second call."""
         if self._begin is None or self._step <= self._first:
             return None
         return (time.monotonic() - self._begin) / (self._step - self._first) * (self._total - self._step)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Says one line of metrics.jsonl."""
+        """Logs one line of metrics.jsonl."""
         logger.info(describe(line, self._total, self._epochs, self.seconds_left(), self._split))
 
 
 def console_handlers() -> list[logging.Handler]:
-    """The logger's handlers that write to the console."""
+    """Returns the logger's handlers that write to the console."""
     return [handler for handler in logger.handlers if isinstance(handler, _Stdout)]
 
 
 def log_to_console(level: int = logging.INFO) -> None:
-    """Shows what the program says on standard output, from this level on, warnings marked."""
+    """Writes log messages from this level on to standard output, and marks warnings."""
     from absl import logging as absl_logging
 
-    # Orbax says there what its exceptions say too, in pages of traceback; what a failed save or read leaves behind in
-    # its threads says it again.
+    # Orbax logs pages of traceback there, which its exceptions repeat; the threads of a failed save or read print them
+    # once more.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_orbax(sys.unraisablehook)

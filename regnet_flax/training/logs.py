@@ -1,4 +1,4 @@
-"""What a run writes as it goes: metrics.jsonl, trackers such as TensorBoard, train.log, and a trace if asked."""
+"""A run's log files: metrics.jsonl, trackers such as TensorBoard, train.log, and a trace if requested."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from regnet_flax.training.workdir import LOG, METRICS, read_metrics, seed_line
 
 logger = logging.getLogger("regnet_flax")
 
-BEFORE, TRACED = 2, 5  # calls: the first ones compile
+BEFORE, TRACED = 2, 5  # numbers of calls: the first ones compile
 
 
 class MetricsLog:
-    """metrics.jsonl, one object a line, and the same in the trackers.
+    """Writes metrics.jsonl, one object per line, and the same values to the trackers.
 
     Args:
-      workdir: where they are.
-      step: that the run resumes from; what was logged beyond it is cut, since the run will log it again.
+      workdir: the run's directory.
+      step: the step from which the run resumes; later lines are removed, because the run will log them again.
       trackers: `log.trackers`.
-      config: resolved.
-      seeds: that train together, or one.
+      config: the resolved config.
+      seeds: the seeds that train together, or one.
     """
 
     def __init__(
@@ -50,8 +50,8 @@ class MetricsLog:
         self._trackers = open_trackers(trackers, workdir, step + 1, dict(flatten(config or {})), seeds)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Appends one line; it holds at least "step"."""
-        # JSON has no NaN; a loss that is not finite ends the run, and its message says so.
+        """Appends one line, which has at least "step"."""
+        # JSON has no NaN; a non-finite loss ends the run with a message anyway.
         finite = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
@@ -75,15 +75,15 @@ class MetricsLog:
 
 
 def _tag(name: str) -> str:
-    """What trackers call a metric, under the heading of its kind: "train/loss" for "train_loss"."""
+    """Returns a metric's name in trackers, grouped by its kind: "train/loss" for "train_loss"."""
     kind, _, rest = name.partition("_")
     return f"{kind}/{rest}" if kind in ("train", "eval") else f"train/{name}"
 
 
 class RunLog(logging.Handler):
-    """What the run says while this is entered, and the error that ends it, in train.log as well, with the time.
+    """A context manager that also writes log messages, and the error that ends the run, to train.log with the time.
 
-    What is said before the workdir is known to be right waits until then.
+    Messages wait in memory until the workdir is known to be valid.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class RunLog(logging.Handler):
         self._waiting.clear()
 
     def __enter__(self) -> RunLog:
-        if logger.level == logging.NOTSET:  # a program of its own calls: its log is to be whole all the same
+        if logger.level == logging.NOTSET:  # called from another program: train.log should be complete there too
             logger.setLevel(logging.INFO)
         logger.addHandler(self)
         return self
@@ -116,7 +116,7 @@ class RunLog(logging.Handler):
         if self._file is not None:
             if error is not None:
                 message = f"{type(error).__name__}: {error}"
-                with contextlib.suppress(OSError):  # The error may well be that the disk is full.
+                with contextlib.suppress(OSError):  # The error itself may be a full disk.
                     self._file.handle(logging.LogRecord(logger.name, logging.ERROR, "", 0, message, None, None))
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -124,7 +124,7 @@ class RunLog(logging.Handler):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ends the run with the error, as any other file that cannot be written does, where logging would print it."""
+        """Ends the run with the error, like any other file that cannot be written; logging would only print it."""
         raise
 
 
@@ -132,14 +132,14 @@ class Trace:
     """Traces some calls of the compiled steps, once.
 
     Args:
-      directory: where the trace goes; None for none.
+      directory: the directory for the trace; None for no trace.
     """
 
     def __init__(self, directory: pathlib.Path | None):
         self._directory, self._calls, self._running = directory, 0, False
 
     def after_call(self, done: jax.Array) -> None:
-        """To be called after each call; `done` is ready when the call has ended."""
+        """Counts one call; `done` is an array that is ready when the call has ended."""
         if self._directory is None:
             return
         self._calls += 1

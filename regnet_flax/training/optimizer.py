@@ -13,7 +13,7 @@ import optax
 
 from regnet_flax.config.fields import OPTIMIZERS, SCHEDULES, boundary_steps
 
-Schedule = Callable[[Any], Any]  # from steps taken to a float32 scalar
+Schedule = Callable[[Any], Any]  # maps the steps taken to a float32 scalar
 
 
 def make_schedule(
@@ -26,23 +26,23 @@ def make_schedule(
     decay: float = 0.1,
     warmup_epochs: float = 0.0,
 ) -> Schedule:
-    """The learning rate as a function of the steps taken so far.
+    """Makes the learning rate as a function of the steps taken so far.
 
     Args:
-      kind: "step": multiplied by `decay` at each boundary; "cosine": from the end of the warm-up down to 0 at the end
+      kind: "step": multiplied by `decay` at each boundary; "cosine": falls from the end of the warm-up to 0 at the end
         of the run; "constant".
-      learning_rate: after the warm-up.
+      learning_rate: the rate after the warm-up.
       epochs: length of the run.
-      steps_per_epoch: batches an epoch.
-      boundaries: of "step", in epochs, or below 1 as fractions of the run.
-      decay: factor at each boundary.
-      warmup_epochs: the first steps take learning_rate × (step + 1) / (steps of the warm-up).
+      steps_per_epoch: batches per epoch.
+      boundaries: for "step", in epochs, or below 1 as fractions of the run.
+      decay: the factor at each boundary.
+      warmup_epochs: during the warm-up the rate is learning_rate × (step + 1) / (steps of the warm-up).
 
     Returns:
-      From a step to a float32 scalar.
+      A function from a step to a float32 scalar.
 
     Raises:
-      ValueError: unknown kind.
+      ValueError: the kind is unknown.
     """
     total, warmup = round(epochs * steps_per_epoch), round(warmup_epochs * steps_per_epoch)
     if kind == "step":
@@ -75,23 +75,22 @@ def make_optimizer(
     decayed: str = "all",
     clip_norm: float = 0.0,
 ) -> optax.GradientTransformation:
-    """An optimiser by name.
+    """Makes an optimiser by name.
 
     Args:
       name: "sgd": `torch.optim.SGD`, whose weight decay is L2, added to the gradient before the momentum. "adamw":
-        `torch.optim.AdamW` (arXiv 1711.05101). "lamb": arXiv 1904.00962, each block of a stage a layer of
-        its own. The weight decay of these two
-        is added to the update, times the learning rate.
+        `torch.optim.AdamW` (arXiv 1711.05101). "lamb": arXiv 1904.00962, where each block of a stage is a separate
+        layer. For these two, the weight decay times the learning rate is added to the update.
       schedule: learning rate by step.
-      momentum: of "sgd"; 0 for none.
-      nesterov: Nesterov's form of momentum, of "sgd".
-      betas: decay rates of the averages of the gradient and of its square, of "adamw" and "lamb".
-      weight_decay: its coefficient.
-      decayed: which parameters decay, "all", or "kernels": neither biases nor a batch normalisation's scale.
-      clip_norm: the gradient's largest global norm, before weight decay; 0 for no bound.
+      momentum: for "sgd"; 0 for none.
+      nesterov: whether to use Nesterov momentum, for "sgd".
+      betas: decay rates of the averages of the gradient and its square, for "adamw" and "lamb".
+      weight_decay: the coefficient of weight decay.
+      decayed: which parameters decay: "all", or "kernels", neither biases nor a batch normalisation's scale.
+      clip_norm: the gradient's largest global norm, before weight decay; 0 for no limit.
 
     Raises:
-      ValueError: unknown name.
+      ValueError: the name is unknown.
     """
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     mask = kernels if decayed == "kernels" else None
@@ -111,7 +110,7 @@ def make_optimizer(
 
 
 def _by_trust_ratio(updates: Any, params: Any) -> Any:
-    """LAMB's scaling of each layer's update by ‖parameters‖ / ‖update‖; those of "blocks" are stacked by `nn.scan`."""
+    """Scales each layer's update by ‖parameters‖ / ‖update‖, as LAMB does; `nn.scan` stacks the layers of "blocks"."""
 
     def scale(path: Any, update: Any, parameter: Any) -> Any:
         stacked = any(getattr(key, "key", "") == "blocks" for key in path)
@@ -123,12 +122,12 @@ def _by_trust_ratio(updates: Any, params: Any) -> Any:
 
 
 def kernels(params: Any) -> Any:
-    """A tree like `params`, True where a leaf is a kernel: by its name, since stacked biases have two axes too."""
+    """Returns a tree like `params`, True for kernels: found by name, because stacked biases have two axes too."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: path[-1].key not in ("bias", "scale"), params)
 
 
 def build_optimizer(config: Any, steps_per_epoch: int) -> tuple[Schedule, optax.GradientTransformation]:
-    """The learning rate by step, and the optimiser, of a config."""
+    """Returns a config's learning rate by step, and its optimiser."""
     settings = config.optimizer
     schedule = make_schedule(
         settings.schedule,
@@ -152,7 +151,9 @@ def build_optimizer(config: Any, steps_per_epoch: int) -> tuple[Schedule, optax.
 
 
 def changed_rate(config: Any, epochs_before: int, steps_per_epoch: int, step: int) -> str:
-    """Which learning rate of the first `step` steps `train.epochs` changes, "" if none, once it was `epochs_before`."""
+    """Describes the first learning rate of the first `step` steps that a change of `train.epochs` from `epochs_before`
+    would alter; "" if there is none.
+    """
     before = copy.deepcopy(config)
     before.train.epochs = epochs_before
     taken = np.arange(min(step, epochs_before * steps_per_epoch))

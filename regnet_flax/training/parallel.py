@@ -1,8 +1,8 @@
-"""Several devices and several processes, one a machine or one an accelerator, that train as one.
+"""Training on several devices, and in several processes, one per machine or one per accelerator.
 
-`pmap` runs a function on every device. Processes start, agree and end together; process 0, the primary, writes what a
-run leaves, and all of them write checkpoints, so that all must see the workdir. With one process, what is about
-processes does nothing.
+`pmap` runs a function on every device. Processes start, agree and end together. Process 0, the primary, writes the
+run's files; all processes write checkpoints, so all must see the workdir. With one process, the functions for
+processes do nothing.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Placement:
     """Puts host arrays on devices.
 
     Args:
-      devices: over which each batch is divided, those of all processes.
+      devices: the devices of all processes; they share each batch.
 
     Attributes:
       devices: as given.
-      replicated: the sharding of what is the same on all devices.
+      replicated: the sharding of arrays that are the same on all devices.
     """
 
     def __init__(self, devices: Sequence[Any]):
@@ -48,18 +48,18 @@ class Placement:
 
     @property
     def count(self) -> int:
-        """Devices, those of all processes."""
+        """The number of devices, over all processes."""
         return len(self.devices)
 
     def place(self, tree: Any) -> Any:
-        """A tree of arrays, the same on every process, on every device.
+        """Copies a tree of arrays, which must be the same in every process, to every device.
 
-        An argument left on one of the devices would be copied to the others at every call.
+        An argument left on one device would be copied to the others at every call.
         """
         if jax.process_count() == 1:
             return jax.device_put(tree, self.replicated)
 
-        # device_put would first compare what all processes give, the whole data set too.
+        # device_put would first compare the arrays of all processes, even the whole data set.
         def put_global(array: Any) -> jax.Array:
             array = np.asarray(array)
             return jax.make_array_from_callback(array.shape, self.replicated, lambda index: array[index])
@@ -67,26 +67,26 @@ class Placement:
         return jax.tree.map(put_global, tree)
 
     def divide(self, array: np.ndarray) -> jax.Array:
-        """This process's rows, one equal part a device: (devices, rows of each, …)."""
+        """Splits this process's rows into one equal part per device: (devices, rows per device, …)."""
         local = sum(device.process_index == jax.process_index() for device in self.devices)
         parts = array.reshape(local, len(array) // local, *array.shape[1:])
         return jax.make_array_from_process_local_data(self._divided, parts)
 
 
 def pmap(function: Callable[..., Any], axes: Sequence[Axes], devices: Sequence[Any], donate: Sequence[int] = ()):
-    """Runs `function` on every device's part; what it returns is the same on all of them.
+    """Runs `function` on every device's part; its result must be the same on all devices.
 
-    The state has no device axis, so checkpoints hold for any number of devices. That the result is the same everywhere
-    is not checked: a forgotten mean over devices would pass in silence.
+    The state has no device axis, so a checkpoint works with any number of devices. Nothing checks that the result is
+    the same everywhere: a forgotten mean over devices would go unnoticed.
 
-    With several processes pmap would take each process's own copy of every array and copy them all, the state too, to
-    global ones and back at each call; there it is what pmap itself is made of, whose arrays stay global.
+    With several processes, pmap would convert every process's arrays, including the state, to global ones and back at
+    each call. There this uses `shard_map`, on which pmap itself is built, and whose arrays stay global.
 
     Args:
-      function: of one device's part, with the axis name AXIS.
-      axes: of each argument.
-      devices: to run on.
-      donate: the arguments that are used up.
+      function: computes one device's part, with the axis name AXIS.
+      axes: the device axis of each argument.
+      devices: the devices to run on.
+      donate: the arguments whose buffers are donated.
     """
     if jax.process_count() > 1:
         return shard_map(function, axes, devices, donate)
@@ -101,7 +101,7 @@ def pmap(function: Callable[..., Any], axes: Sequence[Axes], devices: Sequence[A
 
 
 def shard_map(function: Callable[..., Any], axes: Sequence[Axes], devices: Sequence[Any], donate: Sequence[int] = ()):
-    """As `pmap`, for arrays that are global: over all processes' devices."""
+    """Works like `pmap`, for global arrays over the devices of all processes."""
 
     def local(*args):
         return function(*map(_squeeze, args, axes))
@@ -125,21 +125,21 @@ def _spec(axis: Axes) -> Any:
 
 
 def initialize(where: str) -> None:
-    """Joins this process with the others; to be called before anything is computed.
+    """Connects this process with the others; call it before any computation.
 
     Args:
-      where: "auto", where Slurm, Kubernetes, Open MPI or a TPU tells which processes there are; or
-        "HOST:PORT,PROCESSES,INDEX": process 0's machine, a free port on it, how many there are, and which this is.
+      where: "auto", if Slurm, Kubernetes, Open MPI or a TPU describes the processes; or "HOST:PORT,PROCESSES,INDEX":
+        process 0's machine, a free port on it, the number of processes, and this process's index.
 
     Raises:
-      ProcessError: `where` is neither, or there is no such cluster around.
+      ProcessError: `where` is neither of these, or there is no such cluster.
     """
     if where == "auto":
         try:
             jax.distributed.initialize()
         except ValueError as error:
             raise ProcessError(
-                "--distributed=auto finds no cluster (Slurm, Kubernetes, Open MPI or TPU) around: "
+                "--distributed=auto finds no cluster (Slurm, Kubernetes, Open MPI or TPU): "
                 "name the processes with --distributed=HOST:PORT,PROCESSES,INDEX"
             ) from error
         _connect()
@@ -155,8 +155,8 @@ def initialize(where: str) -> None:
 
 
 def _connect() -> None:
-    # Gloo gives up on a group of devices whose first exchange not all processes reach within 30 s, as where some
-    # compile or read data for longer than others. So the groups used later connect while all are here.
+    # Gloo gives up on a group of devices if some processes take more than 30 s longer than others to reach its first
+    # exchange, because they compile or read data. So the groups used later connect now, while all processes are here.
     every = Mesh(np.array(jax.devices()), ("devices",))
     ones = jax.make_array_from_callback(
         (every.size,), NamedSharding(every, PartitionSpec("devices")), lambda index: np.ones(every.size)[index]
@@ -166,7 +166,7 @@ def _connect() -> None:
 
 
 def joined() -> bool:
-    """Whether `initialize` was called; says so before there are devices."""
+    """Whether `initialize` was called; works before there are devices."""
     return jax.distributed.is_initialized()
 
 
@@ -176,17 +176,17 @@ def is_primary() -> bool:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when every process has come here."""
+    """Waits until every process has called it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What fails in one process fails in all, so that none waits for one that has ended.
+    """Makes an error in one process an error in all, so that no process waits for one that has ended.
 
     Raises:
-      ProcessError: in the others; the failing process raises its own error.
+      ProcessError: in the other processes; the failing one raises its own error.
     """
     if jax.process_count() == 1:
         yield
@@ -204,12 +204,12 @@ def together() -> Iterator[None]:
 
 
 def all_agree(yes: bool) -> bool:
-    """Whether every process says yes."""
+    """Whether `yes` is True in every process."""
     return yes if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(yes)).all())
 
 
 def from_primary(value: Any) -> Any:
-    """Process 0's value, which JSON can hold, on every process."""
+    """Returns process 0's value, which JSON must be able to hold, in every process."""
     if jax.process_count() == 1:
         return value
     text = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_primary() else np.zeros(0, np.uint8)
@@ -219,7 +219,7 @@ def from_primary(value: Any) -> Any:
 
 
 def check_same(what: str, value: Any) -> None:
-    """Raises ProcessError unless `value`, which JSON can hold, is the same on every process."""
+    """Raises ProcessError unless `value`, which JSON must be able to hold, is the same in every process."""
     if jax.process_count() == 1:
         return
     expected = from_primary(value)
@@ -231,9 +231,9 @@ def check_same(what: str, value: Any) -> None:
 
 
 def end(code: int) -> None:
-    """Ends a process that failed, without waiting for the others as JAX does at exit."""
+    """Ends a failed process, without waiting for the others as JAX would at exit."""
     sys.stdout.flush()
     sys.stderr.flush()
     if is_primary():
-        time.sleep(2)  # The others end with it, and some may still have to say why they fail.
+        time.sleep(2)  # The others end with it, and may still have to report why they failed.
     os._exit(code)

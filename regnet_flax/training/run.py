@@ -1,4 +1,4 @@
-"""A run in its workdir on the host's side: the order of training, evaluation, logging and saving."""
+"""The host's side of a run in its workdir: the order of training, evaluation, logging and saving."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ logger = logging.getLogger("regnet_flax")
 
 
 class Plan(NamedTuple):
-    """How far a run of a config goes.
+    """The length and schedule of a config's run.
 
     Attributes:
       steps_per_epoch: whole batches in the training split.
-      total_steps: of the run, which `train.max_steps` may cut short.
+      total_steps: the run's steps, which `train.max_steps` may limit.
       schedule: learning rate by step.
-      drops: the epochs at which the step schedule lowers it.
+      drops: the epochs at which the step schedule lowers the rate.
     """
 
     steps_per_epoch: int
@@ -48,25 +48,26 @@ class _Stop(Exception):
 
 
 class Run:
-    """One training run in its workdir, from where it resumes to its end.
+    """One training run in its workdir, from the step where it resumes to its end.
 
     Args:
-      config: resolved.
+      config: the resolved config.
       path: the workdir.
-      trainer: of the config.
-      plan: how far the run goes.
-      dataset: whose `evaluated` split is evaluated; `size(split)` is used.
-      checkpoints: of the workdir.
+      trainer: the config's trainer.
+      plan: the run's length and schedule.
+      dataset: its `evaluated` split is evaluated; only `evaluated` and `size(split)` are used.
+      checkpoints: the workdir's checkpoints.
       stop: asks the run to stop.
       profile: whether to trace some steps.
 
     Attributes:
-      state: of training.
+      state: the training state.
       step: steps taken.
-      plan, placement: as given, and the trainer's.
-      seeds: that train together, or one.
+      plan: as given.
+      placement: the trainer's.
+      seeds: the seeds that train together, or a single one.
       environment: hardware and versions.
-      failed: of several seeds, those whose loss or gradient was not finite: from each to its message.
+      failed: maps each of several seeds whose loss or gradient was not finite to its message.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """Wall time of the run, earlier processes' included."""
+        """Wall time of the run, including that of earlier processes."""
         return self._seconds_before + time.monotonic() - self._began
 
     def _warn_of_changes(self, before: dict[str, Any]) -> None:
@@ -110,13 +111,13 @@ class Run:
             f"{name} {before[part].get(name)} before, {value} now"
             for part in ("hardware", "versions")
             for name, value in self.environment[part].items()
-            if (before[part].get(name) or False) != (value or False)  # earlier versions left some out
+            if (before[part].get(name) or False) != (value or False)  # earlier versions did not store all of them
         ]
         if changes:
             logger.warning("the run began elsewhere (%s): it resumes up to rounding, not bitwise", "; ".join(changes))
 
     def run(self) -> None:
-        """Trains to the end, or until a signal."""
+        """Trains to the end, or until a signal arrives."""
         plan = self.plan
         with RunDisplay(
             plan.total_steps,
@@ -126,7 +127,7 @@ class Run:
             self.step,
             self._dataset.evaluated,
         ) as self._display:
-            # A checkpoint that a signal made before its step was logged: the line is still to come.
+            # If a signal caused the checkpoint before its step was logged, the line is still missing.
             step = self.step if self._logged else self.step - 1
             with contextlib.ExitStack() as ends:
                 self._metrics, config = None, self._config
@@ -146,7 +147,7 @@ class Run:
             self.step += count
             running.append((self.step, done))
             self._trace.after_call(done)
-            # Two calls in flight keep a device busy; more would only delay what a signal asks for.
+            # Two calls in flight keep a device busy; more would only delay the response to a signal.
             if len(running) > 2 or self._since is None:
                 finished, array = running.popleft()
                 jax.block_until_ready(array)
@@ -184,16 +185,16 @@ class Run:
         return self._is_due(self._config.log.every_steps) or self._evaluates_here() or at_the_end
 
     def _saves_here(self) -> bool:
-        # Where it evaluates as well, since the best checkpoint is to be kept.
+        # It also saves at every evaluation, to keep the best checkpoint.
         return self._is_due(self._save_every) or self._evaluates_here()
 
     def _next_event(self) -> int:
-        """The next step at which a call must end."""
+        """Returns the next step at which a call must end."""
         intervals = [self.plan.steps_per_epoch, self._save_every, self._config.log.every_steps]
         return min(self.plan.total_steps, *(self.step - self.step % n + n for n in intervals if n))
 
     def _end_of_interval(self) -> None:
-        """Evaluates where that is due, and logs."""
+        """Evaluates if that is due, and logs."""
         self._check_finite()
         if self._since is not None:
             self._display.step(self.step)
@@ -220,14 +221,14 @@ class Run:
             self._since, self._timed_from = time.monotonic(), self.step
 
     def _training_metrics(self) -> dict[str, Any]:
-        """ "train_<name>" of each metric: its mean over the steps since the last line of the log."""
+        """Returns "train_<name>" of each metric: its mean over the steps since the last line of the log."""
         totals = dict(jax.device_get(self._totals or {}))
         steps = totals.pop("steps", 0)
         if not np.any(steps):
             return {}
-        with np.errstate(invalid="ignore"):  # a seed that failed has taken no step
+        with np.errstate(invalid="ignore"):  # a failed seed has taken no step
             means = {f"train_{name}": total / steps for name, total in totals.items()}
-        return {"train_loss": means["train_loss"]} | means  # the first that one looks for
+        return {"train_loss": means["train_loss"]} | means  # people look for the loss first
 
     def _evaluate(self, variables: Any, split: str, outcomes: np.ndarray | None = None) -> dict[str, Any]:
         size = self._dataset.size(split)
@@ -237,10 +238,10 @@ class Run:
             self._interrupt()
 
     def outcomes(self, variables: Any, split: str) -> tuple[dict[str, Any], np.ndarray]:
-        """The metrics of a split; and what eval_step's "outcomes" has of each image, by the first seed not failed.
+        """Returns the metrics of a split, and each image's "outcomes" for the first seed that did not fail.
 
         Returns:
-          See Trainer.evaluate; int32 (size, 3).
+          See Trainer.evaluate; and int32 (size, 3), see step.eval_step.
         """
         several = (len(self.seeds),) if len(self.seeds) > 1 else ()
         outcomes = np.empty((*several, self._dataset.size(split), 3), np.int32)
@@ -254,7 +255,7 @@ class Run:
             raise _Stop
 
     def _check_finite(self) -> None:
-        """Ends the run if its loss or gradient was not finite; of several seeds, once none is left."""
+        """Ends the run if its loss or gradient was not finite; with several seeds, once all have failed."""
         found = np.ravel(jax.device_get(self.state.nonfinite_step)).tolist()
         failed = {seed: step for seed, step in zip(self.seeds, found, strict=True) if step >= 0}
         advice = (
@@ -273,7 +274,7 @@ class Run:
             raise NonFiniteError(f"{reasons[first]}; {last}; {advice}")
         for seed, reason in reasons.items():
             if seed not in self.failed:
-                logger.warning("%s: this seed stops here, the others go on; %s", reason, advice)
+                logger.warning("%s: this seed stops here, the others continue; %s", reason, advice)
                 self.failed[seed] = reason
 
     def _save(self, metrics: dict[str, float] | None = None) -> None:
@@ -298,15 +299,15 @@ class Run:
 
 
 def averaged(line: dict[str, Any], seeds: Sequence[int], failed: Container[int] = ()) -> dict[str, Any]:
-    """A line of metrics.jsonl: means over the seeds, and each seed's own values under "seeds".
+    """Makes a line of metrics.jsonl: means over the seeds, and each seed's own values under "seeds".
 
     Args:
-      line: numbers, and arrays (seeds,) of what each seed has of its own.
-      seeds: of the run, in the arrays' order.
-      failed: the seeds that are left out.
+      line: numbers, and arrays (seeds,) of values that differ between seeds.
+      seeds: the run's seeds, in the arrays' order.
+      failed: the seeds to leave out.
 
     Returns:
-      Plain numbers by the names of `line`, and `{"seeds": {"0": {"train_loss": …}, …}}` for several seeds.
+      Plain numbers with the names of `line`, and `{"seeds": {"0": {"train_loss": …}, …}}` for several seeds.
     """
     several = {name: np.asarray(value) for name, value in line.items() if np.ndim(value)}
     plain = {n: v.item() if isinstance(v, (np.ndarray, np.generic)) else v for n, v in line.items() if n not in several}

@@ -1,4 +1,4 @@
-"""What may stop a run from outside: signals, and another run on the same workdir."""
+"""Signals that stop a run, or make it save."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from regnet_flax.errors import Interrupted
 
 
 class StopSignals:
-    """While entered, SIGTERM, SIGINT and SIGHUP ask the run to stop at the next step, and SIGUSR1 to save and go on.
+    """Inside this context, SIGTERM, SIGINT and SIGHUP stop the run at the next step, and SIGUSR1 makes it save.
 
-    A second SIGTERM or SIGINT stops it at once; a second SIGHUP does not, since a terminal that closes may send two.
-    SIGHUP stays ignored where it is, as under nohup.
+    A second SIGTERM or SIGINT stops it at once; a second SIGHUP does not, because a closing terminal may send two. If
+    SIGHUP is ignored, as under nohup, it stays ignored.
 
-    Python runs its handlers between bytecodes of the main thread, which is none while XLA compiles, and takes two
-    signals for one meanwhile. So a thread counts them, by the bytes that the interpreter writes for each as it comes.
-    With several processes a signal to one of them stops all at the same step: JAX takes SIGTERM itself, which SIGINT is
-    passed on as, and agrees with the others; SIGUSR1 does nothing there.
+    Python runs its handlers between bytecodes of the main thread, so not while XLA compiles, and it merges signals that
+    arrive meanwhile. So a thread counts them, by the byte that the interpreter writes for each one as it arrives. With
+    several processes, a signal to one of them stops all at the same step: JAX itself handles SIGTERM and agrees with
+    the others, and SIGINT is forwarded as SIGTERM; SIGUSR1 does nothing there.
 
     Attributes:
       received: the signal that was received, None before.
@@ -36,14 +36,14 @@ class StopSignals:
 
     @property
     def cause(self) -> str:
-        """Such as "Stopped by SIGTERM"; once a signal was received."""
+        """The cause of the stop, such as "Stopped by SIGTERM"; only valid once a signal was received."""
         assert self.received is not None
         return f"Stopped by {signal.Signals(self.received).name}"
 
     def poll(self) -> bool:
-        """Whether to stop now; every process has to ask at the same places."""
+        """Whether to stop now; all processes must call it at the same points."""
         if jax.process_count() > 1:
-            # Not by the step, which is the same again and again in an evaluation: JAX wants each number once.
+            # Not the step, which does not change during an evaluation: JAX needs a new number at each call.
             self._polls += 1
             if multihost_utils.reached_preemption_sync_point(self._polls):
                 self.received = signal.SIGTERM
@@ -52,14 +52,14 @@ class StopSignals:
         return self.received is not None
 
     def take_save(self) -> bool:
-        """Whether SIGUSR1 asked to save since this was called last."""
+        """Whether SIGUSR1 asked to save since the last call."""
         asked, self._save_asked = self._save_asked, False
         return asked and jax.process_count() == 1
 
     def __enter__(self) -> StopSignals:
-        if threading.current_thread() is not threading.main_thread():  # a notebook's worker: nothing can be caught
+        if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
             return self
-        # A handler of ours for SIGTERM would take the place of JAX's.
+        # Our own handler for SIGTERM would replace JAX's.
         numbers = [signal.SIGTERM] if jax.process_count() == 1 else []
         numbers += [signal.SIGINT, signal.SIGUSR1]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
@@ -86,7 +86,7 @@ class StopSignals:
     def _count(self) -> None:
         while byte := os.read(self._reader, 1):
             number = byte[0]
-            if number not in self._previous:  # another's, such as SIGCHLD
+            if number not in self._previous:  # not one of ours, such as SIGCHLD
                 continue
             if number == signal.SIGUSR1:
                 self._save_asked = True
@@ -106,7 +106,7 @@ class StopSignals:
         self._handled += 1
         if self._handled > 1:
             os._exit(128 + number)
-        self._counted.wait()  # so that `received` is set where the main thread goes on
+        self._counted.wait()  # so that `received` is set before the main thread continues
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 

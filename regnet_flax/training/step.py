@@ -1,8 +1,8 @@
 """One training step and one evaluation step, as pure functions of one device's part of a batch.
 
-They know neither models nor data sets: the trainer passes in what makes logits and what makes batches. Reductions over
-devices are here alone. A training metric is one line in `train_step`: it is logged as "train_<name>", its mean over the
-steps since the last line of the log.
+They know neither models nor data sets: the trainer passes in the functions that make logits and batches. Only this
+module reduces over devices. A training metric is one line in `train_step`: it is logged as "train_<name>", its mean
+over the steps since the last line of the log.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Batch = dict[str, Array]
 
 
 class TrainState(struct.PyTreeNode):
-    """All that training needs to go on.
+    """Everything that training needs to continue.
 
     Attributes:
       step: steps taken, int32.
       params: the model's parameters.
       batch_stats: running statistics of batch normalisation.
-      opt_state: of the optimiser.
-      ema: exponential moving averages of "params" and "batch_stats"; {} where none are kept.
-      nonfinite_step: the step whose loss or gradient was first not finite, int32, −1 for none; the state is unchanged
-        since.
+      opt_state: the optimiser's state.
+      ema: exponential moving averages of "params" and "batch_stats"; {} if none are kept.
+      nonfinite_step: the first step whose loss or gradient was not finite, int32, −1 for none; from then on the state
+        does not change.
     """
 
     step: Array
@@ -42,26 +42,26 @@ class TrainState(struct.PyTreeNode):
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What is evaluated and exported, "params" and "batch_stats": the averages where they are kept."""
+        """The variables to evaluate and export, "params" and "batch_stats": the averages if they are kept."""
         return self.ema or {"params": self.params, "batch_stats": self.batch_stats}
 
 
 def create_train_state(variables: dict[str, Any], tx: optax.GradientTransformation, *, ema: bool = False) -> TrainState:
-    """The state before the first step, from a model's initial variables; `ema`: averages of them are kept."""
+    """Makes the state before the first step from a model's initial variables; `ema`: whether to keep averages."""
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
         opt_state=tx.init(params),
-        # Copies, since a step gives up each array of its state once.
+        # Copies, because a step can donate each array of its state only once.
         ema=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else {},
         nonfinite_step=jnp.full((), -1, jnp.int32),
     )
 
 
 def cross_entropy(logits: Array, labels: Array, label_smoothing: float = 0.0) -> Array:
-    """Softmax cross-entropy of each example, in nats: `torch.nn.functional.cross_entropy` without its mean.
+    """Computes each example's softmax cross-entropy in nats: `torch.nn.functional.cross_entropy` without its mean.
 
     Args:
       logits: (N, classes).
@@ -69,7 +69,7 @@ def cross_entropy(logits: Array, labels: Array, label_smoothing: float = 0.0) ->
       label_smoothing: the share of each target spread evenly over all classes.
 
     Returns:
-      (N,), of the logits' type.
+      (N,), with the logits' dtype.
     """
     targets = labels if labels.ndim == 2 else jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
@@ -87,25 +87,25 @@ def train_step(
     unroll: bool = False,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Batch]:
-    """One step of the optimiser.
+    """Takes one step of the optimiser.
 
     Args:
       state: the same on all devices.
-      batch: "images", normalised, (n, height, width, channels), and "labels", int (n,), or float (n, classes), the
-        probability of each class: this device's equal part.
+      batch: this device's equal part: "images", normalised, (n, height, width, channels), and "labels", int (n,), or
+        float (n, classes), the probability of each class.
       apply_fn: the model's apply.
       tx: the optimiser.
       label_smoothing: see cross_entropy.
-      ema_decay: of the state's averages, where it keeps any. After t steps it is min(ema_decay, (1 + t) / (10 + t)), so
-        that the random initial values are soon forgotten (tf.train.ExponentialMovingAverage's num_updates).
-      accumulate_steps: the batch is taken in so many equal parts, one after another, and their gradients averaged;
-        each is normalised by its own statistics.
-      unroll: the parts are not a loop, which XLA runs badly on a CPU.
+      ema_decay: the decay of the state's averages, if it keeps any. After t steps it is min(ema_decay,
+        (1 + t) / (10 + t)), so the random initial values soon fade (tf.train.ExponentialMovingAverage's num_updates).
+      accumulate_steps: the number of equal parts into which the batch is divided; they run one after another, and
+        their gradients are averaged. Batch normalisation uses each part's own statistics.
+      unroll: whether to unroll the loop over the parts, which XLA runs slowly on a CPU.
       axis_name: the mapped axis over which gradients, statistics and sums are averaged; None outside pmap.
 
     Returns:
-      The next state; the same state, but for nonfinite_step, if the loss or a gradient is not finite now or was before.
-      And the metrics of the step, float32 scalars by name.
+      The next state; if the loss or a gradient is or was not finite, the same state except for nonfinite_step. And the
+      step's metrics, float32 scalars by name.
     """
 
     def mean(tree):
@@ -146,7 +146,7 @@ def train_step(
         ema=optax.incremental_update(latest, state.ema, 1 - decay) if state.ema else {},
         nonfinite_step=state.nonfinite_step,
     )
-    # A gradient can overflow while its loss is finite, and would spoil the parameters one step before the loss shows.
+    # A gradient can overflow while the loss is finite, and would ruin the parameters one step before the loss shows it.
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(grads))
     stopped = state.nonfinite_step >= 0
     kept = jax.tree.map(lambda a, b: jnp.where(finite & ~stopped, a, b), new, state)
@@ -155,14 +155,14 @@ def train_step(
 
 
 def add_metrics(totals: Batch | None, metrics: Batch) -> Batch:
-    """Sums of metrics over steps, one step added after another, so that the sum depends on the steps alone.
+    """Sums metrics over steps, one step at a time, so that the sum depends only on the steps.
 
     Args:
-      totals: so far, by name; None for no step yet. A metric that they lack is left out until they start anew.
-      metrics: (…, steps) of further steps.
+      totals: the sums so far, by name; None for no step yet. A metric without a sum is ignored until the sums restart.
+      metrics: (…, steps), the metrics of further steps.
 
     Returns:
-      (…) by name, of the metrics' types.
+      (…) by name, with the metrics' dtypes.
     """
 
     def add(name: str, values: Array) -> Array:
@@ -177,7 +177,7 @@ def add_metrics(totals: Batch | None, metrics: Batch) -> Batch:
 def accumulate(
     function: Callable[[Any, Batch], tuple[Any, Any]], carry: Any, batch: Batch, *, steps: int, unroll: bool
 ):
-    """`function` over `steps` equal parts of a batch: the last carry, and the mean of what else it returns."""
+    """Applies `function` to `steps` equal parts of a batch; returns the last carry and the mean of the other result."""
     if steps == 1:
         return function(carry, batch)
     parts = jax.tree.map(lambda a: a.reshape(steps, -1, *a.shape[1:]), batch)
@@ -200,18 +200,18 @@ def eval_step(
     apply_fn: Callable[..., Any],
     axis_name: str | None = None,
 ) -> dict[str, Array]:
-    """Sums over one batch, from which exact means over a split are made.
+    """Computes sums over one batch, from which exact means over a split follow.
 
     Args:
       variables: "params" and "batch_stats".
       batch: "images", normalised, "labels", int (n,), and "mask", bool (n,), False for padding.
       apply_fn: the model's apply.
-      axis_name: the mapped axis over which is summed; None outside pmap.
+      axis_name: the mapped axis to sum over; None outside pmap.
 
     Returns:
-      "loss", float32; "correct" and "count", int32; "correct_top5" where there are more than five classes; and no sum,
-      "outcomes", int32 (N, 3): of each example of all devices' parts the label, the predicted class and its
-      probability in millionths; −1 for padding.
+      "loss", float32; "correct" and "count", int32; "correct_top5" if there are more than five classes. And, not a sum,
+      "outcomes", int32 (N, 3): the label, the predicted class and its probability in millionths for each example of
+      all devices' parts; −1 for padding.
     """
     logits = apply_fn(variables, batch["images"], train=False)
     labels, mask = batch["labels"], batch["mask"]

@@ -21,14 +21,14 @@ from regnet_flax.training.step import TrainState, add_metrics
 
 
 class Step(NamedTuple):
-    """What a config makes of one device's part of a batch: pure functions, of one seed.
+    """A config's pure functions of one device's part of a batch, for one seed.
 
     Attributes:
-      init: from a seed to the state before the first step.
-      train: from a state, a batch (see feeds.Feed.batch), its augmentation keys, the seed and the step to the next
+      init: maps a seed to the state before the first step.
+      train: maps a state, a batch (see feeds.Feed.batch), its augmentation keys, the seed and the step to the next
         state and the step's metrics.
-      evaluate: from variables and a batch with a mask to step.eval_step's sums.
-      parts: that a batch is taken in.
+      evaluate: maps variables and a batch with a mask to step.eval_step's sums.
+      parts: the number of parts into which a batch is divided.
     """
 
     init: Callable[[Any], TrainState]
@@ -38,33 +38,33 @@ class Step(NamedTuple):
 
 
 def take_seed(states: Any, index: jax.Array | int) -> Any:
-    """The state of one seed, or any other tree of arrays with a leading seed axis, without that axis."""
+    """Returns the state of one seed, without the leading seed axis; or the same for any other tree of arrays."""
     return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), states)
 
 
 def put_seed(states: Any, state: Any, index: jax.Array | int) -> Any:
-    """The states with that of one seed replaced."""
+    """Returns the states with that of one seed replaced."""
     return jax.tree.map(lambda a, b: lax.dynamic_update_index_in_dim(a, b, index, 0), states, state)
 
 
 class Trainer:
-    """Compiles a step, for one seed or for several, each of which trains as it would alone (vmapped, up to rounding).
+    """Compiles a step for one seed or several, each of which trains as it would alone (under vmap, up to rounding).
 
     With several seeds every leaf of the state has a leading seed axis. Initial weights, the order of the examples and
-    their augmentation are those of a lone run with that seed.
+    their augmentation are those of a separate run with that seed.
 
     Args:
-      step: of one seed and one device.
-      feed: of the data.
-      seeds: of the runs.
-      placement: the devices over which each batch is divided.
-      steps_per_call: the most steps of one compiled call.
-      together: one vmapped step for all seeds; otherwise a call for each in turn.
-      start: variables that take the place of initial ones; any may be left out.
+      step: the functions of one seed and one device.
+      feed: the data.
+      seeds: the seeds of the runs.
+      placement: the devices that share each batch.
+      steps_per_call: the most steps per compiled call.
+      together: whether to run one vmapped step for all seeds; otherwise one call per seed in turn.
+      start: variables that replace initial ones; it may lack some of them.
 
     Attributes:
       seeds, placement, together: as given.
-      steps_per_call: as given, or fewer if the feed allows no more.
+      steps_per_call: as given, or as many as the feed allows.
       like: shapes, dtypes and placement of the state.
     """
 
@@ -84,8 +84,8 @@ class Trainer:
         self.steps_per_call = min(steps_per_call, feed.most_steps or steps_per_call)
         self._shards = placement.divide(self._local_shards())
         several = (len(self.seeds),) if len(self.seeds) > 1 else ()
-        # One for both uses, so that it is traced once. At any other level XLA:CPU spends longer on compiling the draws
-        # than on drawing them.
+        # One function for both uses, so that it is traced once. At any higher level XLA:CPU takes longer to compile the
+        # draws than to make them.
         quick = {"xla_backend_optimization_level": 0} if placement.devices[0].platform == "cpu" else None
         self._init = jax.jit(step.init, compiler_options=quick)
         self._like_one = self._placed(jax.eval_shape(self._init, np.int32(0)))
@@ -115,7 +115,7 @@ class Trainer:
         return np.array([i for i, d in enumerate(self.placement.devices) if d.process_index == local], np.int32)
 
     def _take_steps(self, state, shard, arguments, count):
-        """Takes `count` steps; the state, and each step's metrics, of shape (steps_per_call,)."""
+        """Takes `count` steps; returns the state, and each step's metrics, of shape (steps_per_call,)."""
         feed, parts = self._feed, self._step.parts
 
         def one(index, state):
@@ -144,7 +144,7 @@ class Trainer:
         return self._step.evaluate(variables, self._feed.eval_batch(arguments, shard))
 
     def initial_state(self) -> TrainState:
-        """The state before the first step."""
+        """Returns the state before the first step."""
         states = [self._started(self._init(np.int32(seed))) for seed in self.seeds]
         if len(states) == 1:
             return self.placement.place(states[0])
@@ -159,11 +159,11 @@ class Trainer:
             if state.ema:
                 latest = {"params": state.params, "batch_stats": state.batch_stats}
                 state = state.replace(ema=jax.tree.map(jnp.copy, latest))
-        # Machines of different make may differ in the last bit, and would stay apart.
+        # Different machines may compute different last bits, and would stay apart.
         return state if jax.process_count() == 1 else multihost_utils.broadcast_one_to_all(state)
 
     def _arguments(self, step: int) -> dict[str, Any]:
-        """The feed's arguments of all seeds, those of their own stacked behind the device axis where they have one."""
+        """Returns the feed's arguments for all seeds; those that differ are stacked after the device axis, if any."""
         each = [self._feed.arguments(step, seed) for seed in self.seeds]
         stacked = {
             name: self._stack(0 if axis is None else axis + 1, *(arguments[name] for arguments in each))
@@ -173,16 +173,16 @@ class Trainer:
         return each[0] | stacked
 
     def train(self, state: TrainState, totals: Any, step: int, count: int) -> tuple[TrainState, Any, jax.Array]:
-        """Takes `count` steps of one epoch from `step`; the state given is used up.
+        """Takes `count` steps of one epoch from `step`; the given state is donated.
 
         Args:
-          state: of training.
-          totals: sums of each metric, and "steps", how many steps they are of; None for no step yet.
+          state: the training state.
+          totals: sums of each metric, and "steps", the number of steps in them; None for no step yet.
           step: steps taken so far.
           count: at most steps_per_call.
 
         Returns:
-          The next state and totals, and an array that is ready when the state is, and that no later call uses up.
+          The next state and totals, and an array that is ready when the state is, and that no later call donates.
 
         Raises:
           DataError, StreamError: see feeds.Feed.arguments.
@@ -203,13 +203,13 @@ class Trainer:
         return state, self._add_metrics(totals, metrics), metrics["steps"]
 
     def compile_ahead(self, split: str, size: int, batch_size: int) -> None:
-        """Begins to compile training and evaluation side by side, in threads; the first calls wait for them.
+        """Starts to compile training and evaluation in parallel threads; the first calls wait for them.
 
-        Not for a streamed feed, whose arguments have to be read first, nor for several processes, which have to compile
-        in one order. What fails here is raised by the call that needs it.
+        It does nothing for a streamed feed, whose arguments must be read first, or for several processes, which must
+        compile in the same order. If compilation fails, the call that needs it raises the error.
 
         Args:
-          split, size, batch_size: of evaluation; see `evaluate`.
+          split, size, batch_size: for evaluation; see `evaluate`.
         """
         if self._feed.most_steps or jax.process_count() > 1:
             return
@@ -238,7 +238,7 @@ class Trainer:
         return -(-min(batch_size, size) // devices) * devices
 
     def lower_training(self) -> Any:
-        """The training step lowered, as by jax.jit: compiled, it tells the memory that it takes."""
+        """Returns the lowered training step, as from jax.jit; once compiled, it reports its memory use."""
         like, arguments = (
             (self.like, self._arguments(0)) if self.together else (self._like_one, self._feed.arguments(0))
         )
@@ -259,18 +259,18 @@ class Trainer:
           variables: "params" and "batch_stats"; with several seeds, each leaf with a seed axis.
           split: "test" or "validation".
           size: examples in the split.
-          batch_size: examples a batch, rounded up to a multiple of the devices; the last may be short.
-          poll: called after each batch with the examples done so far.
-          outcomes: int (size, n) or, with several seeds, (seeds, size, n), is filled with the first n numbers that
-            eval_step has of each example, −1 where there is none.
+          batch_size: examples per batch, rounded up to a multiple of the devices; the last batch may be short.
+          poll: called after each batch with the number of examples done so far.
+          outcomes: int (size, n) or, with several seeds, (seeds, size, n); filled with the first n numbers of each
+            example's outcomes in eval_step, −1 for a missing example.
 
         Returns:
-          "loss" and "accuracy", means over the examples, "top5_accuracy" where there are more than five classes, and
-          "count"; with several seeds each an array (seeds,).
+          "loss" and "accuracy", means over the examples, "top5_accuracy" if there are more than five classes, and
+          "count"; with several seeds, each is an array (seeds,).
 
         Raises:
           DataError: no example of the split decodes; and see feeds.Feed.arguments.
-          StreamError: see there.
+          StreamError: see feeds.Feed.arguments.
         """
         several = len(self.seeds) > 1
         each = [self._take_seed(variables, i) for i in range(len(self.seeds))] if several else [variables]
@@ -280,7 +280,7 @@ class Trainer:
         with contextlib.closing(self._feed.eval_arguments(split, batch_size)) as batches:
             for number, arguments in enumerate(batches, start=1):
                 sums.append([self._p_eval(one, self._shards, arguments) for one in each])
-                # Two batches in flight keep a device busy; more would only delay what waits for the poll.
+                # Two batches in flight keep a device busy; more would only delay the response to the poll.
                 jax.block_until_ready(sums[max(0, len(sums) - 3)])
                 poll(min(size, number * batch_size))
         found = []
@@ -292,13 +292,13 @@ class Trainer:
         return {name: np.array([m[name] for m in found]) for name in found[0]} if several else found[0]
 
     def close(self) -> None:
-        """Ends what reads the data, if anything does."""
+        """Ends the processes and threads that read the data, if any."""
         self._wait()
         self._feed.close()
 
 
 def mean_metrics(parts: Sequence[dict[str, jax.Array]], empty: str) -> dict[str, float]:
-    """From step.eval_step's sums of each batch to means over a split; DataError(empty) if there is no example."""
+    """Converts step.eval_step's sums of each batch to means over a split; DataError(empty) if there is no example."""
     names = [name for name in parts[0] if name != "outcomes"]
     totals = {name: np.sum([np.asarray(part[name]) for part in parts], dtype=np.float64) for name in names}
     count = totals["count"]
@@ -311,5 +311,5 @@ def mean_metrics(parts: Sequence[dict[str, jax.Array]], empty: str) -> dict[str,
 
 
 def _replaced(tree: dict[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """A nested dict with the arrays of another, which may have fewer of them, in place of its own."""
+    """Returns a nested dict in which the arrays of `new`, which may have fewer, replace those of `tree`."""
     return tree | {name: _replaced(tree[name], a) if isinstance(a, Mapping) else a for name, a in new.items()}

@@ -1,4 +1,4 @@
-"""A run's workdir: what lies in it, who holds it, and whether its run may be resumed."""
+"""A run's workdir: its files, its lock, and the checks before its run resumes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from regnet_flax.models.ops import current_options
 from regnet_flax.training import parallel
 
 CONFIG, METRICS, RESULTS, LOG, FIGURES = "config.json", "metrics.jsonl", "results.json", "train.log", "figures"
-EVAL = "eval.json"  # of --mode eval
+EVAL = "eval.json"  # written by --mode eval
 PROFILE = "profile"
 CHECKPOINTS = "checkpoints"
 
@@ -27,24 +27,24 @@ logger = logging.getLogger("regnet_flax")
 
 
 def read_plain_config(workdir: pathlib.Path) -> Any:
-    """config.json as it stands, the model's options by their names of today; None where there is no such file.
+    """Returns config.json as stored, but with today's names of the model's options; None if there is no such file.
 
     Raises:
-      WorkdirError: it is no JSON.
+      WorkdirError: the file is not JSON.
     """
     stored = read_json(workdir / CONFIG)
     try:
         stored["model"]["overrides"] = current_options(stored["model"]["overrides"])
     except (KeyError, TypeError, ValueError):
-        pass  # whether it is a run's config is for others to say
+        pass  # the callers check whether it is a run's config
     return stored
 
 
 def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """What config.json says of the workdir's run; None where there is no such file.
+    """Returns the contents of the workdir's config.json; None if there is no such file.
 
     Raises:
-      WorkdirError: it is damaged.
+      WorkdirError: the file is damaged.
     """
     stored = read_plain_config(workdir)
     if stored is None:
@@ -61,7 +61,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """A finished run's results.json; None where there is none that can be read, since the run can write it again."""
+    """Returns a finished run's results.json; None if it is missing or unreadable, because the run can rewrite it."""
     try:
         results = read_json(workdir / RESULTS)
         if results is None or {"step", "last", "best"} <= results.keys():
@@ -73,13 +73,13 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
 
 
 def failed_seeds(workdir: pathlib.Path) -> dict[int, str]:
-    """The seeds of a finished run whose loss or gradient was not finite, with what results.json says of each."""
+    """Returns the seeds of a finished run whose loss or gradient was not finite, with the reasons in results.json."""
     results = read_results(workdir) or {}
     return {int(seed): reason for seed, reason in results.get("failed", {}).items()}
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; damaged ones, such as a last one that was cut short, are left out."""
+    """Returns the lines of metrics.jsonl, without damaged ones, such as a truncated last line."""
     return read_json_lines(workdir / METRICS)
 
 
@@ -91,7 +91,7 @@ def seed_line(line: dict[str, Any], seed: int | str) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """A config, or any nest of mappings and sequences, as JSON has it."""
+    """Converts a config, or any nested mappings and sequences, to dicts and lists as in JSON."""
     if hasattr(value, "items"):
         return {name: plain(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
@@ -101,10 +101,10 @@ def plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def workdir_lock(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the workdir for this process, and those it trains with; the lock does not outlive it.
+    """Locks the workdir for this process and those it trains with; the lock ends with the process.
 
     Raises:
-      WorkdirError: another run holds it, or it is no directory that can be written to.
+      WorkdirError: another run holds it, or it is not a writable directory.
     """
     with parallel.together(), contextlib.ExitStack() as held:
         if parallel.is_primary():
@@ -126,7 +126,7 @@ def _primary_lock(workdir: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         raise WorkdirError(f"--workdir {workdir} cannot be written to: {error.strerror}; name another") from error
     with file:
-        if not os.access(workdir, os.W_OK):  # the lock's file may be an earlier run's
+        if not os.access(workdir, os.W_OK):  # the lock file may come from an earlier run
             raise WorkdirError(f"--workdir {workdir} cannot be written to: check its permissions, or name another")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,7 +137,7 @@ def _primary_lock(workdir: pathlib.Path) -> Iterator[None]:
                 f"another run (process {owner}) is training in {workdir}: "
                 "wait for it, stop it, or name another --workdir"
             ) from error
-        except OSError as error:  # a network's or cloud's file system may have no locks
+        except OSError as error:  # network and cloud file systems may not support locks
             logger.warning("%s has no locks (%s): a file names the run that trains there", workdir, error.strerror)
             with _owned(workdir / ".owner"):
                 yield
@@ -150,12 +150,12 @@ def _primary_lock(workdir: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _owned(path: pathlib.Path) -> Iterator[None]:
-    """Holds a file that names this machine and process, unless it names others that may still run."""
+    """Holds a file that names this machine and process, unless it names another run that may still be active."""
     host = socket.gethostname()
     with contextlib.suppress(OSError, ValueError):
         before, _, pid = path.read_text(encoding="utf-8").rpartition(" ")
         if before == host and not _runs(int(pid)):
-            path.unlink()  # it was killed
+            path.unlink()  # that run was killed
     try:
         with open(path, "x", encoding="utf-8") as file:
             file.write(f"{host} {os.getpid()}")
@@ -176,7 +176,7 @@ def _runs(pid: int) -> bool:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # another user's process
         return True
     return True
 
@@ -184,13 +184,13 @@ def _runs(pid: int) -> bool:
 def refuse_changes(
     stored: dict[str, Any] | None, config: Any, path: pathlib.Path, seeds: tuple[int, ...], *, resolved: bool
 ) -> None:
-    """Raises ConfigError if the stored run has another config, or other seeds; None is no run.
+    """Raises ConfigError if the stored run has another config, or other seeds.
 
     Args:
-      stored: what stored_config gave.
-      config: the config to go on with.
+      stored: the result of stored_config; None for no run.
+      config: the config to resume with.
       path: the workdir.
-      seeds: that train together.
+      seeds: the seeds that train together.
       resolved: whether `config` is resolved; see changed_fields.
     """
     if not stored:
@@ -206,21 +206,21 @@ def refuse_changes(
 
 
 def saved_steps(path: pathlib.Path) -> list[int]:
-    """The steps of the workdir's checkpoints, whole or not, oldest first."""
+    """Returns the steps of the workdir's checkpoints, oldest first, damaged ones included."""
     return sorted(int(entry.name) for entry in (path / CHECKPOINTS).glob("*") if entry.name.isdecimal())
 
 
 def stored_config(path: pathlib.Path) -> dict[str, Any] | None:
-    """What config.json says of the run to resume; None where nothing was saved yet.
+    """Returns the config.json of the run to resume; None if nothing was saved yet.
 
     Raises:
-      WorkdirError: there are checkpoints, and no config.json.
+      WorkdirError: there are checkpoints, but no config.json.
     """
     if not saved_steps(path):
         return None
     if stored := read_config(path):
         return stored
-    raise WorkdirError(f"{path} has checkpoints and no {CONFIG}: restore it, or name another --workdir")
+    raise WorkdirError(f"{path} has checkpoints but no {CONFIG}: restore it, or name another --workdir")
 
 
 def check_has_checkpoints(path: pathlib.Path) -> None:
@@ -238,7 +238,7 @@ def refuse_other_data(
     dataset: sources.Dataset | stream.StreamedDataset,
     fingerprint: str,
 ) -> None:
-    """Raises ConfigError if the stored run, None for none, saw other images, or in another order."""
+    """Raises ConfigError if the stored run (None for no run) saw other images, or saw them in another order."""
     if not stored:
         return
     streamed = is_streamed(dataset)
@@ -256,5 +256,5 @@ def refuse_other_data(
 
 
 def is_streamed(dataset: sources.Dataset | stream.StreamedDataset) -> bool:
-    """Whether the data set is streamed, in an order of its own."""
+    """Whether the data set is streamed, and so has another order than in memory."""
     return isinstance(dataset, stream.StreamedDataset)

@@ -1,4 +1,4 @@
-"""Every figure; the only package that imports matplotlib."""
+"""All figures; the only package that imports matplotlib."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 
 
 def pyplot() -> Any:
-    """pyplot, which writes files wherever it runs.
+    """Returns pyplot, with a backend that can write files anywhere.
 
-    A notebook, or whoever has drawn before, has chosen how to show figures. But a program that a notebook starts
-    inherits MPLBACKEND, the name of what may not be installed for it.
+    If pyplot is already imported, as in a notebook, its backend stays. A program that a notebook starts inherits
+    MPLBACKEND, which may name a backend that is not installed there.
     """
     if "matplotlib.pyplot" in sys.modules:
         return sys.modules["matplotlib.pyplot"]
@@ -43,7 +43,7 @@ def pyplot() -> Any:
 
 
 def marker(points: Sequence[float]) -> str | None:
-    """What a curve of so many points is marked with: a line of one point would not be seen."""
+    """Returns the marker for a curve: one with few points needs it, because a line of one point is invisible."""
     return "o" if len(points) < 5 else None
 
 
@@ -59,14 +59,14 @@ def curves(
     drops: Sequence[float] = (),
     split: str = "test",
 ) -> None:
-    """Loss and accuracy over the epochs, of training and of the evaluated split, with the learning rate's drops marked.
+    """Plots loss and accuracy by epoch, for training and the evaluated split, and marks drops of the learning rate.
 
     Args:
-      lines: of metrics.jsonl.
+      lines: the lines of metrics.jsonl.
       path: the picture to write.
-      title: above it.
+      title: the figure's title.
       drops: the epochs at which the learning rate falls; those beyond the last line are not drawn.
-      split: that was evaluated, "test" or "validation".
+      split: the evaluated split, "test" or "validation".
     """
     plt = pyplot()
     from matplotlib.ticker import PercentFormatter
@@ -91,7 +91,7 @@ def curves(
             axes.legend()
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0))
     _, values = _column(lines, "eval_accuracy")
-    if values:  # beside the axes, where no line is
+    if values:  # beside the axes, where there are no lines
         accuracy.annotate(
             f"{values[-1]:.2%}",
             (1, values[-1]),
@@ -108,12 +108,12 @@ def curves(
 
 
 def losses(curves: dict[str, Sequence[float]], path: pathlib.Path, title: str = "") -> None:
-    """Loss by step of several runs, over one another, and how far each is from the first.
+    """Plots the loss of several runs by step, and each run's distance from the first.
 
     Args:
-      curves: from a run's name to its loss at each step.
+      curves: maps a run's name to its loss at each step.
       path: the picture to write.
-      title: above it.
+      title: the figure's title.
     """
     plt = pyplot()
     figure, (overlaid, apart) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
@@ -137,18 +137,18 @@ def losses(curves: dict[str, Sequence[float]], path: pathlib.Path, title: str = 
 
 
 def _wrapped(name: str, width: int, lines: int = 2) -> str:
-    """A class name over a few lines of so many letters, cut off with … where it is longer."""
+    """Wraps a class name to a few lines of `width` characters, and ends longer ones with …."""
     name = printable(name.replace("_", " "))
     return _literal("\n".join(textwrap.wrap(name, width, max_lines=lines, placeholder="…")) or name)
 
 
 def _literal(text: str) -> str:
-    """Text that is shown as it is: between two dollar signs matplotlib expects mathematics."""
+    """Escapes text: between two dollar signs matplotlib expects mathematics."""
     return text.replace("$", r"\$")
 
 
 def _show(axes: Any, image: np.ndarray, **options: Any) -> None:
-    """An image of 1 or 3 channels, without axes; small ones keep their pixels, in squares. `options`: of imshow."""
+    """Draws an image of 1 or 3 channels without axes; small images keep square pixels. `options` go to imshow."""
     small = max(image.shape[:2]) < 100
     axes.imshow(
         image.squeeze(-1) if image.shape[-1] == 1 else image,
@@ -169,16 +169,16 @@ def predictions(
     title: str = "",
     shares: Sequence[float] = (),
 ) -> None:
-    """Some test images under the class that a model gives them, green where it is right, and the true one where not.
+    """Draws images under their predicted classes, green if right; if wrong, red and with the true class.
 
     Args:
       images: uint8 (height, width, channels) each.
       labels: the true classes.
-      predicted: the classes given.
-      class_names: of the labels.
+      predicted: the predicted classes.
+      class_names: the names of the labels.
       path: the picture to write.
-      title: above it.
-      shares: the probabilities of the classes given, which are shown too.
+      title: the figure's title.
+      shares: the probabilities of the predicted classes, which are shown too.
     """
     plt = pyplot()
     texts = []
@@ -189,7 +189,7 @@ def predictions(
     rows = [texts[i : i + columns] for i in range(0, len(texts), columns)]
     above = [0.25 + line * max(1 + text.count("\n") for text in row) for row in rows]
     width, height = (side + 0.2) * columns, side * len(rows) + sum(above)
-    # One Axes for all: to lay out one for each image would take most of the time.
+    # One Axes for all: laying out one per image would take most of the time.
     figure = plt.figure(figsize=(width, height))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.set_axis_off()
@@ -212,14 +212,14 @@ def probabilities(
     path: pathlib.Path,
     title: str = "",
 ) -> None:
-    """Images, each over bars of the classes that a model finds most probable.
+    """Draws images, each above bars of its most probable classes.
 
     Args:
-      images: uint8 (height, width, channels) each, of any size; those that are drawn.
-      captions: of each image, and perhaps of more.
-      tops: the most probable classes of each image, the first at the top, and their probabilities.
+      images: uint8 (height, width, channels) each, of any size.
+      captions: one per image; further ones are ignored.
+      tops: the most probable classes of each image and their probabilities, the first on top; further ones are ignored.
       path: the picture to write.
-      title: above it.
+      title: the figure's title.
     """
     plt = pyplot()
     columns = min(4, len(images))
@@ -254,15 +254,15 @@ def probabilities(
 
 
 def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path, title: str = "") -> None:
-    """Which classes are taken for which: each row's shares, with counts and names where there is room for them.
+    """Draws the confusion matrix as each row's shares, with counts and names if there is room for them.
 
-    Where there is no room for counts, the pairs that are confused most often are listed beside.
+    If there is no room for counts, a list beside the matrix names the pairs that are confused most often.
 
     Args:
-      matrix: int (classes, classes), a row for each true class, a column for each given one.
-      class_names: of its rows and columns.
+      matrix: int (classes, classes), one row per true class, one column per predicted class.
+      class_names: the names of its rows and columns.
       path: the picture to write.
-      title: above it.
+      title: the figure's title.
     """
     plt = pyplot()
     from matplotlib.colors import PowerNorm
@@ -273,7 +273,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path
     named, counted = classes <= 100, classes <= 25
     side = float(np.clip(0.42 * classes if counted else 0.13 * classes, 3, 9))
     figure, axes = plt.subplots(figsize=(side + 3, side + 1.6), layout="constrained")
-    # The square root shows the few that are taken for another class.
+    # The square root makes rare confusions visible.
     shown = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 1), interpolation="auto")
     bar = figure.colorbar(shown, shrink=0.8, format=PercentFormatter(1.0), ticks=[0, 0.01, 0.05, 0.2, 0.5, 1])
     bar.set_label("share of the true class (square-root scale)")
@@ -286,13 +286,13 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path
     if named:
         size = float(np.clip(side * 60 / classes, 5, 10))
         names = [_wrapped(name, 18, lines=2 if counted else 1) for name in class_names]
-        room = side / classes * 72 / size * 1.6  # letters that fit into a column
+        room = side / classes * 72 / size * 1.6  # characters that fit into a column
         axes.set_xticks(range(classes), names, rotation=90 if max(map(len, names)) > room else 0, fontsize=size)
         recalls = [f"{name}  {matrix[i, i] / max(1, matrix[i].sum()):.0%}" for i, name in enumerate(names)]
         found = [recall if matrix[i].any() else f"{names[i]}  –" for i, recall in enumerate(recalls)]
         axes.set_yticks(range(classes), found, fontsize=size)
     axes.set_xlabel("predicted class")
-    axes.set_ylabel("true class, and how many of it are found (recall)" if named else "true class")
+    axes.set_ylabel("true class and its recall" if named else "true class")
     if not counted:
         figure.text(1.01, 0.5, _most_confused(matrix, class_names), va="center", linespacing=1.7)
     figure.suptitle(title)
@@ -302,7 +302,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path
 
 def _most_confused(matrix: np.ndarray, class_names: Sequence[str], pairs: int = 15) -> str:
     wrong = matrix - np.diag(np.diag(matrix))
-    lines = ["most often taken for another"]
+    lines = ["most frequent confusions"]
     for index in np.argsort(-wrong, axis=None, kind="stable")[:pairs]:
         row, column = divmod(int(index), len(matrix))
         if wrong[row, column]:

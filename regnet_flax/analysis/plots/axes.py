@@ -6,14 +6,14 @@ from typing import Any
 
 
 def whole_epochs(axes: Any) -> None:
-    """Ticks at whole epochs only."""
+    """Puts ticks at whole epochs only."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def log_scale(axes: Any) -> None:
-    """A logarithmic y axis with plain numbers, enough of them on a short one too."""
+    """Makes the y axis logarithmic with plain numbers, and enough of them even on a short axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""The figures of a comparison, for a light page and a dark one."""
+"""The figures of a comparison, for light and dark pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from regnet_flax.analysis.plots import marker, pyplot
 from regnet_flax.analysis.plots.axes import log_scale, whole_epochs
 
-# Okabe and Ito's colours, told apart by people who see fewer; the dark page's are lighter.
+# Okabe and Ito's colours, which colour-blind people can tell apart; those for the dark page are lighter.
 _LIGHT = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#7f7f7f")
 _DARK = ("#f0f0f0", "#4aa8e0", "#ff8c42", "#2fd0a5", "#e7a5ca", "#9bdcff", "#ffc845", "#a0a0a0")
 _MARKERS, _DASHES = "osD^vP*X", ("-", "--", "-.", ":")
@@ -19,7 +19,7 @@ _MARKERS, _DASHES = "osD^vP*X", ("-", "--", "-.", ":")
 
 @contextlib.contextmanager
 def _page(dark: bool) -> Iterator[Any]:
-    """pyplot, with the colours of a light page or a dark one."""
+    """Yields pyplot with the colours of a light or a dark page."""
     plt = pyplot()
     ink, paper = ("#e6e6e6", "#16181c") if dark else ("#1a1a1a", "#ffffff")
     colors = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), ink)
@@ -29,7 +29,7 @@ def _page(dark: bool) -> Iterator[Any]:
 
 
 def _finish(plt: Any, figure: Any, axes: Any, names: Sequence[str], path: pathlib.Path) -> None:
-    """One legend for all axes, below them, and the picture written."""
+    """Adds one legend below all axes, and writes the picture."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 2 if max(map(len, names)) > 22 else min(4, len(names))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
@@ -44,13 +44,13 @@ def compared_curves(
     dark: bool = False,
     split: str = "test",
 ) -> None:
-    """Learning curves of several models: the mean over the seeds, in a band from the lowest seed to the highest.
+    """Plots learning curves of several models: the mean over the seeds, in a band from the lowest to the highest.
 
     Args:
-      runs: from a model's name to "train_loss" and "error" (percent), each epochs (k,) and values (seeds, k).
+      runs: maps a model's name to "train_loss" and "error" (percent), each epochs (k,) and values (seeds, k).
       path: the picture to write.
-      dark: for a dark page.
-      split: whose error it is.
+      dark: whether it is for a dark page.
+      split: the split of the error.
     """
     with _page(dark) as plt:
         rows = -(-len(runs) // 3)
@@ -73,7 +73,7 @@ def compared_curves(
         log_scale(loss)
         loss.set_ylabel("training loss (cross-entropy, nats)")
         error.set_ylabel(f"{split} error (%)")
-        # The first epochs are far above what tells the models apart.
+        # The first epochs are far above the range in which the models differ.
         error.set_ylim(0, min(max(starts), 2.5 * max(ends)) * 1.05 or 1)
         for axes in (loss, error):
             axes.set_xlabel("epoch")
@@ -85,12 +85,12 @@ def compared_curves(
 def compared_costs(
     runs: Mapping[str, tuple[int, int, Sequence[float]]], path: pathlib.Path, *, dark: bool = False
 ) -> None:
-    """Test error against parameters and against multiply-adds, one point a model: mean ± standard deviation.
+    """Plots test error against parameters and multiply-adds, one point per model: mean ± standard deviation.
 
     Args:
-      runs: from a model's name to its parameters, multiply-adds for one image, and each seed's test error (percent).
+      runs: maps a model's name to its parameters, multiply-adds for one image, and each seed's test error (percent).
       path: the picture to write.
-      dark: for a dark page.
+      dark: whether it is for a dark page.
     """
     with _page(dark) as plt:
         rows = -(-len(runs) // 3)

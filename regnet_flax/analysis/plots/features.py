@@ -1,4 +1,4 @@
-"""Figures of what is inside a model, from `features.inspect`."""
+"""Figures of a model's activations, from `features.inspect`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAP, DARK_ABOVE = "viridis", 0.75
 
 
 def write(figure: Any, path: pathlib.Path) -> None:
-    """Writes a figure and lets go of it."""
+    """Writes a figure and closes it."""
     figure.savefig(path, dpi=110)
     pyplot().close(figure)
 
@@ -35,15 +35,15 @@ def feature_maps(
     image: int = 0,
     channels: int = 6,
 ) -> None:
-    """The outputs of a stage's consecutive blocks side by side, one model under another.
+    """Draws the outputs of a stage's consecutive blocks, one model below another.
 
     Args:
-      models: from a name to a model's blocks.
+      models: maps a name to a model's blocks.
       path: the picture to write.
-      stage: whose blocks.
-      image: of the N.
-      channels: so many, those that vary most over the image in the first of the blocks; the grey scale of a channel is
-        the same in all blocks.
+      stage: the stage to show.
+      image: the index of the image.
+      channels: how many channels to show: those that vary most over the image in the first block. A channel has the
+        same grey scale in all blocks.
     """
     plt = pyplot()
     chosen = {name: [block for block in blocks if block.stage == stage] for name, blocks in models.items()}
@@ -70,13 +70,13 @@ def feature_maps(
 
 
 def similarity(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: pathlib.Path, title: str = "") -> None:
-    """How alike the blocks are, each with each, one matrix beside another on one scale.
+    """Draws similarity matrices of blocks side by side, on one scale.
 
     Args:
-      matrices: from a name to (K, K), as `features.similarity` makes them; nan is left blank.
-      names: of the K blocks.
+      matrices: maps a name to (K, K), from `features.similarity`; nan stays blank.
+      names: the names of the K blocks.
       path: the picture to write.
-      title: above it.
+      title: the figure's title.
     """
     plt = pyplot()
     count = len(names)
@@ -109,7 +109,7 @@ def similarity(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: p
 
 
 def _by_stage(blocks: Sequence[BlockFeatures]) -> list[list[int]]:
-    """The places of each stage's blocks, for lines that break where the state starts anew."""
+    """Returns the positions of each stage's blocks: lines break where a new stage resets the state."""
     stages = dict.fromkeys(block.stage for block in blocks)
     return [[i for i, block in enumerate(blocks) if block.stage == stage] for stage in stages]
 
@@ -128,12 +128,12 @@ def _bands(axes: Any, blocks: Sequence[BlockFeatures], arrays: Sequence[np.ndarr
 
 
 def gates(blocks: Sequence[BlockFeatures], path: pathlib.Path, title: str = "") -> None:
-    """The activations of each gate through the blocks: median, and the middle half and nine tenths of all values.
+    """Plots each gate's activations by block: the median, and the middle 50 % and 90 % of all values.
 
     Args:
-      blocks: from `features.inspect`; those without a regulator are left out.
+      blocks: from `features.inspect`; those without a regulator are skipped.
       path: the picture to write.
-      title: above it.
+      title: the figure's title.
 
     Raises:
       ValueError: no block has a regulator with gates.
@@ -151,7 +151,7 @@ def gates(blocks: Sequence[BlockFeatures], path: pathlib.Path, title: str = "") 
         arrays = [block.gates[name] for block in blocks]
         _bands(axes, blocks, arrays, f"C{index}")
         low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
-        # From −1 for tanh, from 0 for σ; a custom cell may go beyond.
+        # From −1 for tanh, from 0 for σ; a custom cell may exceed these.
         axes.set_ylim(min(low, -1.0 if low < 0 else 0.0) - 0.03, max(high, 1.0) + 0.03)
         axes.set_title(f"gate {name}")
     figure.suptitle(title)
@@ -159,13 +159,14 @@ def gates(blocks: Sequence[BlockFeatures], path: pathlib.Path, title: str = "") 
 
 
 def state(blocks: Sequence[BlockFeatures], path: pathlib.Path, *, image: int = 0, title: str = "") -> None:
-    """The regulator's state over its time, the blocks: maps for one image, and all values of all images below.
+    """Draws the regulator's state by block, its time: maps for one image, and below them all values of all images.
 
     Args:
-      blocks: from `features.inspect`; those without a regulator are left out.
+      blocks: from `features.inspect`; those without a regulator are skipped.
       path: the picture to write.
-      image: of the N, for the maps: the root of the mean square over the channels, on one scale a stage.
-      title: above it.
+      image: the index of the image for the maps, which show the root mean square over the channels, on one scale per
+        stage.
+      title: the figure's title.
 
     Raises:
       ValueError: no block has a regulator.

@@ -1,4 +1,4 @@
-"""Fonts for class names in Chinese, Arabic, Devanagari and whatever else matplotlib's own font has not."""
+"""Fonts for class names in Chinese, Arabic, Devanagari and other scripts that matplotlib's own font lacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from regnet_flax.errors import printable
 
 _OWN = "DejaVu Sans"
-# Fonts that have a character for everything, and no readable one.
+# Fonts that have a glyph for every character, but no readable one.
 _NO_TEXT = ("Last Resort", "Adobe Blank")
 
 logger = logging.getLogger("regnet_flax")
@@ -19,7 +19,7 @@ logger = logging.getLogger("regnet_flax")
 
 @contextlib.contextmanager
 def readable(names: Iterable[str]) -> Iterator[None]:
-    """Within it, figures show these names with the machine's own fonts; warns once if it has none for a character."""
+    """Makes figures show these names with the machine's own fonts; warns if no font has a character."""
     import matplotlib
 
     missing = {c for name in names for c in printable(name) if ord(c) > 127} - _characters(_OWN)
@@ -30,8 +30,8 @@ def readable(names: Iterable[str]) -> Iterator[None]:
             missing -= found
     if missing:
         logger.warning(
-            "no font here has the characters %s of the class names, which figures show as boxes: install one, such as "
-            "Noto Sans (fonts-noto-cjk, fonts-noto-core)",
+            "no installed font has the characters %s of the class names, which figures show as boxes: install one, "
+            "such as Noto Sans (fonts-noto-cjk, fonts-noto-core)",
             "".join(sorted(missing)[:10]),
         )
     with warnings.catch_warnings(), matplotlib.rc_context({"font.family": families} if len(families) > 1 else {}):
@@ -40,16 +40,16 @@ def readable(names: Iterable[str]) -> Iterator[None]:
 
 
 def _others() -> Iterator[tuple[str, set[str]]]:
-    """The families of the fonts that matplotlib finds, each with its characters."""
+    """Yields the font families that matplotlib finds, each with its characters."""
     from matplotlib import font_manager
 
     seen = set()
-    # Regular ones first: of bold and italic ones a text would be set in them.
+    # Regular fonts first: text would otherwise be set in bold or italics.
     for font in sorted(font_manager.fontManager.ttflist, key=lambda f: (f.style != "normal", f.weight != 400, f.name)):
         if font.name in seen or font.name.startswith(_NO_TEXT):
             continue
         seen.add(font.name)
-        with contextlib.suppress(OSError, RuntimeError):  # what FreeType cannot read
+        with contextlib.suppress(OSError, RuntimeError):  # FreeType cannot read it
             yield font.name, _charmap(font.fname)
 
 

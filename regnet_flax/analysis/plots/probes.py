@@ -1,4 +1,4 @@
-"""Figures of what a trained network does with its blocks, as the paper shows it, and with its regulators' state."""
+"""Figures of a trained network's blocks, after the paper, and of its use of the regulators' state."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from regnet_flax.analysis.state_use import StageUse
 
 
 def readouts(accuracies: Mapping[str, Mapping[str, float]], path: pathlib.Path, title: str = "") -> None:
-    """The accuracy of the last layer on each of the last blocks, a line per model; figure 1(b) of the paper.
+    """Plots the accuracy of the last layer on each of the last blocks, one line per model; figure 1(b) of the paper.
 
     Args:
-      accuracies: from a model's name to what `readout.readouts` gives.
+      accuracies: maps a model's name to the result of `readout.readouts`.
       path: the picture to write.
-      title: above it.
+      title: the figure's title.
     """
     plt = pyplot()
     names = max((list(found) for found in accuracies.values()), key=len)
@@ -53,18 +53,18 @@ def consecutive_blocks(
     image: int = 0,
     count: int = 3,
 ) -> None:
-    """Input, O, I and H of consecutive blocks, one model beside another; figure 1(a) of the paper.
+    """Draws input, O, I and H of consecutive blocks, one model beside another; figure 1(a) of the paper.
 
-    O is a block's output; where there is a regulator, I is what it is given and H its state. Maps are means over the
-    channels, each on a grey scale of its own.
+    O is a block's output; with a regulator, I is its input and H its state. Maps are means over the channels, each on
+    its own grey scale.
 
     Args:
-      models: from a name to a model's blocks, from `features.inspect`.
-      picture: the image, (height, width, 1 or 3), as it is to be shown.
+      models: maps a name to a model's blocks, from `features.inspect`.
+      picture: the image to show, (height, width, 1 or 3).
       path: the picture to write.
-      stage: whose blocks.
-      image: which of the N it is.
-      count: so many blocks, the stage's first.
+      stage: the stage to show.
+      image: the index of the image.
+      count: how many blocks to show, from the stage's first.
     """
     plt = pyplot()
     chosen = {name: [block for block in blocks if block.stage == stage][:count] for name, blocks in models.items()}
@@ -96,12 +96,12 @@ def consecutive_blocks(
 
 
 def state_use(stages: Sequence[StageUse], path: pathlib.Path, title: str = "") -> None:
-    """The norms of the halves of each fusing convolution, and what becomes of the logits without H, stage by stage.
+    """Plots the norms of both halves of each fusing convolution, and the change of the logits without H, by stage.
 
     Args:
       stages: from `state_use.state_use`.
       path: the picture to write.
-      title: above it.
+      title: the figure's title.
     """
     plt = pyplot()
     norms = {name: pair for stage in stages for name, pair in stage.norms.items()}
@@ -137,14 +137,14 @@ def state_use(stages: Sequence[StageUse], path: pathlib.Path, title: str = "") -
 def grad_cam(
     pictures: np.ndarray, maps: Mapping[str, np.ndarray], titles: Sequence[str], path: pathlib.Path, title: str = ""
 ) -> None:
-    """Images, and Grad-CAM of some blocks over them.
+    """Draws images, overlaid with Grad-CAM maps of some blocks.
 
     Args:
-      pictures: (N, height, width, 1 or 3), as they are to be shown.
-      maps: from a block's name to what `grad_cam.grad_cam` gives, (N, height, width) each.
-      titles: of the N images.
+      pictures: the images to show, (N, height, width, 1 or 3).
+      maps: maps a block's name to the result of `grad_cam.grad_cam`, (N, height, width) each.
+      titles: the titles of the N images.
       path: the picture to write.
-      title: above it.
+      title: the figure's title.
     """
     plt = pyplot()
     height, width = pictures.shape[1:3]
@@ -163,7 +163,7 @@ def grad_cam(
         for column, picture in enumerate(pictures):
             extent: Any = (-0.5, width - 0.5, height - 0.5, -0.5)
             show(grid[row, column], picture.squeeze(), cmap="gray", extent=extent)
-            # Nothing is drawn where no place speaks for the class.
+            # If no position supports the class, nothing is drawn.
             top = found[column].max() or 1.0
             grid[row, column].imshow(
                 found[column], cmap=MAP, alpha=0.6, extent=extent, interpolation="bilinear", vmin=0, vmax=top

@@ -1,4 +1,4 @@
-"""Image folders, one sub-folder per class, read into arrays with Pillow alone."""
+"""Reads image folders, one sub-folder per class, into arrays, with Pillow alone."""
 
 import contextlib
 import dataclasses
@@ -30,12 +30,12 @@ class Split:
 
 
 def check_memory(where: str, count: int, shape: tuple[int, ...]) -> None:
-    """Refuses arrays that would leave the machine short of memory.
+    """Rejects arrays that would leave the machine short of memory.
 
     Args:
-        where: what is being read, for the message.
+        where: the name of the data, for the message.
         count: number of images.
-        shape: (H, W, C) of each, uint8.
+        shape: (H, W, C) of each image, uint8.
 
     Raises:
         DataError: the images would take more than half of the free memory.
@@ -50,7 +50,7 @@ def check_memory(where: str, count: int, shape: tuple[int, ...]) -> None:
 
 
 def _free_memory() -> int:
-    """Returns the free memory in bytes, a container's where one is, or a huge number where the system does not tell."""
+    """Returns the free memory in bytes, within a container's limit; a huge number if the system does not tell."""
     try:
         with open("/proc/meminfo", encoding="utf-8") as lines:
             fields = dict(line.split(":", 1) for line in lines)
@@ -61,11 +61,11 @@ def _free_memory() -> int:
 
 
 def container_memory(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgroup") -> int:
-    """Returns what the limits of this process's control groups leave free, in bytes; a huge number without limits.
+    """Returns the bytes that the limits of this process's control groups leave free; a huge number without limits.
 
     Args:
         proc: the file that names the groups.
-        root: where their directories are, of version 2, or of version 1 with a directory for memory.
+        root: the directory of the groups: of version 2, or of version 1 with a directory for memory.
     """
     try:
         groups = [line.split(":", 2) for line in Path(proc).read_text(encoding="utf-8").splitlines()]
@@ -78,7 +78,7 @@ def container_memory(proc: str = "/proc/self/cgroup", root: str = "/sys/fs/cgrou
         top = Path(root) / controllers
         names = ("max", "current") if not controllers else ("limit_in_bytes", "usage_in_bytes")
         place = top / group.lstrip("/")
-        # Inside a container the group's own directory may be the top one.
+        # Inside a container, the top directory may be the group's own.
         for directory in (place, *(above for above in place.parents if above.is_relative_to(top))):
             with contextlib.suppress(OSError, ValueError, KeyError):  # no such directory, or no limit: "max"
                 limit, used = (int((directory / f"memory.{name}").read_text(encoding="utf-8")) for name in names)
@@ -92,12 +92,12 @@ def read_image_folder(listing: Listing, image_size: int, strict: bool) -> tuple[
     """Reads the images of a folder.
 
     Args:
-        listing: of the folder.
+        listing: the folder's listing.
         image_size: images are resized to this height and width; 0 keeps their size, which must be the same for all.
-        strict: an image that does not decode is an error instead of being skipped.
+        strict: raise an error for an image that does not decode, instead of skipping it.
 
     Returns:
-        The splits (RGB) by name, "path: reason" for each image that was skipped, and those of photos.REMARKS that hold.
+        The splits (RGB) by name, "path: reason" for each skipped image, and the applicable lines of photos.REMARKS.
 
     Raises:
         DataError: there are no usable images, or images differ in size.
@@ -115,7 +115,7 @@ def read_image_folder(listing: Listing, image_size: int, strict: bool) -> tuple[
 def _first_size(root: Path, paths: list[str]) -> tuple[int, int]:
     """Returns (width, height) of the first image that decodes."""
     for path in paths:
-        # Those that do not decode are named when the splits are read.
+        # Reading the splits will report those that do not decode.
         with contextlib.suppress(Exception):
             return read_image(path).size
     raise DataError(f"{root}: none of the {len(paths)} image files decodes; check that they are images")
@@ -129,7 +129,7 @@ def _decode_split(
     strict: bool,
     remarks: list[str],
 ) -> tuple[Split, list[str]]:
-    """Decodes the files into one array; returns the split, and "path: reason" for each file left out."""
+    """Decodes the files into one array; returns the split, and "path: reason" for each skipped file."""
     paths = [path for names in files.values() for path in names]
     labels = np.array([class_names.index(name) for name in files for _ in files[name]], np.int32)
     images = np.empty((len(paths), size[1], size[0], 3), np.uint8)

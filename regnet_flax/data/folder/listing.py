@@ -1,4 +1,4 @@
-"""What an image folder holds, listed without reading any image."""
+"""Lists an image folder without reading any image."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ import numpy as np
 from regnet_flax.data.photos import HEIC, extensions, reads_heic
 from regnet_flax.errors import DataError, one_line, printable
 
-# The directories of each split; val/ serves to validate where there is test/ too, and else to test.
+# The directories of each split; val/ is for validation if there is also a test/, and otherwise for testing.
 _VAL = ("val", "Val", "valid", "Valid", "validation", "Validation")
 DIRECTORIES = {"train": ("train", "Train"), "test": ("test", "Test", *_VAL), "validation": _VAL}
-TEST_SHARE = 0.2  # of the images of each class, where the folder is not divided and dataset.validation is 0
+TEST_SHARE = 0.2  # of each class's images, if the folder has no splits and dataset.validation is 0
 
-Files = dict[str, list[str]]  # of each class, sorted
+Files = dict[str, list[str]]  # the sorted paths of each class
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What an image folder holds.
+    """The contents of an image folder.
 
     Attributes:
         root: the directory.
         splits: "train", "test" and perhaps "validation": the sorted image paths of each class.
         class_names: sorted; their labels are 0, 1, …
-        uses: one line that says which directory serves what.
-        notes: lines that say what is left out, and which classes are not in all splits.
+        uses: one line that says which directory serves which split.
+        notes: lines that name the ignored files, and the classes that are not in all splits.
     """
 
     root: Path
@@ -42,11 +42,11 @@ class Listing:
 
 
 def split_directories(root: Path) -> dict[str, Path]:
-    """Those of `<root>/{train,Train}`, `{val,Val,…}` and `{test,Test}` that there are.
+    """Finds `<root>/{train,Train}`, `{val,Val,…}` and `{test,Test}`.
 
     Returns:
-        The directories of "train", "test" and, of a folder that has both val/ and test/, "validation". With only one of
-        the two, that is the test split.
+        The directories of "train", "test" and, if the folder has both val/ and test/, "validation". If it has only one
+        of the two, that one is the test split.
     """
     found: dict[str, Path] = {}
     for split, names in DIRECTORIES.items():
@@ -61,18 +61,19 @@ def list_image_folder(
 ) -> Listing:
     """Lists an image folder without reading any image.
 
-    It is laid out as `{train,test,val}/<class>/<images>`, the images in folders below a class included; or as
-    `<class>/<images>`, and then a share of each class is the test split.
+    Its layout is `{train,test,val}/<class>/<images>`, including images in folders below a class; or `<class>/<images>`,
+    and then a share of each class becomes the test split.
 
     Args:
         data_dir: the directory that holds the splits.
-        validation: dataset.validation, which must be 0 where the folder has a validation split; where it is not
-            divided, the share or number of its images that make the test split, 0 for a fifth.
-        seed: fixes which these are.
-        class_names: of a model to evaluate, which need no images to train on; by default the train split's classes.
+        validation: dataset.validation, which must be 0 if the folder has a validation split; if it has no splits, the
+            share or number of its images that become the test split, 0 for a fifth.
+        seed: determines which these are.
+        class_names: the classes of a model to evaluate, which needs no training images; by default those of the train
+            split.
 
     Raises:
-        DataError: the folders are laid out otherwise, or hold no images.
+        DataError: the folder has another layout, or no images.
     """
     if not data_dir:
         raise DataError("image folders need a directory: set --config.dataset.data_dir=DIR with DIR/train and DIR/test")
@@ -92,14 +93,12 @@ def list_image_folder(
         raise DataError(f"{data_dir} cannot be listed ({one_line(error)}); check its permissions") from error
     if validation and "validation" in splits:
         raise DataError(
-            f"dataset.validation is {validation:.10g}, but {root} has a validation split of its own, "
+            f"dataset.validation is {validation:.10g}, but {root} has its own validation split, "
             f"{directories['validation'].name}/ beside {directories['test'].name}/: set --config.dataset.validation=0"
         )
     known = class_names or tuple(splits["train"])
     if len(known) < 2:
-        raise DataError(
-            f"{root}: only one class ({', '.join(known)}) to train on; put each class in a folder of its own"
-        )
+        raise DataError(f"{root}: only one class ({', '.join(known)}) to train on; put each class in its own folder")
     notes = [f"{root}: {_say_ignored(ignored)}"] if ignored else []
     notes += _one_sided(splits, known, directories, root)
     splits = {split: {name: files[name] for name in files if name in known} for split, files in splits.items()}
@@ -109,7 +108,7 @@ def list_image_folder(
 
 
 def is_divided(data_dir: str) -> bool:
-    """Whether an image folder has splits of its own."""
+    """Whether an image folder has its own splits."""
     return bool(split_directories(Path(data_dir).expanduser()))
 
 
@@ -123,9 +122,9 @@ def _check_directories(root: Path, directories: dict[str, Path], needs_train: bo
 
 
 def _list_classes(root: Path, ignored: collections.Counter[str]) -> Files:
-    """As _list_split, of a directory without splits."""
+    """Lists like _list_split, for a directory without splits."""
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    # Splits by other names would pass for classes.
+    # Splits with other names would look like classes.
     splits = [name for name in folders if name.lower().startswith(("train", "test", "val", "eval"))]
     if splits or not folders:
         found = f"has {', '.join(f'{name}/' for name in splits)}" if splits else "has no folders"
@@ -136,7 +135,7 @@ def _list_classes(root: Path, ignored: collections.Counter[str]) -> Files:
 
 
 def _divide(classes: Files, share: float, seed: int, root: Path) -> dict[str, Files]:
-    """Draws the test images, the same share of each class, and at least one."""
+    """Draws the test images: the same share of each class, and at least one image."""
     splits: dict[str, Files] = {"train": {}, "test": {}}
     share = share if share < 1 else share / sum(map(len, classes.values()))
     for label, (name, files) in enumerate(classes.items()):
@@ -178,7 +177,7 @@ def _say_ignored(ignored: collections.Counter[str]) -> str:
 
 
 def _one_sided(splits: dict[str, Files], known: tuple[str, ...], directories: dict[str, Path], root: Path) -> list[str]:
-    """Says which classes a split lacks, and which are not trained on."""
+    """Describes the classes that a split lacks, and those that are not trained on."""
     notes = []
     for split in splits.keys() - {"train"}:
         place = f"{directories[split].name}/" if directories else "the test split"
@@ -197,7 +196,7 @@ def _list_split(directory: Path, ignored: collections.Counter[str]) -> Files:
     """Returns the sorted image paths of each class, classes sorted by name; counts other files by their suffix."""
     suffixes = extensions()
     classes: Files = {}
-    # Some systems store é as two characters: in either form it is the same class.
+    # Some systems store é as two characters; both forms mean the same class.
     folders = [(unicodedata.normalize("NFC", folder.name), folder) for folder in directory.iterdir()]
     for name, folder in sorted(folders):
         if name.startswith(".") or not folder.is_dir():
@@ -215,7 +214,7 @@ def _list_split(directory: Path, ignored: collections.Counter[str]) -> Files:
 
 
 def _above(directory: Path) -> frozenset[str]:
-    """The real paths of a directory and all those that it is in: a link back to one of them holds no images."""
+    """Returns the real paths of a directory and its parents: links back to one of them are not followed."""
     real = os.path.realpath(directory)
     return frozenset({real, *map(str, Path(real).parents)})
 
@@ -223,7 +222,7 @@ def _above(directory: Path) -> frozenset[str]:
 def _walk(
     folder: str, suffixes: tuple[str, ...], ignored: collections.Counter[str], above: frozenset[str]
 ) -> Iterator[str]:
-    """The images in and below a folder; counts its other files."""
+    """Yields the images in and below a folder; counts its other files."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -240,5 +239,5 @@ def _walk(
 
 
 def _is_dir(entry: os.DirEntry) -> bool:
-    # DirEntry.is_dir alone ends in an error for a symbolic link to itself.
+    # DirEntry.is_dir raises an error for a symbolic link to itself.
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()

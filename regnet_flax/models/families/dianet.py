@@ -1,6 +1,6 @@
-"""DIANet, a comparison model (Huang et al., arXiv 1905.10671): an LSTM of vectors, one a stage, weighs the channels.
+"""DIANet, a comparison model (Huang et al., arXiv 1905.10671): one LSTM of vectors per stage weights the channels.
 
-Its recurrence runs along depth as a regulator's does, but it sees global means only, and scales what is added.
+Its recurrence runs along the depth like a regulator's, but it sees only global means, and scales the residual branch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class DIALSTM(Regulator):
 
     @classmethod
     def initial_state(cls, shape: tuple[int, ...], dtype: Any = jnp.float32) -> State:
-        """Zeros, of a feature map's shape (N, height, width, C) or of (N, C)."""
+        """Returns zeros (N, C), for a feature map's shape (N, height, width, C) or for (N, C)."""
         return super().initial_state((shape[0], shape[-1]), dtype)
 
     def _weights(self) -> tuple[Array, ...]:
@@ -52,7 +52,7 @@ class DIALSTM(Regulator):
 
 
 class DIABlock(Block):
-    """x' = ReLU(shortcut(x) + F(x)⊙h'), where h' is the cell's of the global means of F(x); see Block."""
+    """x' = ReLU(shortcut(x) + F(x)⊙h'), where the cell computes h' from the global means of F(x); see Block."""
 
     @property
     def regulated(self) -> bool:

@@ -1,4 +1,4 @@
-"""The families' names: networks of many sizes, each plain, with squeeze-and-excitation, and with the regulators."""
+"""The names of the model families: many sizes, each plain, with squeeze-and-excitation, and with regulators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ IMAGENET_STAGES = {
 
 
 def _cifar_sizes(depth: int, constant: int, least: int) -> tuple[int, ...]:
-    """The stages of a CIFAR network of depth 6m + constant; ValueError, with the nearest depths, for any other."""
+    """Returns the stages of a CIFAR network of depth 6m + constant; other depths raise a ValueError that names the
+    nearest ones.
+    """
     if depth >= least and depth % 6 == constant:
         return ((depth - constant) // 6,) * 3
     below = max(least, depth - (depth - constant) % 6)
@@ -60,7 +62,7 @@ def _wide_imagenet(size: str) -> dict[str, Any]:
 
 
 def _dia(size: str) -> dict[str, Any]:
-    if size == "164":  # He's of bottlenecks, 9m+2, while 6m+2 would be one of basic blocks
+    if size == "164":  # He's network of bottlenecks, of depth 9m+2; networks of basic blocks have depth 6m+2
         fields = {"stage_sizes": (18, 18, 18), "block": "bottleneck"}
     else:
         fields = _resnet(size)
@@ -71,11 +73,12 @@ class Family(NamedTuple):
     """Networks of one kind.
 
     Attributes:
-      plain: what stands before the size in the name of one without regulators.
-      regulated: likewise with them; "" where it takes neither them nor squeeze-and-excitation.
+      plain: the name's part before the size, for networks without regulators.
+      regulated: the same for networks with regulators; "" if the family supports neither them nor
+        squeeze-and-excitation.
       size: a pattern of the sizes.
       listed: the sizes in `list_models`.
-      fields: from a size to RegNet's fields; raises ValueError for one that cannot be.
+      fields: maps a size to RegNet's fields; raises ValueError for an impossible size.
     """
 
     plain: str
@@ -85,7 +88,7 @@ class Family(NamedTuple):
     fields: Callable[[str], dict[str, Any]]
 
     def names(self, regulators: Iterable[str | None]) -> Iterator[tuple[str, dict[str, Any]]]:
-        """The listed names with each of these regulators, None for none, and RegNet's fields."""
+        """Yields the listed names with each of these regulators (None for no regulator), and RegNet's fields."""
         for size in self.listed:
             for squeeze_excite in (False, True) if self.regulated else (False,):
                 for regulator in regulators if self.regulated else (None,):
@@ -94,7 +97,7 @@ class Family(NamedTuple):
                     yield name, _with(self.fields(size), regulator, squeeze_excite)
 
     def parse(self, name: str, regulators: Iterable[str]) -> dict[str, Any] | None:
-        """RegNet's fields of any name of the family; None for another name. Raises ValueError for a wrong size."""
+        """Returns RegNet's fields for a name of the family, None for another name; ValueError for a wrong size."""
         if not self.regulated:
             match = re.fullmatch(rf"{self.plain}({self.size})", name)
             return self.fields(match[1]) if match else None

@@ -1,6 +1,6 @@
-"""Pre-activation blocks (He et al., arXiv 1603.05027), of which wide networks are made too (arXiv 1605.07146).
+"""Pre-activation blocks (He et al., arXiv 1603.05027), which wide networks use too (arXiv 1605.07146).
 
-The paper of the regulators has no such block: where the regulator stands in it is our choice.
+The RegNet paper has no such block: the regulator's position in it is our choice.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ class PreactBlock(Block):
     """Batch normalisation and ReLU before each of two 3×3 convolutions; see Block.
 
     A = ReLU(BN(X1)); X2 = ReLU(BN(W12 * A)); H from X2; X3 = ReLU(BN(W23 * [X2, H])); X1' = shortcut + W34 * X3.
-    Nothing follows the addition. Where the shape changes the shortcut is a 1×1 convolution of A, without a BN.
+    Nothing follows the addition. If the shape changes, the shortcut is a 1×1 convolution of A, without a BN.
     """
 
     preactivated = True
 
     @nn.compact
     def __call__(self, carry: tuple[Value, State], shared: Any = None) -> tuple[tuple[Array, State], None]:
-        """One block; see Block."""
+        """Runs the block; see Block."""
         x, state = carry
         a = self.norm(name="bn1", relu=True).value(self.ops.array(x))
         y, state = self.branch(a, state, shared)
@@ -46,7 +46,7 @@ class PreactBlock(Block):
         return self.conv(x, n, 3, 1, "conv2", after), state
 
     def _around(self, x: Value, a: Value) -> Array:
-        """The shortcut, of X1 and A."""
+        """Computes the shortcut from X1 and A."""
         if self.strides == 1 and x.shape[-1] == self.width:
             return self.ops.array(x)
         if self.shortcut == "A":

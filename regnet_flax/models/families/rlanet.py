@@ -1,6 +1,6 @@
 """RLA-Net, a comparison model (Zhao et al., arXiv 2110.11852): a narrow recurrent state beside a ResNet's bottlenecks.
 
-The state h passes through all stages; every block takes it in beside its input, and adds to it.
+The state h passes through all stages; every block uses it as a second input, and adds to it.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Array = jax.Array
 class RLABlock(BottleneckBlock):
     """A bottleneck F whose first 1×1 convolution takes [x, h]; y = F([x, h]) before the addition; see Block.
 
-    h' = W_rec * tanh(BN(h + W_out * y)), after an average over 2×2 pixels of h where the stride is 2.
+    h' = W_rec * tanh(BN(h + W_out * y)); if the stride is 2, h is first averaged over 2×2 pixels.
     """
 
     @nn.compact
     def __call__(self, x: Value, h: Array, out: Conv, rec: Conv) -> tuple[Array, Array]:  # pyright: ignore
-        """One block.
+        """Runs the block.
 
         Args:
           x: (N, height, width, channels).
           h: (N, height, width, k).
-          out, rec: W_out, to k channels, and W_rec, of the stage.
+          out, rec: the stage's W_out, to k channels, and W_rec.
 
         Returns:
           The next block's x and h.
@@ -56,9 +56,9 @@ class RLAStage(nn.Module):
     Attributes:
       block: makes a block, given `name` and, for the first, `strides`.
       conv: makes a convolution, given channels, size and `name`.
-      length: how many blocks.
-      strides: of the first.
-      channels: k, those of h.
+      length: the number of blocks.
+      strides: stride of the first block.
+      channels: k, the channels of h.
     """
 
     block: Callable[..., RLABlock]
@@ -78,19 +78,19 @@ class RLAStage(nn.Module):
 
 
 class RLANet(nn.Module):
-    """RLA-ResNet-50 by default. The head takes the means of [x, ReLU(BN(h))].
+    """RLA-ResNet-50 by default. The head's input is the mean of [x, ReLU(BN(h))].
 
     Attributes:
       stage_sizes: the number of blocks of each stage.
       num_classes: 0 gives the pooled features.
       width: channels of the stem and n of the first stage; n doubles from stage to stage.
       state_channels: k.
-      bottleneck_stride: the convolution that carries the stride, "1x1" or "3x3".
+      bottleneck_stride: the convolution that has the stride, "1x1" or "3x3".
       initial: initial values, "paper" or "torch".
-      dtype: of the arithmetic; parameters and batch statistics are float32.
-      axis_name: the pmap axis over which batch statistics are taken; None is this device's batch.
+      dtype: the dtype of the arithmetic; parameters and batch statistics are float32.
+      axis_name: the pmap axis over which batch statistics are computed; None means this device's batch.
       features: return features instead of logits: True, the stages' outputs x, or some names of `stage_info`.
-      frozen_batch_stats: use the running batch statistics in training too, and leave them as they are.
+      frozen_batch_stats: use the running batch statistics in training too, and do not change them.
       ops: the arithmetic.
     """
 
