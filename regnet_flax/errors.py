@@ -63,7 +63,7 @@ class StreamError(RunError):
 
 
 class HubError(RunError):
-    """The Hugging Face Hub refused, or could not be reached; the message is one line."""
+    """The Hugging Face Hub refused a request or could not be reached; the message is one line."""
 
 
 class Interrupted(Error):

@@ -181,12 +181,12 @@ def _of_file(config: Any, record: dict[str, Any] | None) -> Trained:
 
 
 def _of_exported(path: pathlib.Path) -> Trained:
-    """What `--mode export` wrote into a file of weights, by what the file says of itself."""
+    """Loads a file of weights that `--mode export` wrote, with the model and options in its metadata."""
     _, metadata = read_weights(path)
     config, known = default_config().lock(), described(metadata)
     if known is None or "model" not in metadata:
         raise WeightsError(
-            f"{path} does not say which model it is of, as --mode export writes it: "
+            f"{path} does not say which model it belongs to, as files of --mode export do: "
             "give it as model.init_from, with model.name"
         )
     config.model.name, config.model.init_from = metadata["model"], str(path)
@@ -194,9 +194,9 @@ def _of_exported(path: pathlib.Path) -> Trained:
         for option, value in json.loads(metadata.get("options", "{}")).items():
             config.model.overrides[option] = tuple(value) if isinstance(value, list) else value
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} says options that no model has ({one_line(error)}): export it again") from error
+        raise WeightsError(f"{path} has options that no model has ({one_line(error)}): export it again") from error
     trained = _of_file(config, None)
-    if metadata.get("crop") == "true":  # which check_config refuses without a data set of photographs
+    if metadata.get("crop") == "true":  # check_config refuses it without a data set of photographs
         config.dataset.augment = (stream.CROP,)
     return trained
 

@@ -122,7 +122,7 @@ def write(path: pathlib.Path, trained: Trained, workdir: pathlib.Path) -> pathli
 
 
 def find(path: pathlib.Path) -> pathlib.Path | None:
-    """The card that `write` wrote for this file; None if there is none."""
+    """Returns the card that `write` wrote for this file, or None."""
     for card in (path.with_name(path.name + ".md"), path.with_name(NAME)):
         if card.is_file():
             text = card.read_text(encoding="utf-8", errors="replace")

@@ -30,14 +30,14 @@ logger = logging.getLogger("regnet_flax")
 
 
 class Start(NamedTuple):
-    """What a tracker is made from.
+    """The argument of a tracker's constructor.
 
     Attributes:
       workdir: of the run.
-      name: of the run, for people: the workdir's, and the seed where several train together.
-      group: the workdir's name where several seeds train together, otherwise "".
-      id: the tracker's own id when it began this run; "" for a new run.
-      step: the first step that will be logged. A run that was killed may have logged it before.
+      name: a title for the run: the workdir's name, with the seed if several seeds train together.
+      group: the workdir's name if several seeds train together, otherwise "".
+      id: the tracker's id from when the run began; "" for a new run.
+      step: the first step that will be logged. A killed run may have logged it before.
     """
 
     workdir: pathlib.Path
@@ -48,33 +48,33 @@ class Start(NamedTuple):
 
 
 class Tracker(Protocol):
-    """One run of a tracker, made by calling its class with a `Start`; process 0 alone makes it.
+    """One run in a tracker. Its class is called with a `Start`, in process 0 only.
 
-    Any exception is warned of once. The tracker is then left out until the run resumes, and training goes on.
+    At its first exception, the tracker is dropped with a warning until the run resumes, and training continues.
 
     Attributes:
-      id: by which a resumed run continues this one; kept in the workdir's trackers.json. "" for none.
+      id: identifies the run when it resumes; stored in the workdir's trackers.json. "" if there is none.
     """
 
     id: str
 
     def config(self, values: Mapping[str, Any]) -> None:
-        """Takes the run's resolved config, {"train.batch_size": 128, …}; called once, also when a run resumes."""
+        """Records the resolved config, {"train.batch_size": 128, …}; called once, also when a run resumes."""
         ...
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Takes the metrics of a step, {"train/loss": 0.5, "eval/accuracy": 0.9, …}; none is NaN or infinite."""
+        """Records the metrics of a step, {"train/loss": 0.5, "eval/accuracy": 0.9, …}; all values are finite."""
         ...
 
     def finish(self, error: str) -> None:
-        """Ends; `error` is "" if training ended, otherwise what ended this process, such as a signal."""
+        """Ends the run; `error` is "" if training is complete, otherwise the error or signal that stopped it."""
         ...
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Raises ConfigError, of one line, if a tracker of `log.trackers` cannot be imported.
+    """Raises ConfigError, with a message of one line, if a tracker of `log.trackers` cannot be imported.
 
-    TensorBoard, which is the default, is not asked for: a run without tensorboardX only warns.
+    TensorBoard, the default, is not checked: without tensorboardX a run only warns.
     """
     for name in names:
         if ":" in name:
@@ -111,15 +111,15 @@ def _class_of(name: str) -> Callable[[Start], Tracker]:
 
 
 class GuardedTracker:
-    """A tracker whose first failure is warned of and the last thing that is heard of it.
+    """Runs a tracker, and drops it with a warning at its first failure.
 
-    TensorBoard's is no failure of this kind. Its file is the workdir's, so an error while it is written, such as a full
-    disk, ends the run as one of metrics.jsonl does.
+    TensorBoard is an exception. Its file belongs to the workdir, so a write error, such as a full disk, ends the run as
+    it does for metrics.jsonl.
 
     Args:
-      name: of `log.trackers`.
-      start: for the tracker.
-      config: likewise, flat.
+      name: an entry of `log.trackers`.
+      start: the tracker's argument.
+      config: the resolved config, flat.
     """
 
     def __init__(self, name: str, start: Start, config: Mapping[str, Any]):
@@ -166,16 +166,16 @@ class GuardedTracker:
 def open_trackers(
     names: Sequence[str], workdir: pathlib.Path, step: int, config: Mapping[str, Any], seeds: Sequence[int]
 ) -> list[tuple[int | None, GuardedTracker]]:
-    """The trackers of a run, and of each the seed whose metrics it takes; None for the means over all seeds.
+    """Returns the trackers of a run, each with the seed that it records, or None for the means over all seeds.
 
-    TensorBoard has one file for the workdir. Elsewhere each of several seeds is a run of its own.
+    TensorBoard has one file per workdir. In other trackers, each of several seeds is a run of its own.
 
     Args:
       names: `log.trackers`.
-      workdir: of the run, whose trackers.json has the ids of runs to continue.
-      step: the first that will be logged.
-      config: resolved and flat.
-      seeds: that train together, or one.
+      workdir: the run's directory; its trackers.json has the ids of the runs to continue.
+      step: the first step that will be logged.
+      config: the resolved config, flat.
+      seeds: the seeds that train together, or one.
     """
     ids, several, opened = _read_ids(workdir), len(seeds) > 1, []
     for name in names:

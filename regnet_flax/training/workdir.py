@@ -84,7 +84,7 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def seed_line(line: dict[str, Any], seed: int | str) -> dict[str, Any]:
-    """A line of metrics.jsonl as one seed's: what the seeds have of their own is not a mean here."""
+    """Returns a line of metrics.jsonl for one seed: with its own values in place of the means."""
     seeds = line.get("seeds", {})
     means = {name for values in seeds.values() for name in values}
     return {name: value for name, value in line.items() if name not in means} | seeds.get(str(seed), {})
