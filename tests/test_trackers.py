@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from helpers import LINE, Recorder, error_of, run_program
+from helpers import LINE, Recorder, error_of, run_program, wait_until
 from regnet_flax.config.fields import TRACKERS
 from regnet_flax.errors import ConfigError
 from regnet_flax.trackers import registry
@@ -168,12 +168,29 @@ def offline_records(folder):
         if 32768 - place % 32768 < 7:
             place += 32768 - place % 32768
             continue
+        if place + 7 > len(content):
+            return  # it is still being written
         length, kind = struct.unpack("<HB", content[place + 4 : place + 7])
+        if place + 7 + length > len(content):
+            return
         whole += content[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or its last part
             yield Record.FromString(whole)
             whole = b""
+
+
+def history_of(folders, count):
+    """The lines that W&B logged, so many of them. It writes them a moment after the run has finished."""
+
+    def read():
+        records = (record for folder in folders for record in offline_records(folder))
+        lines = [record.history.item for record in records if record.WhichOneof("record_type") == "history"]
+        named = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in line} for line in lines]
+        return [{name: value for name, value in line.items() if not name.startswith("_")} for line in named]
+
+    wait_until(lambda: len(read()) == count)
+    return read()
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -183,19 +200,15 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch, logger, caplog):
     monkeypatch.setenv("WANDB_PROJECT", "of-mine")
     monkeypatch.chdir(tmp_path)
     run = run_and_resume(tmp_path / "run", "wandb")
-    history, config, names = [], {}, set()
     folders = sorted((tmp_path / "run" / "wandb").glob(f"offline-run-*-{run}"))
     assert len(folders) == 2
-    for folder in folders:
-        for record in offline_records(folder):
-            kind = record.WhichOneof("record_type")
-            if kind == "history":
-                items = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
-                history.append({name: value for name, value in items.items() if not name.startswith("_")})
-            for update in record.run.config.update if kind == "run" else record.config.update:
-                config[update.key or update.nested_key[0]] = json.loads(update.value_json)
-            if kind == "run":
-                names.add((record.run.run_id, record.run.display_name, record.run.project))
+    history, config, names = history_of(folders, 3), {}, set()
+    for record in (record for folder in folders for record in offline_records(folder)):
+        is_run = record.WhichOneof("record_type") == "run"
+        for update in record.run.config.update if is_run else record.config.update:
+            config[update.key or update.nested_key[0]] = json.loads(update.value_json)
+        if is_run:
+            names.add((record.run.run_id, record.run.display_name, record.run.project))
     assert names == {(run, "run", "of-mine")}
     assert [line["step"] for line in history] == [1170, 1170, 2340]
     assert history[0].keys() == {"step", *TAGS} and history[2]["train/loss"] == 0.5
@@ -204,8 +217,8 @@ def test_weights_and_biases_offline(tmp_path, monkeypatch, logger, caplog):
     three, four = run_seeds(tmp_path / "seeds", "wandb")
     for one, loss in ((three, 1.0), (four, 2.0)):
         (folder,) = (tmp_path / "seeds" / "wandb").glob(f"offline-run-*-{one}")
-        (line,) = (r.history.item for r in offline_records(folder) if r.WhichOneof("record_type") == "history")
-        assert {item.key or item.nested_key[0]: json.loads(item.value_json) for item in line}["train/loss"] == loss
+        (line,) = history_of([folder], 1)
+        assert line["train/loss"] == loss
     assert not warnings(caplog)
 
 
