@@ -6,16 +6,20 @@ program as users have it.
 """
 
 import contextlib
+import gc
 import importlib.metadata
 import logging
 import os
 import pathlib
+import resource
 import shutil
 import sys
 import tempfile
+import types
 
 import jax
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))  # for `configs`
 
@@ -35,6 +39,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 # They take less than half the time of the default emitters, for the same HLO. An unknown flag ends the process, so only
 # tested versions of jaxlib are named.
 QUICK = {"0.10.2": "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"}
+
+# The files that take longest, so that no process is left alone with one of them at the end.
+LONG = ("test_parity", "test_ops", "test_networks", "test_recipe", "test_outside", "test_checkpoint", "test_streamed")
+# Of a worker that has compiled; see _release_compiled.
+MEMORY = 5 << 29
+_compiled = {}
 
 
 def pytest_addoption(parser):
@@ -66,7 +76,15 @@ def pytest_sessionfinish(session):
         comparison.write_report(pathlib.Path(file))
 
 
+def pytest_collection_finish():
+    """Tracing makes many objects: garbage collections that look through all that is imported double its time."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
+
+
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     for name in ("slow", "thorough"):
         if not config.getoption(f"--{name}"):
             for item in items:
@@ -79,26 +97,35 @@ def pytest_unconfigure():
         shutil.rmtree(_cache, ignore_errors=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True, scope="session")
 def _share_compiled():
-    """In a module, trainers of one config share traced and compiled functions; hundreds would fill the memory.
+    """In one process, trainers of one config and model share traced and compiled functions.
 
     A run that resumes, evaluates or trains another seed would otherwise trace everything again, which takes the most
     time.
     """
-    trainers = {}
 
     def make_trainer(config, dataset, devices, seeds=(), start=None):
-        trainer = setup_trainer(config, dataset, devices, seeds, start)
-        compiled = config.to_dict()
-        for name in ("seed", "compare", "checkpoint", "log", "eval"):
-            del compiled[name]
-        del compiled["train"]["max_steps"]
-        of_data = dataset.name, dataset.size("train"), dataset.image_shape, type(dataset)
-        of_trainer = devices, len(trainer.seeds), trainer.together, trainer.steps_per_call
-        first = trainers.setdefault(repr((compiled, of_data, of_trainer)), trainer)
-        for name in ("_init", "_p_train", "_p_eval"):
-            setattr(trainer, name, getattr(first, name))
+        settings, data = config.to_dict(), config.dataset
+        del settings["train"]["max_steps"]
+        of_step = settings["train"], settings["optimizer"], data.augment, data.mean, data.std, data.num_classes
+        of_step += dataset.size("train"), dataset.image_shape, devices
+        # The model itself, since two tests may register a cell under one name.
+        model = setup.build_model(config, devices)
+        step = "step", repr(of_step), model
+        with pytest.MonkeyPatch.context() as patch:
+            if step in _compiled:
+                patch.setattr(setup, "build_step", lambda *_, **__: _compiled[step][0])
+            trainer = setup_trainer(config, dataset, devices, seeds, start)
+        trainer._step = _compiled.setdefault(step, (trainer._step,))[0]
+        # Of one model initial values depend on which parts the optimiser's state has, not on its settings.
+        leaves, structure = jax.tree.flatten(trainer.like)
+        init = "init", model, dataset.image_shape, structure, tuple((a.shape, a.dtype) for a in leaves)
+        trainer._init = _compiled.setdefault(init, trainer._init)
+        of_training = type(dataset), len(trainer.seeds) if trainer.together else 1, trainer.steps_per_call
+        trainer._p_train = _compiled.setdefault((step, repr(of_training)), trainer._p_train)
+        of_evaluation = data.mean, data.std, config.train.batch_norm, type(dataset), devices
+        trainer._p_eval = _compiled.setdefault(("evaluation", repr(of_evaluation), model), trainer._p_eval)
         return trainer
 
     from regnet_flax.modes import setup
@@ -108,8 +135,58 @@ def _share_compiled():
         for module in ("setup", "train", "evaluate"):
             patch.setattr(f"regnet_flax.modes.{module}.make_trainer", make_trainer)
         yield
-    trainers.clear()
-    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _release_compiled():
+    """Drops what is compiled after a module where it would fill the memory."""
+    yield
+    if _resident_bytes() > MEMORY:
+        _compiled.clear()
+        jax.clear_caches()
+
+
+def _resident_bytes():
+    """Of this process; what it had at most where the system has no /proc."""
+    with contextlib.suppress(OSError):
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@pytest.fixture(autouse=True, scope="session")
+def pictures():
+    """What runs and reports in this process write as pictures is blank: to draw them takes a second for each run.
+
+    `with pictures(): …` draws them.
+    """
+    from regnet_flax.analysis import by_class, report
+    from regnet_flax.modes import evaluate, train
+
+    def blank(*arguments, **_):
+        Image.new("L", (1, 1)).save(next(path for path in arguments if isinstance(path, pathlib.Path)))
+
+    names = ("curves", "predictions", "confusion", "compared_curves", "compared_costs")
+    plots = types.SimpleNamespace(**dict.fromkeys(names, blank))
+
+    def write_figures(*arguments, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(by_class, "plots", plots)
+            return by_class.write_figures(*arguments, **options)
+
+    replaced = [(train, "plots", plots), (report, "comparison", plots)]
+    replaced += [(mode, "write_figures", write_figures) for mode in (train, evaluate)]
+    drawn = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+
+    @contextlib.contextmanager
+    def replace(values):
+        with pytest.MonkeyPatch.context() as patch:
+            for value in values:
+                patch.setattr(*value)
+            yield
+
+    with replace(replaced):
+        yield lambda: replace(drawn)
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ class _Report:
         # A test that fails or is skipped in its set-up has no report of its call.
         if report.when == "call" or (report.when == "setup" and not report.passed):
             place = report.nodeid.partition("[")[0].removeprefix("tests/")
-            if report.skipped and "slow: give --slow" in str(report.longrepr):
+            if report.skipped and re.search("(slow|thorough): give --", str(report.longrepr)):
                 return
             for key, what in report.user_properties:
                 if key == _KEY:

@@ -22,6 +22,7 @@ from configs import digits
 from regnet_flax import main
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import SOURCES, Dataset
+from regnet_flax.models import registry
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -79,6 +80,20 @@ def few_digits(train=132, test=60, **changes):
     few = dataclasses.replace(whole, train=train, test=test, **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(SOURCES, "digits", lambda **_: few)
+        yield
+
+
+@contextlib.contextmanager
+def shallow(*names, stage_sizes=(1,)):
+    """In this process, the models of these names have only so many blocks, for tests that no model matters to.
+
+    To trace and compile a block takes longer than to train it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            model = registry._resolve(name)
+            fields = model.keywords | {"stage_sizes": stage_sizes}
+            patch.setitem(registry.MODELS, name, functools.partial(model.func, **fields))
         yield
 
 

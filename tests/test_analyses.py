@@ -24,14 +24,16 @@ def made(name, seed=0, **options):
     return model, variables, images
 
 
-def test_readouts_use_the_last_layer_and_end_with_the_networks_own_accuracy():
-    for name in ("preact_resnet8", "regnet8_convrnn"):
-        model, variables, images = made(name)
-        logits = jax.jit(model.apply)(variables, images)
-        labels = np.array(logits.argmax(-1))
-        labels[4:] = (labels[4:] + 1) % 10
-        found = readout.readouts(model, variables, images, labels)
-        assert list(found) == ["2.1", "2.2"] and found["2.2"] == pytest.approx(4 / 6)
+@pytest.mark.parametrize("name", ["regnet8_convrnn", pytest.param("preact_resnet8", marks=pytest.mark.thorough)])
+def test_readouts_use_the_last_layer_and_end_with_the_networks_own_accuracy(name):
+    model, variables, images = made(name)
+    logits = jax.jit(model.apply)(variables, images)
+    labels = np.array(logits.argmax(-1))
+    labels[4:] = (labels[4:] + 1) % 10
+    found = readout.readouts(model, variables, images, labels)
+    assert list(found) == ["2.1", "2.2"] and found["2.2"] == pytest.approx(4 / 6)
+    if name.startswith("preact"):
+        return  # whose last block's output is normalised before the head
 
     (block,) = (block for block in features.inspect(model, variables, images) if block.name == "2.1")
     head = variables["params"]["head"]

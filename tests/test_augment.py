@@ -216,7 +216,13 @@ PHOTOS = ("flip", "rotate", "color", "translate")
 
 
 @pytest.mark.parametrize(
-    "names", [(), *((name,) for name in augment.AUGMENTATIONS), ("crop", "flip"), PHOTOS], ids="-".join
+    "names",
+    # Those of PHOTOS alone are left to --thorough.
+    [
+        *((), ("crop", "flip"), PHOTOS),
+        *(pytest.param((n,), marks=pytest.mark.thorough if n in PHOTOS else ()) for n in augment.AUGMENTATIONS),
+    ],
+    ids="-".join,
 )
 def test_what_an_example_becomes_depends_on_its_own_key_alone(names):
     images, keys = images_and_keys(8)

@@ -102,7 +102,11 @@ class Twice(Regulator):
     "name, options",
     [
         ("regnet8_convlstm", {"width": 4, "output_stride": 1}),
-        ("regnet8_convgru", {"width": 4, "output_stride": 2, "kernel": "dense", "ops": "plain"}),
+        pytest.param(
+            "regnet8_convgru",
+            {"width": 4, "output_stride": 2, "kernel": "dense", "ops": "plain"},
+            marks=pytest.mark.thorough,
+        ),
         pytest.param("regnet50_convrnn", {"width": 4, "output_stride": 8}, marks=pytest.mark.thorough),
         pytest.param(
             "resnet50", {"width": 4, "output_stride": 4, "bottleneck_stride": "3x3"}, marks=pytest.mark.thorough

@@ -8,7 +8,7 @@ import sys
 import jax
 import pytest
 
-from helpers import ROOT, error_of, run_program
+from helpers import ROOT, error_of, run_program, shallow
 from regnet_flax.modes import benchmark
 
 TINY = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.batch_size=8"]
@@ -52,7 +52,8 @@ def test_photographs_are_random_images_of_their_size(monkeypatch):
     config.model.overrides.width = 4
     monkeypatch.setattr(benchmark, "SECONDS", 0.0)
     monkeypatch.setitem(benchmark.MATRIX, "cpu", 64)
-    found = benchmark.benchmark(config, jax.devices()[:1])
+    with shallow("resnet8"):
+        found = benchmark.benchmark(config, jax.devices()[:1])
     assert found["image_shape"] == [32, 32, 3] and found["images_per_second"] > 0
     assert config.dataset.augment[0] == "random_resized_crop", "the caller's config is left as it is"
 

@@ -369,7 +369,11 @@ def test_what_a_killed_save_left_is_ignored_and_cleared_by_the_run_that_goes_on(
     assert saved(checkpoints) == [10, 20, 30, 40]
 
 
-@by_name
+@pytest.mark.parametrize(
+    "damage",
+    [pytest.param(how, marks=() if how in (truncate, delete_record) else pytest.mark.thorough) for how in DAMAGE],
+    ids=lambda damage: damage.__name__,
+)
 @pytest.mark.fault("all checkpoints damaged in seven ways")
 def test_where_all_are_damaged_nothing_is_moved_or_deleted(workdir, opened, damage):
     for step in (10, 20, 30):

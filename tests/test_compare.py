@@ -16,7 +16,7 @@ import scipy.stats
 from PIL import Image
 
 from configs import compare_digits, compare_placement, compare_sharing
-from helpers import few_digits, run_program
+from helpers import few_digits, run_program, shallow
 from regnet_flax import create_model
 from regnet_flax.analysis import compare, report
 from regnet_flax.config.check import model_options
@@ -170,10 +170,11 @@ def markdown_rows(text):
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def written(tmp_path_factory, pictures):
     path = tmp_path_factory.mktemp("report")
     runs = {v: write_run(path / mode.folder(v), v, a, (0, 1, 2)) for v, a in ACCURACY.items()}
-    report.write(path, runs, {"resnet14": "the loss is not finite"})
+    with pictures():
+        report.write(path, runs, {"resnet14": "the loss is not finite"})
     return path
 
 
@@ -326,7 +327,7 @@ def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
         return train(self, state, totals, step, count)
 
-    with few_digits():
+    with few_digits(), shallow("resnet8", stage_sizes=(1, 1)):
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, "train", signalled)
             out = run_program(*TINY, cwd=tmp_path, check=143).stdout

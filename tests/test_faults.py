@@ -207,7 +207,10 @@ def test_a_loss_that_is_not_finite(tmp_path):
 
 
 @pytest.mark.fault("bfloat16 in training")
-@pytest.mark.parametrize("name", ["regnet8_convlstm", "se_regnet8_convgru", "regnet_proj_cifar"])
+@pytest.mark.parametrize(
+    "name",
+    ["regnet8_convlstm", pytest.param("se_regnet8_convgru", marks=pytest.mark.thorough), "regnet_proj_cifar"],
+)
 def test_bfloat16_keeps_state_statistics_and_sums_in_float32(name):
     options = {} if "proj" in name else {"width": 4}
     model = create_model(name, dtype=jnp.bfloat16, axis_name="batch", **options)

@@ -33,7 +33,14 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Those left to --thorough are put together of what others have.
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.thorough if n in ("regnet20_convrnn", "regnet_proj_cifar") else ())
+        for n in MODELS
+    ],
+)
 def test_every_block_in_order(name):
     model, variables, images = made(name, **MODELS[name])
     blocks = features.inspect(model, variables, images)

@@ -29,13 +29,6 @@ def train_batch(order, seed, step, batch_size, shard=0, shards=1):
 eval_batch = jax.jit(feeds.eval_batch)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _release_compiled():
-    """Releases compiled code once per module, because the tests share a function; conftest.py does it more often."""
-    yield
-    jax.clear_caches()
-
-
 @functools.cache
 def epoch(seed, epoch, batch_size, shards=1):
     """Returns all batches of an epoch, with the shards' parts concatenated."""

@@ -210,6 +210,7 @@ def test_shard_map(ops, axis_name, cases):
 WHERE_CHEAP = pytest.mark.parametrize("ops", [CPU, pytest.param(GPU, marks=pytest.mark.thorough)], ids=["cpu", "gpu"])
 
 
+@pytest.mark.thorough
 @WHERE_CHEAP
 def test_pmap(ops):
     by_case = {case: arguments(case) for case in ALL[ops]}

@@ -158,7 +158,7 @@ def test_gradients_without_jit_compile_once():
     assert not [event for event in compiled if "backend_compile" in event]
 
 
-@pytest.mark.parametrize("name", ["resnet8", "regnet8_convlstm"])
+@pytest.mark.parametrize("name", [pytest.param("resnet8", marks=pytest.mark.thorough), "regnet8_convlstm"])
 def test_half_the_memory(name):
     """Checks the training step's temporaries, from the compiled step's own analysis."""
     images = jnp.zeros((64, 32, 32, 3), jnp.float32)

@@ -68,7 +68,10 @@ def test_a_model():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype, height, width, n, seeds", [(jnp.float32, 32, 32, 16, 1), (jnp.bfloat16, 5, 7, 3, 2)])
+@pytest.mark.parametrize(
+    "dtype, height, width, n, seeds",
+    [pytest.param(jnp.float32, 32, 32, 16, 1, marks=pytest.mark.thorough), (jnp.bfloat16, 5, 7, 3, 2)],
+)
 def test_triton_takes_the_kernels(dtype, height, width, n, seeds):
     """Checks that they can be lowered for a GPU on a machine without one."""
     shapes = [(8, height, width, n)] * 3 + [(2, 4, n), (3, 3, 4, n), (4, n)]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import helpers
 from configs import digits
 from helpers import small_dataset
 from programs import Program, relative
@@ -36,18 +37,17 @@ def _float64():
         yield
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _release_compiled():
-    """Releases compiled code once per module, because the tests share a program."""
-    yield
-    jax.clear_caches()
-
-
 def train(program, count=STEPS):
     state = program.in_float64()
     for step in range(count):
         state, _ = program.train(state, step, 1)
     return jax.device_get(state)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shallow():
+    with helpers.shallow("regnet8_convrnn", "resnet8"):
+        yield
 
 
 @pytest.fixture(scope="module")

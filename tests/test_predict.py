@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import helpers
 from configs import rnn_photos
 from regnet_flax import main
 from regnet_flax import trained as trained_lib
@@ -27,6 +28,12 @@ def photograph(path, name, seed, size=(30, 20)):
     noise = np.random.default_rng(seed).normal(0, 25, (size[1], size[0], 3))
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.clip(np.array(COLORS[name]) + noise, 0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shallow():
+    with helpers.shallow("resnet8"):
+        yield
 
 
 @pytest.fixture(scope="module")

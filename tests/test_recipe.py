@@ -47,10 +47,9 @@ def states(program, count, state=None):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _release_compiled():
-    """Releases compiled code once per module, because the tests share a program."""
-    yield
-    jax.clear_caches()
+def _shallow():
+    with helpers.shallow("resnet8"):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -204,20 +203,20 @@ def test_probabilities_as_labels_are_those_of_torch():
 
 
 def test_one_hot_probabilities_take_the_step_of_labels():
-    model = create_model("resnet8", num_classes=4, width=4)
-    state = steps.create_train_state(model.init(jax.random.key(0), BATCH["images"][:1], train=False), TX)
-    step = jax.jit(functools.partial(steps.train_step, apply_fn=model.apply, tx=TX, label_smoothing=0.1))
+    params = {"kernel": jnp.asarray(RNG.normal(size=(192, 4)), jnp.float32)}
+    state = steps.create_train_state({"params": params}, TX)
+    step = jax.jit(functools.partial(steps.train_step, apply_fn=linear, tx=TX, label_smoothing=0.1))
     soft = BATCH | {"labels": jax.nn.one_hot(BATCH["labels"], 4)}
     (found, metrics), (expected, others) = step(state, soft), step(state, BATCH)
     assert_close(found.params, expected.params, 1e-6)
     np.testing.assert_allclose(metrics["accuracy"], others["accuracy"])
 
 
-def test_mixing_changes_the_steps(plain):
+@pytest.mark.parametrize("field", ["train.mixup", pytest.param("train.cutmix", marks=pytest.mark.thorough)])
+def test_mixing_changes_the_steps(field, plain):
     _, (first, *_) = plain
-    for field in ("train.mixup", "train.cutmix"):
-        (mixed,) = states(make_program(**{field: 1.0}), 1)
-        assert max(jax.tree.leaves(jax.tree.map(relative, mixed.params, first.params))) > 1e-4, field
+    (mixed,) = states(make_program(**{field: 1.0}), 1)
+    assert max(jax.tree.leaves(jax.tree.map(relative, mixed.params, first.params))) > 1e-4
 
 
 # bfloat16
@@ -227,7 +226,7 @@ def test_in_bfloat16_parameters_statistics_and_sums_stay_float32():
     program = make_program(**{"dtype": "bfloat16", "optimizer.ema_decay": 0.9, "optimizer.accumulate_steps": 2})
     (state,) = states(program, 1)
     floats = [a for a in jax.tree.leaves(state) if jnp.issubdtype(a.dtype, jnp.floating)]
-    assert len(floats) > 50 and {a.dtype for a in floats} == {np.dtype("float32")}
+    assert len(floats) > 40 and {a.dtype for a in floats} == {np.dtype("float32")}
     arithmetic = str(jax.make_jaxpr(lambda v: program.model.apply(v, BATCH["images"], train=False))(state.variables))
     assert "bf16[8,8,8,4] = conv_general_dilated" in arithmetic
 

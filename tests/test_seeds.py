@@ -32,11 +32,9 @@ TOLERANCE = 1e-6  # images are normalised in float32
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _release_compiled():
-    """Releases compiled code once per module, because the tests share programs."""
-    with helpers.few_digits():
+def _small():
+    with helpers.few_digits(), helpers.shallow("resnet8", "regnet8_convlstm"):
         yield
-    jax.clear_caches()
 
 
 def dataset():

@@ -41,9 +41,7 @@ def flat(tree, prefix=""):
             yield prefix + name, value
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.thorough if k == "seeds" else ()) for k in EXPECTED]
-)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=() if k == "lone" else pytest.mark.thorough) for k in EXPECTED])
 def test_a_workdir_of_before_is_evaluated_and_resumes_to_the_same_end(kind, tmp_path):
     with tarfile.open(STORED / f"{kind}.tar.gz") as tar:
         tar.extractall(tmp_path, filter="data")

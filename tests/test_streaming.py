@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 # Batches
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_any_number_of_workers_makes_the_same_batches_from_any_step(folder, workers):
     (folder / "train/a/04.jpg").write_bytes(b"no photograph")
     make = opened(folder).train_batches(seed=3, batch_size=4)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import helpers
 from helpers import random_variables
 from regnet_flax import create_model, main
 from regnet_flax.errors import WeightsError
@@ -28,6 +29,12 @@ TINY = [
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: jax.local_devices()[:1])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shallow():
+    with helpers.shallow("resnet8", "regnet8_convrnn"):
+        yield
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".pt"])
@@ -140,7 +147,7 @@ def test_training_starts_from_a_file_and_takes_a_new_head(tmp_path, capsys):
     run += ["--config.train.max_steps=1", "--config.optimizer.learning_rate=1e-12"]
     assert main.main(run) == 2
     error = capsys.readouterr().err
-    assert "linear.weight has shape (7, 16), not (10, 16)" in error and "new_head" in error
+    assert "linear.weight has shape (7, 4), not (10, 4)" in error and "new_head" in error
     assert not (tmp_path / "run").exists()
 
     assert main.main([*run, "--config.model.new_head=True"]) == 0
@@ -150,7 +157,7 @@ def test_training_starts_from_a_file_and_takes_a_new_head(tmp_path, capsys):
     for name, array in expected.items():
         if not name.startswith("linear."):
             np.testing.assert_allclose(found[name], array, atol=1e-6)
-    assert found["linear.weight"].shape == (10, 16)
+    assert found["linear.weight"].shape == (10, 4)
 
 
 def test_a_head_may_be_left_out():
