@@ -44,6 +44,7 @@ def load(workdir: str | os.PathLike[str], checkpoint: str | int = "best", *, see
 
     Args:
       workdir: the run's directory. Its config.json names the modules of `model.plugins`, which are imported.
+        Or a file of weights that `--mode export` wrote, which has one checkpoint of one seed.
       checkpoint: "best", "last" or a step.
       seed: one of several seeds that trained together; the first by default.
 
@@ -54,6 +55,7 @@ def load(workdir: str | os.PathLike[str], checkpoint: str | int = "best", *, see
       WorkdirError: the workdir does not exist, or holds no checkpoint.
       ConfigError: the run has no such seed, or another value of config.json is wrong.
       CheckpointError: no checkpoint can be read.
+      WeightsError: the file cannot be read, or does not say what it is of.
     """
     from regnet_flax import trained  # imports everything that training needs
 

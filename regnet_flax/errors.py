@@ -66,6 +66,10 @@ class StreamError(RunError):
     """Reading stopped, for instance because a worker process was killed; the message is one line."""
 
 
+class HubError(RunError):
+    """The Hugging Face Hub refused a request or could not be reached; the message is one line."""
+
+
 class Interrupted(Error):
     """A signal asked the run to stop, and it has saved.
 

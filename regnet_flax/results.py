@@ -59,18 +59,11 @@ def _of_seeds(lines: list[dict[str, Any]], run: Run, test: dict[str, Any] | None
         return {}
     found = {}
     for seed in map(str, (seed for seed in run.seeds if seed not in run.failed)):
-        found[seed] = _last_and_best([_own(line, seed) for line in lines])
+        found[seed] = _last_and_best([workdir.seed_line(line, seed) for line in lines])
         if test is not None:
             found[seed]["test"] = {k: v for k, v in test.items() if k != "seeds"} | test["seeds"][seed]
     failed = {str(seed): reason for seed, reason in run.failed.items()}
     return {"seeds": found} | ({"failed": failed} if failed else {})
-
-
-def _own(line: dict[str, Any], seed: str) -> dict[str, Any]:
-    """Returns a line of metrics.jsonl for one seed: with its own values in place of the means."""
-    seeds = line.get("seeds", {})
-    means = {name for values in seeds.values() for name in values}
-    return {name: value for name, value in line.items() if name not in means} | seeds.get(seed, {})
 
 
 def report(results: dict[str, Any], path: pathlib.Path) -> None:

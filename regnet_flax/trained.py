@@ -15,13 +15,13 @@ import jax
 import numpy as np
 from PIL import Image
 
-from regnet_flax.config.check import check_config, eval_batch_size
+from regnet_flax.config.check import check_config, eval_batch_size, model_options
 from regnet_flax.config.fields import default_config
 from regnet_flax.config.resolve import fill_in, resolve
 from regnet_flax.data import photos, stream
 from regnet_flax.data.augment import normalize
 from regnet_flax.data.photos import read_image
-from regnet_flax.errors import ConfigError, DataError, WorkdirError, one_line
+from regnet_flax.errors import ConfigError, DataError, WeightsError, WorkdirError, one_line
 from regnet_flax.modes.setup import build_model, load_trained, load_weights, open_dataset
 from regnet_flax.places import fetch
 from regnet_flax.port.torch import starts_from_plain
@@ -114,9 +114,12 @@ class Trained:
 def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = None) -> Trained:
     """See `regnet_flax.load`."""
     path = fetch(workdir)
+    if path.is_file():
+        return _of_exported(path)
     if not (stored := read_config(path)):
         raise WorkdirError(
-            f"{workdir} has no config.json, so it is not the workdir of a run: name one that a run wrote"
+            f"{workdir} has no config.json, so it is not the workdir of a run, and it is not a file of weights: "
+            "name one that a run wrote"
         )
     seeds = stored.get("seeds", [stored.get("seed", 0)])
     if seed is not None and seed not in seeds:
@@ -178,6 +181,27 @@ def _of_file(config: Any, record: dict[str, Any] | None) -> Trained:
     return Trained(model, {"batch_stats": {}} | variables, config, names, (height, width, channels), step, file)
 
 
+def _of_exported(path: pathlib.Path) -> Trained:
+    """Loads a file of weights that `--mode export` wrote, with the model and options in its metadata."""
+    _, metadata = read_weights(path)
+    config, known = default_config().lock(), described(metadata)
+    if known is None or "model" not in metadata:
+        raise WeightsError(
+            f"{path} does not say which model it belongs to, as files of --mode export do: "
+            "give it as model.init_from, with model.name"
+        )
+    config.model.name, config.model.init_from = metadata["model"], str(path)
+    try:
+        for option, value in json.loads(metadata.get("options", "{}")).items():
+            config.model.overrides[option] = tuple(value) if isinstance(value, list) else value
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path} has options that no model has ({one_line(error)}): export it again") from error
+    trained = _of_file(config, None)
+    if metadata.get("crop") == "true":  # check_config refuses it without a data set of photographs
+        config.dataset.augment = (stream.CROP,)
+    return trained
+
+
 def description(trained: Trained) -> dict[str, str]:
     """Returns the metadata that a file of weights stores about its model; `described` reads it."""
     config = trained.config
@@ -187,7 +211,11 @@ def description(trained: Trained) -> dict[str, str]:
         "mean": config.dataset.mean,
         "std": config.dataset.std,
     }
-    return {name: json.dumps(list(value)) for name, value in facts.items()}
+    options = {name: value for name, value in model_options(config).items() if value is not None}
+    return {name: json.dumps(list(value)) for name, value in facts.items()} | {
+        "options": json.dumps(options),
+        "crop": json.dumps(stream.CROP in config.dataset.augment),
+    }
 
 
 def described(metadata: Mapping[str, str]) -> dict[str, Any] | None:

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zlib
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -137,6 +138,25 @@ def metrics(workdir):
     """Returns the lines of metrics.jsonl without times."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+
+
+class Recorder:
+    """A tracker, `log.trackers=("helpers:Recorder",)`: calls = [(what, the run's name, …), …]."""
+
+    calls: ClassVar[list] = []
+
+    def __init__(self, start):
+        self.id, self.name = start.id or f"id{len(self.calls)}", start.name
+        self.calls.append(("start", self.name, start))
+
+    def config(self, values):
+        self.calls.append(("config", self.name, values))
+
+    def log(self, step, values):
+        self.calls.append(("log", self.name, step, values))
+
+    def finish(self, error):
+        self.calls.append(("finish", self.name, error))
 
 
 # The program

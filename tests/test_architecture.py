@@ -53,6 +53,7 @@ RULES = [
     (P, ["configs", "tests", f"{P}.main"], ()),
     (f"{P}.config", [f"{P}.training", f"{P}.modes", f"{P}.analysis"], ()),
     (f"{P}.training", [f"{P}.modes"], ()),
+    (f"{P}.trackers", [f"{P}.training", f"{P}.modes", f"{P}.data", f"{P}.analysis"], ()),
     (f"{P}.analysis", [f"{P}.data", f"{P}.training", f"{P}.modes", f"{P}.config"], ()),
     (f"{P}.port", [f"{P}.data", f"{P}.training", f"{P}.modes", f"{P}.config", f"{P}.analysis"], ()),
     (P, ["torch"], (f"{P}.port.weights",)),
@@ -94,7 +95,7 @@ def test_the_only_pmap_is_in_parallel_and_reductions_are_in_the_step_and_batch_n
 def test_only_what_every_mode_needs_is_imported_at_start():
     """So an image folder trains without TFDS, TensorFlow, Grain, scikit-learn, tensorboardX and safetensors."""
     late = ["ml_collections", "tensorflow", "tensorflow_datasets", "grain", "sklearn", "matplotlib", "tensorboardX"]
-    late += ["safetensors", "torch", "scipy.io"]
+    late += ["safetensors", "torch", "scipy.io", "wandb", "mlflow", "trackio", "huggingface_hub"]
     code = f"import sys, regnet_flax.main, regnet_flax.modes.train; print([m for m in {late} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -187,6 +187,7 @@ WRONG = {
     "eval.every_epochs": [-1, 0.5],
     "eval.checkpoint": ["newest", "", "-1", "1.0", "²", -1, 1.0, True, None],
     "log.every_steps": [-1, 1.0],
+    "log.trackers": ["wandb", ("tensorbord",), (1,), (":Class",), ("my_module:",), ("my-module:Class",), None],
     "checkpoint.every_steps": [-1, 2.5],
     "checkpoint.keep": [0, -1, 1.0],
     "checkpoint.keep_best": [-1, None],

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import pathlib
 import re
 import shlex
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers import ROOT, failures, run_program
+from helpers import ROOT, failures, few_digits, run_program
 from regnet_flax import main
 from regnet_flax.config.check import check_config
 from regnet_flax.data.augment import AUGMENTATIONS
@@ -23,6 +24,7 @@ from regnet_flax.data.sources import SOURCES
 from regnet_flax.models.registry import MODELS
 from regnet_flax.models.regnet import BLOCKS, CELLS
 from regnet_flax.models.regulators import REGULATORS
+from regnet_flax.training.logs import MetricsLog
 
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -221,14 +223,64 @@ def test_the_readmes_code_runs(files):
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_the_pages_code_runs(page, files):
-    if any("model.stablehlo" in block.code for block in blocks(page, "python")):
-        workdir = "runs/digits-regnet20_convlstm-0"
-        run_program(
-            "--mode=export", f"--workdir={workdir}", "--config.export.format=stablehlo",
-            "--config.export.path=model.stablehlo", check=0,
-        )  # fmt: skip
+    for kind, file in (("stablehlo", "model.stablehlo"), ("safetensors", "weights.safetensors")):
+        if any(file in block.code for block in blocks(page, "python")):
+            run_program(
+                "--mode=export", "--workdir=runs/digits-regnet20_convlstm-0", f"--config.export.format={kind}",
+                f"--config.export.path={file}", check=0,
+            )  # fmt: skip
     # The page about nn.scan needs stages with blocks to scan.
     run_snippets(page, {} if page.stem == "scan" else SMALL)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_sweep_runs(tmp_path):
+    """Optuna's, for two trials of a smaller network on a few digits."""
+    pytest.importorskip("optuna")
+    (block,) = (block for block in blocks(ROOT / "docs/guides/comparing.md", "python") if block.title == "sweep.py")
+    code = block.code
+    small = "config.train.max_steps, config.train.batch_size, config.model.overrides.width = 2, 32, 4\n    return train"
+    for old, new in (
+        ('["resnet14", "regnet14_convgru", "regnet14_convlstm"]', '["resnet8"]'),
+        ("=20", "=2"),
+        ("return train", small),
+    ):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    space = {"__name__": "__main__"}
+    with few_digits():
+        exec(code, space)
+        exec(code, space)  # adds trials to the same sweep
+    assert len(space["study"].trials) == 4 and space["study"].best_value > 0
+    assert {path.name for path in (tmp_path / "runs/sweep").iterdir()} == {"0", "1", "2", "3"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_conversion_to_onnx_runs(files):
+    pytest.importorskip("jax2onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    (block,) = (block for block in blocks(ROOT / "docs/guides/exporting.md", "python") if block.title == "to_onnx.py")
+    space = {"__name__": "__main__"}
+    exec(block.code, space)
+    session = runtime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    for count in (3, 1):
+        images = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 1), np.uint8)
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.astype(np.float32)})
+        expected = space["trained"].predict(images)
+        np.testing.assert_allclose(jax.nn.softmax(found), expected, atol=1e-5)
+
+
+def test_a_tracker_of_ones_own_is_one(tmp_path):
+    (block,) = blocks(ROOT / "docs/guides/tracking.md", "python")
+    pathlib.Path(block.title).write_text(block.code)
+    (tmp_path / "run").mkdir()
+    for steps in ((1, 2), (3,)):
+        with MetricsLog(tmp_path / "run", 0, ["my_tracker:Lines"], {"seed": 1}) as log:
+            for step in steps:
+                log.write({"step": step, "eval_loss": 0.5})
+    lines = [json.loads(line) for line in (tmp_path / "all.jsonl").read_text().splitlines()]
+    assert {line["run"] for line in lines} == {"run"}
+    assert [line["step"] for line in lines if "step" in line] == [1, 2, 3] and lines[1]["eval/loss"] == 0.5
 
 
 @pytest.mark.slow

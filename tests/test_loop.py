@@ -52,8 +52,16 @@ def train(workdir, **overrides):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, pictures):
     workdir = tmp_path_factory.mktemp("finished") / "deep" / "run"
-    with pictures():
-        return workdir, train(workdir, **{"checkpoint.every_steps": 3, "checkpoint.keep": 99})
+    with pictures(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(helpers.Recorder, "calls", [])
+        changes = {
+            "checkpoint.every_steps": 3,
+            "checkpoint.keep": 99,
+            "log.trackers": ("tensorboard", "helpers:Recorder"),
+        }
+        results = train(workdir, **changes)
+        (workdir / "tracked.json").write_text(json.dumps(helpers.Recorder.calls[1:]))
+    return workdir, results
 
 
 def test_what_a_run_leaves(finished):
@@ -87,6 +95,17 @@ def test_what_a_run_leaves(finished):
         assert np.asarray(Image.open(workdir / "figures" / f"{name}.png")).std() > 0
     assert "test accuracy" in (workdir / "train.log").read_text()
     assert list(workdir.glob("events.out.tfevents*"))
+
+
+def test_a_tracker_gets_the_config_and_every_line(finished):
+    workdir, _ = finished
+    (_, name, values), *logged, end = json.loads((workdir / "tracked.json").read_text())
+    assert name == "run" and (values["train.batch_size"], values["dataset.num_classes"], values["seed"]) == (32, 10, 0)
+    for (_, _, step, values), line in zip(logged, read_lines(workdir), strict=True):
+        assert values.pop("train/images_per_second", 1) > 0
+        assert step == line.pop("step") and list(values.values()) == list(line.values())
+    assert "eval/top5_accuracy" in logged[-1][3] and end == ["finish", "run", ""]
+    assert json.loads((workdir / "trackers.json").read_text()) == {"helpers:Recorder": {"0": "id0"}}
 
 
 def test_eval_finds_what_training_measured_whatever_the_optimiser_and_the_batch(finished, pictures):

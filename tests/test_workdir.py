@@ -1,6 +1,5 @@
 """The files that a run writes into its workdir."""
 
-import contextlib
 import json
 import math
 import os
@@ -19,15 +18,6 @@ from regnet_flax.training.logs import MetricsLog
 from regnet_flax.training.workdir import read_metrics
 
 
-@contextlib.contextmanager
-def metrics_log(path, step=0):
-    log = MetricsLog(path, step)
-    try:
-        yield log
-    finally:
-        log.close()
-
-
 def strictly(text):
     """Parses the lines of a file, and rejects NaN and Infinity, which JSON does not have."""
 
@@ -41,7 +31,7 @@ def strictly(text):
 
 
 def test_lines_are_written_as_they_come(tmp_path):
-    with metrics_log(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         for step in (10, 20):
             log.write({"step": step, "train_loss": 1 / step})
             assert [line["step"] for line in strictly((tmp_path / "metrics.jsonl").read_text())][-1] == step
@@ -50,10 +40,10 @@ def test_lines_are_written_as_they_come(tmp_path):
 
 @pytest.mark.parametrize(("step", "kept"), [(0, []), (10, [10]), (25, [10, 20]), (30, [10, 20, 30])])
 def test_what_was_logged_beyond_the_restored_step_is_cut(tmp_path, step, kept):
-    with metrics_log(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         for number in (10, 20, 30):
             log.write({"step": number})
-    with metrics_log(tmp_path, step) as log:
+    with MetricsLog(tmp_path, step) as log:
         assert [line["step"] for line in read_metrics(tmp_path)] == kept
         log.write({"step": 99})
     assert [line["step"] for line in strictly((tmp_path / "metrics.jsonl").read_text())] == [*kept, 99]
@@ -62,7 +52,7 @@ def test_what_was_logged_beyond_the_restored_step_is_cut(tmp_path, step, kept):
 def test_a_line_cut_off_in_the_middle_is_dropped(tmp_path, logger, caplog):
     (tmp_path / "metrics.jsonl").write_text('{"step": 10, "train_loss": 2.0}\n{"step": 20, "train_lo')
     assert read_metrics(tmp_path) == [{"step": 10, "train_loss": 2.0}]
-    with metrics_log(tmp_path, 20) as log:
+    with MetricsLog(tmp_path, 20) as log:
         log.write({"step": 20, "train_loss": 1.0})
     assert [line["step"] for line in strictly((tmp_path / "metrics.jsonl").read_text())] == [10, 20]
     assert "metrics.jsonl has a damaged line" in caplog.text
@@ -76,7 +66,7 @@ DAMAGED_LINES = [b"", b"\xff\xfe\x00", b"3", b"[]", b"{}", b'{"step": null}', b'
 def test_a_damaged_line_is_dropped_and_the_others_stay(tmp_path, line):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 10}\n' + line + b'\n{"step": 20, "train_loss": 1.5}\n')
     assert read_metrics(tmp_path) == [{"step": 10}, {"step": 20, "train_loss": 1.5}]
-    with metrics_log(tmp_path, 20) as log:
+    with MetricsLog(tmp_path, 20) as log:
         log.write({"step": 30})
     assert [line["step"] for line in strictly((tmp_path / "metrics.jsonl").read_text())] == [10, 20, 30]
 
@@ -87,7 +77,7 @@ def test_there_may_be_no_metrics_yet(tmp_path):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_left_out(tmp_path, bad):
-    with metrics_log(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         log.write({"step": 10, "train_loss": bad, "train_accuracy": 0.5})
     assert strictly((tmp_path / "metrics.jsonl").read_text()) == [{"step": 10, "train_accuracy": 0.5}]
 
@@ -96,7 +86,7 @@ def test_what_is_not_finite_is_left_out(tmp_path, bad):
 
 
 def test_tensorboard_has_every_metric(tmp_path):
-    with metrics_log(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         log.write(LINE)
         log.write({"step": 2340, "train_loss": math.nan, "train_accuracy": 0.25})
     shown = events(tmp_path)
@@ -118,12 +108,12 @@ def test_tensorboard_has_every_metric(tmp_path):
 
 @pytest.mark.parametrize("step", [0, 10, 20])
 def test_tensorboard_shows_a_resumed_run_once(tmp_path, step):
-    with metrics_log(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         for number in (10, 20, 30):
             log.write({"step": number, "train_loss": 1.0})
     for file in tmp_path.glob("events.*"):
         file.rename(tmp_path / "events.out.tfevents.0000000000.earlier")  # the names contain the time in seconds
-    with metrics_log(tmp_path, step) as log:
+    with MetricsLog(tmp_path, step) as log:
         log.write({"step": step + 5, "train_loss": 2.0})
     shown = {number: value for (_, number), value in events(tmp_path).items()}
     assert shown == {number: 1.0 for number in (10, 20, 30) if number <= step} | {step + 5: 2.0}
@@ -131,7 +121,7 @@ def test_tensorboard_shows_a_resumed_run_once(tmp_path, step):
 
 def test_without_tensorboardx_there_is_a_warning_only(tmp_path, logger, caplog, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with metrics_log(tmp_path) as log:
+    with MetricsLog(tmp_path, 0) as log:
         log.write(LINE)
     assert [record.getMessage() for record in caplog.records if record.levelname == "WARNING"] == [
         "tensorboardX is not installed: no TensorBoard events are written"

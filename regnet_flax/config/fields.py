@@ -22,6 +22,7 @@ from regnet_flax.places import in_bucket
 SCHEDULES = ("step", "cosine", "constant")
 # Each optimiser with the fields that only it uses.
 OPTIMIZERS = {"sgd": ("momentum", "nesterov"), "adamw": ("betas",), "lamb": ("betas",)}
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 Check = Callable[[Any], str]  # "" for a valid value, otherwise what the value must be
 
@@ -79,6 +80,12 @@ def _modules(value: Any) -> str:
     if names and all(part.isidentifier() for name in value for part in name.split(".")):
         return ""
     return "a tuple of module names, such as \"('my_module',)\""
+
+
+def _tracker(value: Any) -> str:
+    module, colon, name = value.partition(":") if isinstance(value, str) else ("", "", "")
+    own = colon and name.isidentifier() and all(part.isidentifier() for part in module.split("."))
+    return "" if own or value in TRACKERS else f"one of {', '.join(TRACKERS)}, or a class of yours, 'module:Class'"
 
 
 def _checkpoint(value: Any) -> str:
@@ -259,6 +266,12 @@ FIELDS: dict[str, Field] = {
         "best", _checkpoint, 'for --mode eval, predict and export: "best", "last" or a step', may_change=True
     ),
     "log.every_steps": Field(100, _whole(0), "0: only at evaluations", may_change=True),
+    "log.trackers": Field(
+        ("tensorboard",),
+        _each(_tracker),
+        f"where the log goes besides metrics.jsonl: {', '.join(TRACKERS)}, or a class of yours, 'module:Class'",
+        may_change=True,
+    ),
     "checkpoint.every_steps": Field(0, _whole(0), "0: every epoch", may_change=True),
     "checkpoint.keep": Field(2, _whole(1), "how many of the newest to keep", may_change=True),
     "checkpoint.keep_best": Field(

@@ -19,6 +19,7 @@ from regnet_flax.config.check import check_config
 from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError
 from regnet_flax.models.registry import parse_variant
 from regnet_flax.modes.train import train_and_evaluate
+from regnet_flax.trackers.registry import check_installed
 from regnet_flax.training.display import say_table
 from regnet_flax.training.signals import StopSignals
 from regnet_flax.training.workdir import workdir_lock
@@ -68,6 +69,7 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
         raise ConfigError(f"compare.{field} is (): name some, such as {example}, or take configs/compare_digits.py")
     if not config.eval.every_epochs:
         raise ConfigError("eval.every_epochs is 0: models are compared by their test error, so it must be at least 1")
+    check_installed(config.log.trackers)
     runs: dict[str, pathlib.Path] = {}
     failed: dict[str, str] = {}
     with workdir_lock(path), StopSignals() as stop:

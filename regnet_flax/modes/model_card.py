@@ -121,6 +121,16 @@ def write(path: pathlib.Path, trained: Trained, workdir: pathlib.Path) -> pathli
     return card
 
 
+def find(path: pathlib.Path) -> pathlib.Path | None:
+    """Returns the card that `write` wrote for this file, or None."""
+    for card in (path.with_name(path.name + ".md"), path.with_name(NAME)):
+        if card.is_file():
+            text = card.read_text(encoding="utf-8", errors="replace")
+            if text.startswith(_HEAD) and f"\n- {path.name}\n" in text.split("---")[1]:
+                return card
+    return None
+
+
 def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> str:
     """Returns the card's text for the files with these names; see `write`."""
     config, step = trained.config, trained.step

@@ -21,6 +21,7 @@ from regnet_flax.files import dataset_title, write_json
 from regnet_flax.modes.setup import Dataset, load_weights, make_plan, make_trainer, open_dataset
 from regnet_flax.places import in_workdir
 from regnet_flax.results import collect_results, report
+from regnet_flax.trackers.registry import check_installed
 from regnet_flax.training import parallel, workdir
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.display import working
@@ -76,6 +77,9 @@ def train_and_evaluate(
         report(results, path)
         return results
     check_config(config, len(devices))
+    with parallel.together():
+        if parallel.is_primary():
+            check_installed(config.log.trackers)
     with StopSignals() as stop, RunLog() as log:
         working(f"reading {config.dataset.name}")
         dataset, fingerprint = _open_dataset(config, stored, path)

@@ -1,4 +1,4 @@
-"""A run's log files: metrics.jsonl, TensorBoard events, train.log, and a trace if requested."""
+"""A run's log files: metrics.jsonl, trackers such as TensorBoard, train.log, and a trace if requested."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import json
 import logging
 import math
 import pathlib
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from regnet_flax import files
-from regnet_flax.training.workdir import LOG, METRICS, read_metrics
+from regnet_flax.config.check import flatten
+from regnet_flax.config.fields import FIELDS
+from regnet_flax.errors import one_line
+from regnet_flax.trackers.registry import open_trackers
+from regnet_flax.training.workdir import LOG, METRICS, read_metrics, seed_line
 
 logger = logging.getLogger("regnet_flax")
 
@@ -22,23 +25,29 @@ BEFORE, TRACED = 2, 5  # numbers of calls: the first ones compile
 
 
 class MetricsLog:
-    """Writes metrics.jsonl, one object per line, and the same values as TensorBoard events.
+    """Writes metrics.jsonl, one object per line, and the same values to the trackers.
 
     Args:
-      workdir: the directory of both.
+      workdir: the run's directory.
       step: the step from which the run resumes; later lines are removed, because the run will log them again.
+      trackers: `log.trackers`.
+      config: the resolved config.
+      seeds: the seeds that train together, or one.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        step: int,
+        trackers: Sequence[str] = FIELDS["log.trackers"].default,
+        config: Mapping[str, Any] | None = None,
+        seeds: Sequence[int] = (0,),
+    ):
         path = workdir / METRICS
         lines = [line for line in read_metrics(workdir) if line["step"] <= step]
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self._file = open(path, "a", encoding="utf-8")
-        try:
-            self._events = _Events(workdir, step + 1)
-        except ImportError:
-            logger.warning("tensorboardX is not installed: no TensorBoard events are written")
-            self._events = None
+        self._trackers = open_trackers(trackers, workdir, step + 1, dict(flatten(config or {})), seeds)
 
     def write(self, line: dict[str, Any]) -> None:
         """Appends one line, which has at least "step"."""
@@ -46,58 +55,29 @@ class MetricsLog:
         finite = {k: v for k, v in line.items() if not isinstance(v, float) or math.isfinite(v)}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
-        if self._events is not None:
-            scalars = {_tag(k): v for k, v in finite.items() if isinstance(v, (int, float)) and k != "step"}
-            self._events.write(scalars, line["step"])
+        seeds = line.get("seeds", {})
+        for seed, tracker in self._trackers:
+            if seed is not None and str(seed) not in seeds:
+                tracker.finish("its loss or gradient is not finite")
+                continue
+            values = finite if seed is None else seed_line(finite, seed)
+            scalars = {_tag(k): v for k, v in values.items() if isinstance(v, (int, float)) and k != "step"}
+            tracker.log(line["step"], scalars)
 
-    def close(self) -> None:
-        try:
-            self._file.close()
-        finally:
-            if self._events is not None:
-                self._events.close()
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        with contextlib.ExitStack() as ends:
+            ends.callback(self._file.close)
+            for _, tracker in self._trackers:
+                ends.callback(tracker.finish, "" if error is None else one_line(error))
 
 
 def _tag(name: str) -> str:
-    """Returns a metric's TensorBoard tag, grouped by its kind: "train/loss" for "train_loss"."""
+    """Returns a metric's name in trackers, grouped by its kind: "train/loss" for "train_loss"."""
     kind, _, rest = name.partition("_")
     return f"{kind}/{rest}" if kind in ("train", "eval") else f"train/{name}"
-
-
-class _Events:
-    """A file of TensorBoard events.
-
-    tensorboardX's SummaryWriter is not used, because it writes in a thread. Its flush does not wait for queued events,
-    so a killed run could have a checkpoint without its events. Once the disk is full, the thread dies and the queue
-    blocks.
-
-    Args:
-      workdir: the file's directory.
-      first: the step from which TensorBoard discards the events of earlier files.
-    """
-
-    def __init__(self, workdir: pathlib.Path, first: int):
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
-
-        protocol: Any = event_pb2
-        self._event, self._scalar = protocol.Event, summary.scalar
-        self._writer = event_file_writer.EventsWriter(str(workdir / "events"))
-        start = protocol.SessionLog(status=protocol.SessionLog.START)
-        self._add(self._event(step=first, session_log=start))
-        self._writer.flush()
-
-    def _add(self, event: Any) -> None:
-        event.wall_time = time.time()
-        self._writer.write_event(event)
-
-    def write(self, scalars: Mapping[str, float], step: int) -> None:
-        for name, value in scalars.items():
-            self._add(self._event(step=step, summary=self._scalar(name, value)))
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 class RunLog(logging.Handler):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 import time
@@ -128,13 +129,13 @@ class Run:
         ) as self._display:
             # If a signal caused the checkpoint before its step was logged, the line is still missing.
             step = self.step if self._logged else self.step - 1
-            self._metrics = MetricsLog(self._path, step) if parallel.is_primary() else None
-            try:
+            with contextlib.ExitStack() as ends:
+                self._metrics, config = None, self._config
+                if parallel.is_primary():
+                    log = MetricsLog(self._path, step, config.log.trackers, config, self.seeds)
+                    self._metrics = ends.enter_context(log)
+                ends.callback(self._trace.stop)
                 self._loop()
-            finally:
-                self._trace.stop()
-                if self._metrics is not None:
-                    self._metrics.close()
 
     def _loop(self) -> None:
         trainer, running = self._trainer, deque()

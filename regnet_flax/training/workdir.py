@@ -83,6 +83,13 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, Any]]:
     return read_json_lines(workdir / METRICS)
 
 
+def seed_line(line: dict[str, Any], seed: int | str) -> dict[str, Any]:
+    """Returns a line of metrics.jsonl for one seed: with its own values in place of the means."""
+    seeds = line.get("seeds", {})
+    means = {name for values in seeds.values() for name in values}
+    return {name: value for name, value in line.items() if name not in means} | seeds.get(str(seed), {})
+
+
 def plain(value: Any) -> Any:
     """Converts a config, or any nested mappings and sequences, to dicts and lists as in JSON."""
     if hasattr(value, "items"):
