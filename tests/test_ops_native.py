@@ -277,6 +277,7 @@ def test_with_sanitizers(tmp_path):
         "-s",
         "-p",
         "no:cacheprovider",
+        "--thorough",
         "-k",
         names,
         __file__,
