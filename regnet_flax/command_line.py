@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from regnet_flax.config_files import DEFAULT_CONFIG, find_config, provide_configs
+from regnet_flax.config.files import DEFAULT_CONFIG, find_config, provide_configs
 from regnet_flax.errors import ConfigError, UsageError
 from regnet_flax.places import fetch, in_bucket, located
 

@@ -231,6 +231,7 @@ def same_end(found, expected, step=12):
     assert metrics(found) == metrics(expected)
 
 
+@pytest.mark.thorough
 def test_a_run_in_a_bucket_goes_on_on_another_machine(machine, tmp_path, monkeypatch):
     url, reference, run = "memory://bucket/runs/a", tmp_path / "reference", [*RUN, "--config.eval.every_epochs=0"]
     with few_digits():

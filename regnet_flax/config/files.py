@@ -7,7 +7,7 @@ from pathlib import Path
 from regnet_flax.errors import UsageError, one_line
 from regnet_flax.files import expanded
 
-PACKAGE = Path(__file__).resolve().parent
+PACKAGE = Path(__file__).resolve().parent.parent
 # A wheel has the configs inside the package; the repository has them beside it.
 SHIPPED = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 DEFAULT_CONFIG = "configs/digits.py"
