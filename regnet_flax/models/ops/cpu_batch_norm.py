@@ -42,10 +42,17 @@ def batch_norm(
 
 
 class Passes(NamedTuple):
-    """The passes over X of which `batch_norm` consists."""
+    """The passes over X of which `batch_norm` consists.
 
-    statistics: Callable[..., tuple[Array, Array]]  # (x, axis_name) → mean and biased variance, over the devices too
-    gradient_sums: Callable[..., tuple[Array, Array]]  # → the gradients of bias and scale, of this device
+    Attributes:
+      statistics: (x, axis_name) → mean and biased variance, over the devices too.
+      gradient_sums: (d, x, mean, variance, scale, bias, *, relu, epsilon) → the gradients of bias and scale, of this
+        device.
+      input_gradient: (the same, and those gradients' means over the devices) → the gradient of x.
+    """
+
+    statistics: Callable[..., tuple[Array, Array]]
+    gradient_sums: Callable[..., tuple[Array, Array]]
     input_gradient: Callable[..., Array]
 
 
@@ -65,8 +72,7 @@ def by_passes(
     x, scale, bias = vary_together(x, scale, bias)
     normalized: Any = _batch_norm(x, scale, bias, passes, epsilon, relu, dtype, axis_name)
     y, mean, variance = normalized
-    factor = lax.rsqrt(variance + epsilon) * scale
-    return Remade(y, (x, mean, factor, bias), Normalizer(relu, dtype)), mean, variance
+    return Remade(y, (x, mean, variance, scale, bias), Normalizer(relu, dtype, epsilon)), mean, variance
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6, 7))
@@ -76,28 +82,29 @@ def _batch_norm(x, scale, bias, passes, epsilon, relu, dtype, axis_name):
 
 def _forward(x, scale, bias, passes, epsilon, relu, dtype, axis_name):
     mean, variance = passes.statistics(x, axis_name)
-    y = Normalizer(relu, dtype)(x, mean, lax.rsqrt(variance + epsilon) * scale, bias)
+    y = Normalizer(relu, dtype, epsilon)(x, mean, variance, scale, bias)
     return (y, mean, variance), (x, scale, bias, mean, variance)
 
 
 @dataclasses.dataclass(frozen=True)
 class Normalizer:
-    """Makes Y from X, its mean, factor and bias, which the last axis has."""
+    """Makes Y from X and, for each of the last axis's channels, mean, variance, scale and bias."""
 
     relu: bool
     dtype: Any
+    epsilon: float
 
-    def __call__(self, x: Array, mean: Array, factor: Array, bias: Array) -> Array:
-        y = (x - mean) * factor + bias
+    def __call__(self, x: Array, mean: Array, variance: Array, scale: Array, bias: Array) -> Array:
+        y = (x - mean) * (lax.rsqrt(variance + self.epsilon) * scale) + bias
         return (jax.nn.relu(y) if self.relu else y).astype(self.dtype)
 
 
 def _backward(passes, epsilon, relu, dtype, axis_name, saved, gradients):
     del dtype
     x, scale, bias, mean, variance = saved
-    values = gradients[0], x, mean, lax.rsqrt(variance + epsilon), scale, bias
-    by_bias, by_scale = local = passes.gradient_sums(*values, relu=relu)
-    dx = passes.input_gradient(*values, *(over_devices(s, axis_name) for s in local), relu=relu)
+    values, options = (gradients[0], x, mean, variance, scale, bias), {"relu": relu, "epsilon": epsilon}
+    by_bias, by_scale = local = passes.gradient_sums(*values, **options)
+    dx = passes.input_gradient(*values, *(over_devices(s, axis_name) for s in local), **options)
     return dx, by_scale.astype(scale.dtype), by_bias.astype(bias.dtype)
 
 
@@ -131,16 +138,27 @@ def _before(d, x, mean, root, scale, bias, relu):
 
 
 @functools.partial(no_inline, static=("relu",))
-def gradient_sums(d, x, mean, root, scale, bias, *, relu):
+def _gradient_sums(d, x, mean, root, scale, bias, *, relu):
     d, x = _before(d, x, mean, root, scale, bias, relu)
     return tuple(pixel_sums([d, d * x]))
 
 
 @functools.partial(no_inline, static=("relu",))
-def input_gradient(d, x, mean, root, scale, bias, by_bias, by_scale, *, relu):
+def _input_gradient(d, x, mean, root, scale, bias, by_bias, by_scale, *, relu):
     count, dtype = _pixels(x), x.dtype
     d, x = _before(d, x, mean, root, scale, bias, relu)
     return ((d - (by_bias + x * by_scale) / count) * (root * scale)).astype(dtype)
+
+
+def gradient_sums(d, x, mean, variance, scale, bias, *, relu, epsilon):
+    """`Passes.gradient_sums`."""
+    return _gradient_sums(d, x, mean, lax.rsqrt(variance + epsilon), scale, bias, relu=relu)
+
+
+def input_gradient(d, x, mean, variance, scale, bias, by_bias, by_scale, *, relu, epsilon):
+    """`Passes.input_gradient`."""
+    root = lax.rsqrt(variance + epsilon)
+    return _input_gradient(d, x, mean, root, scale, bias, by_bias, by_scale, relu=relu)
 
 
 _batch_norm.defvjp(_forward, _backward)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
 
 from regnet_flax.models.ops import cpu, cpu_batch_norm, native_library, plain
 from regnet_flax.models.ops.native_library import call, derivable
@@ -56,8 +56,7 @@ def normalize(
     y = plain.normalize(x, mean, variance, scale, bias, relu=relu, epsilon=epsilon, dtype=dtype)
     if not _takes(x, scale, bias, dtype):
         return y
-    factor = lax.rsqrt(variance + epsilon) * scale
-    return cpu.Remade(y, (x, mean, factor, bias), cpu_batch_norm.Normalizer(relu, y.dtype))
+    return cpu.Remade(y, (x, mean, variance, scale, bias), cpu_batch_norm.Normalizer(relu, y.dtype, epsilon))
 
 
 def _statistics(x, axis_name):
@@ -74,26 +73,27 @@ def _moments(_, x):
     return tuple(call("regnet_flax_moments", [numbers, numbers], x))
 
 
-def _gradient_sums(d, x, mean, root, scale, bias, *, relu):
-    return _sums(relu, d, x, mean, root, scale, bias)
+def _gradient_sums(*values, relu, epsilon):
+    return _sums((relu, epsilon), *values)
 
 
-@derivable(lambda relu, *values: cpu_batch_norm.gradient_sums(*values, relu=relu))
-def _sums(relu, d, x, mean, root, scale, bias):
-    numbers = [jax.typeof(d).update(shape=mean.shape, dtype=mean.dtype)] * 2
-    by_bias, products = call("regnet_flax_norm_gradient_sums", numbers, d, x, mean, root * scale, bias, relu=relu)
-    return by_bias, products * root
+@derivable(lambda form, *values: cpu_batch_norm.gradient_sums(*values, relu=form[0], epsilon=form[1]))
+def _sums(form, d, x, *vectors):
+    numbers = [jax.typeof(d).update(shape=v.shape, dtype=v.dtype) for v in vectors[:2]]
+    relu, epsilon = form
+    return tuple(
+        call("regnet_flax_norm_gradient_sums", numbers, d, x, *vectors, relu=relu, epsilon=np.float64(epsilon))
+    )
 
 
-def _input_gradient(d, x, mean, root, scale, bias, by_bias, by_scale, *, relu):
-    return _gradient(relu, d, x, mean, root, scale, bias, by_bias, by_scale)
+def _input_gradient(*values, relu, epsilon):
+    return _gradient((relu, epsilon), *values)
 
 
-@derivable(lambda relu, *values: cpu_batch_norm.input_gradient(*values, relu=relu))
-def _gradient(relu, d, x, mean, root, scale, bias, by_bias, by_scale):
-    factor, pixels = root * scale, x.size // x.shape[-1]
-    lines = by_bias * factor / pixels, by_scale * root * factor / pixels
-    return call("regnet_flax_norm_gradient", jax.typeof(x), d, x, mean, factor, bias, *lines, relu=relu)
+@derivable(lambda form, *values: cpu_batch_norm.input_gradient(*values, relu=form[0], epsilon=form[1]))
+def _gradient(form, d, x, *vectors):
+    relu, epsilon = form
+    return call("regnet_flax_norm_gradient", jax.typeof(x), d, x, *vectors, relu=relu, epsilon=np.float64(epsilon))
 
 
 PASSES = cpu_batch_norm.Passes(_statistics, _gradient_sums, _input_gradient)

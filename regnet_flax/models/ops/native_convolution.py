@@ -67,7 +67,9 @@ class _Form(NamedTuple):
         return {"geometry": np.array([*kernel_shape[:2], self.strides[0], top, left], np.int64)}
 
     def kinds(self) -> dict[str, Any]:
-        return {"kinds": np.array([0 if make is None else 1 + make.relu for make in self.makes], np.int64)}
+        kinds = [0 if make is None else 1 + make.relu for make in self.makes]
+        epsilons = [0 if make is None else make.epsilon for make in self.makes]
+        return {"kinds": np.array(kinds, np.int64), "epsilons": np.array(epsilons, np.float64)}
 
 
 def conv(

@@ -48,15 +48,18 @@ class Normalization {
   Images images(const ffi::AnyBuffer& a) const { return {static_cast<char*>(a.untyped_data()), pixels.narrow}; }
   float* floats(const ffi::AnyBuffer& a) const { return static_cast<float*>(a.untyped_data()); }
 
-  // The vectors among the arguments, of one seed after another: (seeds, vectors, n).
-  std::vector<float> vectors(size_t images_in) const {
-    const int64_t count = in.size() - images_in;
-    std::vector<float> all(pixels.seeds * count * pixels.n);
-    for (int64_t seed = 0; seed < pixels.seeds; seed++) {
-      for (int64_t k = 0; k < count; k++) {
-        const float* from = floats(in[images_in + k]) + seed * pixels.n;
-        std::copy(from, from + pixels.n, all.begin() + (seed * count + k) * pixels.n);
-      }
+  // Value c of a vector, the argument at `place`.
+  float at(size_t place, int64_t seed, int64_t c) const { return floats(in[place])[seed * pixels.n + c]; }
+
+  // Of arguments (d, x, mean, variance, scale, bias, …): mean, factor and bias, and `others` more, of one seed after
+  // another.
+  std::vector<float> norms(double epsilon, int others) const {
+    const int64_t n = pixels.n;
+    std::vector<float> all(pixels.seeds * (3 + others) * n);
+    for (int64_t index = 0; index < pixels.seeds * n; index++) {
+      const int64_t seed = index / n, c = index % n;
+      float* to = all.data() + seed * (3 + others) * n + c;
+      to[0] = at(2, seed, c), to[n] = factor_of(at(3, seed, c), at(4, seed, c), epsilon), to[2 * n] = at(5, seed, c);
     }
     return all;
   }
@@ -98,16 +101,16 @@ ffi::Error batch_moments(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi
   return ffi::Error::Success();
 }
 
-// Arguments are (d, x, mean, factor, bias), the results the sums of d and of d·(x − mean).
+// Arguments are (d, x, mean, variance, scale, bias), the results the gradients of bias and scale.
 ffi::Error batch_gradient_sums(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
-                               bool relu) {
+                               bool relu, double epsilon) {
   const Library& library = library_of(lanes());
   Normalization call(arguments, results);
-  if (!call.fits(2, 3, 0, 2)) return invalid("arrays do not fit each other");
+  if (!call.fits(2, 4, 0, 2)) return invalid("arrays do not fit each other");
   const Pixels& pixels = call.pixels;
   const int64_t parts = pixels.parts(), n = pixels.n;
   std::vector<double> partial(std::max<int64_t>(1, pixels.seeds * parts * 2 * n));
-  const std::vector<float> norms = call.vectors(2);
+  const std::vector<float> norms = call.norms(epsilon, 0);
   const Images d = call.images(call.in[0]), x = call.images(call.in[1]);
   parallel(pool, pixels.seeds * parts, [&](int64_t item) {
     const int64_t part = item % parts, seed = item / parts, start = seed * pixels.count;
@@ -118,21 +121,29 @@ ffi::Error batch_gradient_sums(ffi::ThreadPool pool, ffi::RemainingArgs argument
     for (int64_t k = 0; k < 2 * n; k++) {
       double sum = 0;
       for (int64_t part = 0; part < parts; part++) sum += partial[(seed * parts + part) * 2 * n + k];
+      if (k >= n) sum /= std::sqrt(call.at(3, seed, k - n) + epsilon);
       call.floats(call.out[k / n])[seed * n + k % n] = static_cast<float>(sum);
     }
   }
   return ffi::Error::Success();
 }
 
-// Arguments are (d, x, mean, factor, bias, constant, slope), the result the gradient of x.
+// Arguments are (d, x, mean, variance, scale, bias, and the gradients of bias and scale), the result the gradient of x.
 ffi::Error batch_input_gradient(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
-                                bool relu) {
+                                bool relu, double epsilon) {
   const Library& library = library_of(lanes());
   Normalization call(arguments, results);
-  if (!call.fits(2, 5, 1, 0)) return invalid("arrays do not fit each other");
+  if (!call.fits(2, 6, 1, 0)) return invalid("arrays do not fit each other");
   const Pixels& pixels = call.pixels;
   const int64_t parts = pixels.parts(), n = pixels.n;
-  const std::vector<float> norms = call.vectors(2);
+  std::vector<float> norms = call.norms(epsilon, 2);
+  for (int64_t index = 0; index < pixels.seeds * n; index++) {
+    const int64_t seed = index / n, c = index % n;
+    float* of = norms.data() + seed * 5 * n + c;
+    const double shared = static_cast<double>(of[n]) / pixels.count;
+    of[3 * n] = static_cast<float>(call.at(6, seed, c) * shared);
+    of[4 * n] = static_cast<float>(call.at(7, seed, c) * shared / std::sqrt(call.at(3, seed, c) + epsilon));
+  }
   const Images d = call.images(call.in[0]), x = call.images(call.in[1]), to = call.images(call.out[0]);
   parallel(pool, pixels.seeds * parts, [&](int64_t item) {
     const int64_t part = item % parts, seed = item / parts, start = seed * pixels.count;

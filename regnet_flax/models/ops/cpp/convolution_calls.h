@@ -6,6 +6,12 @@
 namespace {
 
 using Numbers = ffi::Span<const int64_t>;
+using Reals = ffi::Span<const double>;
+
+// What batch normalisation multiplies x − mean by.
+float factor_of(float variance, float scale, double epsilon) {
+  return static_cast<float>(scale / std::sqrt(variance + epsilon));
+}
 
 std::vector<Chunk> chunks_of(const std::vector<Operand>& operands, int lanes) {
   std::vector<Chunk> chunks;
@@ -82,28 +88,27 @@ class Arrays {
   size_t placed_in_ = 0, placed_out_ = 0;
 };
 
-// Inputs by the codes of `kinds`: 0 an array; 1 an array, means, factors and biases; 2 the same, and a ReLU. `norms` holds
-// the vectors of one seed after another.
-std::vector<Operand> inputs_of(Arrays& arrays, Numbers kinds, int lanes, int64_t& height, int64_t& width,
-                               std::vector<std::vector<float>>& norms) {
+// Inputs by the codes of `kinds`: 0 an array; 1 an array and its mean, variance, scale and bias; 2 the same, and a ReLU.
+// `norms` holds the vectors of one seed after another.
+std::vector<Operand> inputs_of(Arrays& arrays, Numbers kinds, Reals epsilons, int lanes, int64_t& height,
+                               int64_t& width, std::vector<std::vector<float>>& norms) {
   std::vector<Operand> operands;
-  for (const int64_t kind : kinds) {
+  for (size_t k = 0; k < kinds.size(); k++) {
     operands.push_back(arrays.operand(false, height, width));
     Operand& operand = operands.back();
     norms.emplace_back();
-    if (!kind) continue;
-    const int64_t channels = operand.channels, chunks = (channels + lanes - 1) / lanes;
+    if (!kinds[k]) continue;
+    const int64_t channels = operand.channels, chunks = (channels + lanes - 1) / lanes, all = arrays.seeds * channels;
+    const float *mean = arrays.floats(false, all), *variance = arrays.floats(false, all);
+    const float *scale = arrays.floats(false, all), *bias = arrays.floats(false, all);
+    if (!mean || !variance || !scale || !bias) return operands;
     norms.back().assign(arrays.seeds * chunks * 3 * lanes, 0.0f);
-    for (int value = 0; value < 3; value++) {
-      const float* from = arrays.floats(false, arrays.seeds * channels);
-      if (!from) return operands;
-      for (int64_t seed = 0; seed < arrays.seeds; seed++) {
-        for (int64_t c = 0; c < channels; c++) {
-          norms.back()[((seed * chunks + c / lanes) * 3 + value) * lanes + c % lanes] = from[seed * channels + c];
-        }
-      }
+    for (int64_t index = 0; index < all; index++) {
+      const int64_t seed = index / channels, c = index % channels;
+      float* to = norms.back().data() + (seed * chunks + c / lanes) * 3 * lanes + c % lanes;
+      to[0] = mean[index], to[lanes] = factor_of(variance[index], scale[index], epsilons[k]), to[2 * lanes] = bias[index];
     }
-    operand.relu = kind == 2;
+    operand.relu = kinds[k] == 2;
   }
   return operands;
 }
@@ -200,12 +205,12 @@ ffi::Error convolve(ffi::ThreadPool& pool, const Library& library, Convolution j
 // Arguments are (inputs…, kernel), the result is the outputs. `geometry` is the kernel's height and width, the stride, and
 // the rows and columns of zeros above and left of the image.
 ffi::Error convolution(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results, Numbers geometry,
-                       Numbers kinds) {
+                       Numbers kinds, Reals epsilons) {
   const Library& library = library_of(lanes());
   Arrays arrays(arguments, results);
   Convolution job{};
   std::vector<std::vector<float>> norms;
-  job.in = inputs_of(arrays, kinds, library.lanes, job.height, job.width, norms);
+  job.in = inputs_of(arrays, kinds, epsilons, library.lanes, job.height, job.width, norms);
   job.out.push_back(arrays.operand(true, job.out_height, job.out_width));
   const int64_t height = geometry[0], width = geometry[1];
   job.taps = static_cast<int>(height * width);
@@ -250,13 +255,13 @@ ffi::Error input_gradient(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ff
 
 // Arguments are (inputs…, gradient of the outputs), the result is that of the kernel.
 ffi::Error filter_gradient(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results,
-                           Numbers geometry, Numbers kinds) {
+                           Numbers geometry, Numbers kinds, Reals epsilons) {
   const Library& library = library_of(lanes());
   const int lanes = library.lanes;
   Arrays arrays(arguments, results);
   FilterGradient job{};
   std::vector<std::vector<float>> norms;
-  job.in = inputs_of(arrays, kinds, lanes, job.height, job.width, norms);
+  job.in = inputs_of(arrays, kinds, epsilons, lanes, job.height, job.width, norms);
   job.d = arrays.operand(false, job.d_height, job.d_width);
   job.kernel_height = geometry[0], job.kernel_width = geometry[1], job.step = static_cast<int>(geometry[2]);
   job.top = geometry[3], job.left = geometry[4];
