@@ -121,7 +121,7 @@ def test_second_derivatives_and_transformations(cell):
 
 
 @needs_library
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [c if c == "lstm" else pytest.param(c, marks=pytest.mark.thorough) for c in CELLS])
 def test_devices(cell):
     """With pmap, and with shard_map and its default check_vma, which sums the devices' gradients of weights."""
     devices = jax.devices()[:2]

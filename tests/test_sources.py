@@ -374,9 +374,9 @@ def test_decompression_bombs_do_not_decode_and_warnings_stay_warnings(folder, mo
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 8 * 12)
     before, during, pillows = list(warnings.filters), [], Image.open
 
-    def record(file):
+    def record(file, **options):
         during.append(list(warnings.filters))
-        return pillows(file)
+        return pillows(file, **options)
 
     monkeypatch.setattr(Image, "open", record)
     dataset = load_dataset("folder", data_dir=str(folder), image_size=5)
@@ -543,7 +543,8 @@ def test_reading_in_several_batches(prepared, monkeypatch):
     whole = [example["label"] for example in source]
     decoded = []
     monkeypatch.setattr(sources, "BATCH", 7)
-    monkeypatch.setattr(sources.Image, "open", lambda file, _open=Image.open: decoded.append(1) or _open(file))
+    pillows = Image.open
+    monkeypatch.setattr(sources.Image, "open", lambda *args, **options: decoded.append(1) or pillows(*args, **options))
     assert load_dataset("cifar10", data_dir=str(prepared[0])).train.labels.tolist() == whole
     assert len(decoded) == 60
 
