@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from regnet_flax.models.ops import cells, cpu, native_library, plain
+from regnet_flax.models.ops.native_library import DTYPES, call
 from regnet_flax.models.ops.varying import vary_together
 
 Array = jax.Array
 Arrays = tuple[Array, ...]
 
-DTYPES = (jnp.float32, jnp.bfloat16)
 _PLAIN = {"rnn": plain.rnn_step, "gru": plain.gru_step, "lstm": plain.lstm_step}
 
 
@@ -56,16 +56,12 @@ def _native(cell: str, x: Array, state: cells.State, weights: Arrays) -> Any:
 def _step(cell: str, *arrays: Array) -> Arrays:
     """The new state, from X, the state, taps (2, 3, 3, gates, n) and bias (gates, n)."""
     _, *state, _, _ = arrays
-    return _call(f"regnet_flax_{cell}_forward", state, arrays)
-
-
-def _call(target: str, like: Any, arrays: Any) -> Arrays:
-    return tuple(jax.ffi.ffi_call(target, [jax.typeof(a) for a in like], vmap_method="broadcast_all")(*arrays))
+    return tuple(call(f"regnet_flax_{cell}_forward", [jax.typeof(a) for a in state], arrays))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _gradients(cell: str, arrays: Arrays, directions: Arrays) -> Arrays:
-    return _call(f"regnet_flax_{cell}_backward", arrays, (*arrays, *directions))
+    return tuple(call(f"regnet_flax_{cell}_backward", [jax.typeof(a) for a in arrays], arrays, directions))
 
 
 @_gradients.defjvp

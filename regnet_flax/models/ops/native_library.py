@@ -1,8 +1,8 @@
 """The library of native operations: built when it is first needed, kept in the user's cache, registered with XLA.
 
 It is built then, and not when the package is installed, because its headers come with jaxlib: so a wheel stays pure
-Python, installing needs neither a compiler nor jaxlib, and an editable installation does the same. It finds the best
-instructions of the processor when it runs, so machines may share a cache. Without a compiler the operations are off,
+Python, installing needs neither a compiler nor jaxlib, and an editable installation does the same. Its file's
+name depends on the processor's instructions, so machines may share a cache. Without a compiler the operations are off,
 which is logged once, and the arithmetic is JAX's. A run's results.json says whether they were in use.
 
 The environment: REGNET_FLAX_NATIVE=0 turns it off; CXX names the compiler, CXXFLAGS more of its flags.

@@ -1,4 +1,4 @@
-// The cells' steps as XLA's custom calls: instruction sets, threads, and the arrays of a call.
+// The native operations as XLA's custom calls.
 //
 // Arrays may have leading dimensions, the same for images and weights (several seeds under vmap). Images are float32 or
 // bfloat16, weights float32. Which images make a partial sum of a weight's gradient depends on the batch alone, and

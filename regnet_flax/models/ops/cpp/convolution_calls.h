@@ -77,12 +77,6 @@ class Arrays {
     return static_cast<float*>(a->untyped_data());
   }
 
-  // The shape of the kernel, which is the argument at `place` from the end.
-  const ffi::AnyBuffer& from_end(bool result, size_t place) {
-    std::vector<ffi::AnyBuffer>& arrays = result ? out_ : in_;
-    return arrays[arrays.size() - place];
-  }
-
  private:
   std::vector<ffi::AnyBuffer> in_, out_;
   size_t placed_in_ = 0, placed_out_ = 0;
