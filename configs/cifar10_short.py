@@ -5,6 +5,8 @@
 
 The optimiser is not the paper's: cosine after one epoch of warm-up, Nesterov's momentum and more weight decay, as is
 usual for short runs. So its errors cannot be compared with those of the paper's table III, only with each other.
+Label smoothing is not used: with 0.1, ResNet-20 reached 77.2 instead of 76.9 % of 5,000 held-out images in four epochs
+(one seed), which is no clear gain.
 """
 
 from configs import cifar10
