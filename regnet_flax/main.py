@@ -33,7 +33,7 @@ MODES = {
     "export": "regnet_flax.modes.export",
 }
 _DISTRIBUTED = ("train", "eval")
-_COMPUTING = ("train", "eval", "predict", "compare", "benchmark", "analyze")
+_COMPUTING = ("train", "eval", "predict", "compare", "benchmark", "analyze", "demo")
 _PARALLEL = "regnet_flax.training.parallel"
 
 

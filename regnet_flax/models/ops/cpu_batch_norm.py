@@ -24,23 +24,6 @@ from regnet_flax.models.ops.varying import vary_together
 Array = jax.Array
 
 
-def batch_norm(
-    x: Array,
-    scale: Array,
-    bias: Array,
-    *,
-    relu: bool = False,
-    epsilon: float = 1e-5,
-    dtype: Any = None,
-    axis_name: str | None = None,
-) -> tuple[Remade, Array, Array]:
-    """Normalises by the batch's own statistics, for a convolution that can make it from X again; see Ops.
-
-    The statistics are not differentiated.
-    """
-    return by_passes(PASSES, x, scale, bias, relu=relu, epsilon=epsilon, dtype=dtype, axis_name=axis_name)
-
-
 class Passes(NamedTuple):
     """The passes over X of which `batch_norm` consists.
 
@@ -56,21 +39,24 @@ class Passes(NamedTuple):
     input_gradient: Callable[..., Array]
 
 
-def by_passes(
-    passes: Passes,
+def batch_norm(
     x: Array,
     scale: Array,
     bias: Array,
     *,
-    relu: bool,
-    epsilon: float,
-    dtype: Any,
-    axis_name: str | None,
+    relu: bool = False,
+    epsilon: float = 1e-5,
+    dtype: Any = None,
+    axis_name: str | None = None,
+    passes: Passes | None = None,
 ) -> tuple[Remade, Array, Array]:
-    """`batch_norm`, of other passes."""
+    """Normalises by the batch's own statistics, for a convolution that can make it from X again; see Ops.
+
+    The statistics are not differentiated. `passes` defaults to this module's.
+    """
     dtype = jnp.dtype(dtype or x.dtype)
     x, scale, bias = vary_together(x, scale, bias)
-    normalized: Any = _batch_norm(x, scale, bias, passes, epsilon, relu, dtype, axis_name)
+    normalized: Any = _batch_norm(x, scale, bias, passes or PASSES, epsilon, relu, dtype, axis_name)
     y, mean, variance = normalized
     return Remade(y, (x, mean, variance, scale, bias), Normalizer(relu, dtype, epsilon)), mean, variance
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from regnet_flax.models.ops import cells, cpu, native_library, plain
-from regnet_flax.models.ops.native_library import DTYPES, call
+from regnet_flax.models.ops.native_library import DTYPES, call, derivable
 from regnet_flax.models.ops.varying import vary_together
 
 Array = jax.Array
@@ -59,17 +59,13 @@ def _step(cell: str, *arrays: Array) -> Arrays:
     return tuple(call(f"regnet_flax_{cell}_forward", [jax.typeof(a) for a in state], arrays))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _plain_gradients(cell, arrays, directions):
+    return jax.vjp(functools.partial(_plain_step, cell), *arrays)[1](directions)
+
+
+@derivable(_plain_gradients)
 def _gradients(cell: str, arrays: Arrays, directions: Arrays) -> Arrays:
     return tuple(call(f"regnet_flax_{cell}_backward", [jax.typeof(a) for a in arrays], arrays, directions))
-
-
-@_gradients.defjvp
-def _second_derivatives(cell, primals, tangents):
-    def plain_gradients(arrays, directions):
-        return jax.vjp(functools.partial(_plain_step, cell), *arrays)[1](directions)
-
-    return _gradients(cell, *primals), jax.jvp(plain_gradients, primals, tangents)[1]
 
 
 def _plain_step(cell, x, *rest):

@@ -1,7 +1,7 @@
-"""Batch normalisation's passes over memory as native operations; cpp/batch_norm.h has them.
+"""Batch normalisation's passes over memory as native operations, implemented in cpp/batch_norm.h.
 
-They take float32 and bfloat16 images. Other dtypes, and a machine without the library, have the passes of
-`cpu_batch_norm`, of which the equations are. Sums are float32 over some pixels and float64 over all.
+They take float32 and bfloat16 images. Other dtypes, and machines without the library, use the passes of
+`cpu_batch_norm`, which has the equations. Sums are float32 within a block of pixels and float64 over all blocks.
 """
 
 from __future__ import annotations
@@ -19,21 +19,10 @@ from regnet_flax.models.ops.plain import over_devices
 Array = jax.Array
 
 
-def batch_norm(
-    x: Array,
-    scale: Array,
-    bias: Array,
-    *,
-    relu: bool = False,
-    epsilon: float = 1e-5,
-    dtype: Any = None,
-    axis_name: str | None = None,
-) -> tuple[cpu.Remade, Array, Array]:
-    """`cpu_batch_norm.batch_norm`, its passes as native operations where they can."""
-    passes = PASSES if _takes(x, scale, bias, dtype) else cpu_batch_norm.PASSES
-    return cpu_batch_norm.by_passes(
-        passes, x, scale, bias, relu=relu, epsilon=epsilon, dtype=dtype, axis_name=axis_name
-    )
+def batch_norm(x: Array, scale: Array, bias: Array, **options: Any) -> tuple[cpu.Remade, Array, Array]:
+    """`cpu_batch_norm.batch_norm`, with native passes if they take these arrays."""
+    passes = PASSES if _takes(x, scale, bias, options.get("dtype")) else cpu_batch_norm.PASSES
+    return cpu_batch_norm.batch_norm(x, scale, bias, **options, passes=passes)
 
 
 def _takes(x, scale, bias, dtype):
@@ -42,21 +31,14 @@ def _takes(x, scale, bias, dtype):
 
 
 def normalize(
-    x: Array,
-    mean: Array,
-    variance: Array,
-    scale: Array,
-    bias: Array,
-    *,
-    relu: bool = False,
-    epsilon: float = 1e-5,
-    dtype: Any = None,
+    x: Array, mean: Array, variance: Array, scale: Array, bias: Array, *, epsilon: float = 1e-5, **options: Any
 ) -> Array | cpu.Remade:
-    """`plain.normalize`, for a convolution that normalises while it reads X."""
-    y = plain.normalize(x, mean, variance, scale, bias, relu=relu, epsilon=epsilon, dtype=dtype)
-    if not _takes(x, scale, bias, dtype):
+    """`plain.normalize`, for a convolution that normalises X as it reads it."""
+    y = plain.normalize(x, mean, variance, scale, bias, epsilon=epsilon, **options)
+    if not _takes(x, scale, bias, options.get("dtype")):
         return y
-    return cpu.Remade(y, (x, mean, variance, scale, bias), cpu_batch_norm.Normalizer(relu, y.dtype, epsilon))
+    normalizer = cpu_batch_norm.Normalizer(options.get("relu", False), y.dtype, epsilon)
+    return cpu.Remade(y, (x, mean, variance, scale, bias), normalizer)
 
 
 def _statistics(x, axis_name):

@@ -1,11 +1,12 @@
-"""Convolutions as native operations: forward, and the gradients of inputs and kernel; cpp/convolution.h has them.
+"""Convolutions as native operations: forward, and the gradients of inputs and kernel, implemented in cpp/convolution.h.
 
-A convolution takes what batch normalisation and concatenation give as it is: it normalises, applies the ReLU and joins
-the channels while it reads, so that neither result is ever written unless something else needs it.
+A convolution normalises its input, applies the ReLU and joins the channels of two inputs while it reads them. So the
+results of batch normalisation and concatenation are never written to memory unless something else needs them.
 
-They take float32 and bfloat16 images, any kernel without groups or dilation, and strides 1 and 2. Everything else, and
-a machine without the library, has the forms of `cpu`. Sums are float32. Under vmap one call computes all, each with its
-own weights. As in `cpu`, forward mode is refused, and derivatives of the backward pass are JAX's own, of `plain`.
+The operations take float32 and bfloat16 images, any kernel without groups or dilation, and strides 1 and 2. Everything
+else, and machines without the library, use the forms of `cpu`. Sums are float32. Under vmap one call computes all, each
+with its own weights. As in `cpu`, forward mode is refused, and derivatives of the backward pass are JAX's own, of
+`plain`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ Arrays = tuple[Array, ...]
 
 @flax.struct.dataclass
 class Concatenated:
-    """Two Values along the channels, which a convolution reads where they are."""
+    """Two Values joined along the channels; a convolution reads each part in place."""
 
     parts: tuple[Array | cpu.Remade, ...]
 
@@ -56,7 +57,7 @@ def array(x: Array | cpu.Remade | Concatenated) -> Array:
 
 
 class _Form(NamedTuple):
-    """What a convolution is, but for its arrays."""
+    """Everything about a convolution except its arrays."""
 
     strides: tuple[int, int]
     padding: cpu.Padding
@@ -79,7 +80,7 @@ def conv(
     padding: str | Sequence[tuple[int, int]],
     **options: Any,
 ) -> Array:
-    """`cpu.conv`, as native operations where they can."""
+    """`cpu.conv`, with native operations if they take these arrays and options."""
     if (
         len(x.shape) != 4
         or x.dtype not in DTYPES

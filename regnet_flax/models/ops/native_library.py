@@ -63,7 +63,7 @@ def available() -> bool:
 
 
 def prepare() -> None:
-    """Begins to build the library, in a thread, where JAX computes on a CPU; `available` waits for it."""
+    """Starts building the library in a thread if JAX computes on a CPU; `available` waits for it."""
     if jax.default_backend() == "cpu":
         threading.Thread(target=available, daemon=True).start()
 
@@ -115,7 +115,7 @@ def _library() -> pathlib.Path:
 
 
 def _instructions() -> list[str]:
-    """Flags that leave out the code for other processors than this one, to build in half the time."""
+    """Returns flags that leave out the code for other processors, which halves the build time."""
     with contextlib.suppress(OSError):  # only Linux has the file
         lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         words = set(next((line for line in lines if line.startswith("flags")), "").split())

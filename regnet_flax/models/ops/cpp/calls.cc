@@ -141,9 +141,11 @@ CUSTOM_CALL(regnet_flax_lstm_backward, LSTM, true);
   XLA_FFI_DEFINE_HANDLER_SYMBOL(name, function,                                              \
                                 ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets() attributes)
 
-WITH_ATTRIBUTES(regnet_flax_convolution, convolution, .Attr<Numbers>("geometry").Attr<Numbers>("kinds").Attr<Reals>("epsilons"));
+WITH_ATTRIBUTES(regnet_flax_convolution, convolution,
+                .Attr<Numbers>("geometry").Attr<Numbers>("kinds").Attr<Reals>("epsilons"));
 WITH_ATTRIBUTES(regnet_flax_input_gradient, input_gradient, .Attr<Numbers>("geometry"));
-WITH_ATTRIBUTES(regnet_flax_filter_gradient, filter_gradient, .Attr<Numbers>("geometry").Attr<Numbers>("kinds").Attr<Reals>("epsilons"));
+WITH_ATTRIBUTES(regnet_flax_filter_gradient, filter_gradient,
+                .Attr<Numbers>("geometry").Attr<Numbers>("kinds").Attr<Reals>("epsilons"));
 WITH_ATTRIBUTES(regnet_flax_moments, batch_moments, );
 WITH_ATTRIBUTES(regnet_flax_norm_gradient_sums, batch_gradient_sums, .Attr<bool>("relu").Attr<double>("epsilon"));
 WITH_ATTRIBUTES(regnet_flax_norm_gradient, batch_input_gradient, .Attr<bool>("relu").Attr<double>("epsilon"));
