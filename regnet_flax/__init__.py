@@ -12,15 +12,17 @@ from regnet_flax import interrupt  # noqa: F401
 if TYPE_CHECKING:
     from regnet_flax.models.plugins import register_regulator
     from regnet_flax.models.registry import create_model, list_models
+    from regnet_flax.port.shipped import list_weights
     from regnet_flax.trained import Trained
 
 __version__ = "0.2.0.dev0"
-__all__ = ["__version__", "create_model", "list_models", "load", "register_regulator"]
+__all__ = ["__version__", "create_model", "list_models", "list_weights", "load", "register_regulator"]
 
 # Imported on first use, so that the command line answers before JAX is imported.
 _LAZY = {
     "create_model": "regnet_flax.models.registry",
     "list_models": "regnet_flax.models.registry",
+    "list_weights": "regnet_flax.port.shipped",
     "register_regulator": "regnet_flax.models.plugins",
 }
 
@@ -44,7 +46,8 @@ def load(workdir: str | os.PathLike[str], checkpoint: str | int = "best", *, see
 
     Args:
       workdir: the run's directory. Its config.json names the modules of `model.plugins`, which are imported.
-        Or a file of weights that `--mode export` wrote, which has one checkpoint of one seed.
+        Or a file of weights that `--mode export` wrote, which has one checkpoint of one seed; or the name of weights
+        that come with the package, one of `list_weights()`.
       checkpoint: "best", "last" or a step.
       seed: one of several seeds that trained together; the first by default.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,9 +25,12 @@ from regnet_flax.data.photos import read_image
 from regnet_flax.errors import ConfigError, DataError, WeightsError, WorkdirError, one_line
 from regnet_flax.modes.setup import build_model, load_trained, load_weights, open_dataset
 from regnet_flax.places import fetch
+from regnet_flax.port import shipped
 from regnet_flax.port.torch import starts_from_plain
 from regnet_flax.port.weights import read_weights
 from regnet_flax.training.workdir import failed_seeds, read_config
+
+logger = logging.getLogger("regnet_flax")
 
 Path = str | os.PathLike[str]
 
@@ -113,13 +117,13 @@ class Trained:
 
 def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = None) -> Trained:
     """See `regnet_flax.load`."""
-    path = fetch(workdir)
+    path = shipped.find(workdir) or fetch(workdir)
     if path.is_file():
         return _of_exported(path)
     if not (stored := read_config(path)):
         raise WorkdirError(
             f"{workdir} has no config.json, so it is not the workdir of a run, and it is not a file of weights: "
-            "name one that a run wrote"
+            f"name one that a run wrote, or one of {', '.join(shipped.list_weights())}"
         )
     seeds = stored.get("seeds", [stored.get("seed", 0)])
     if seed is not None and seed not in seeds:
@@ -135,8 +139,9 @@ def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = No
 def with_config(config: Any, workdir: Path) -> Trained:
     """Loads like `load`, but with a given config, such as the workdir's with another `eval.checkpoint`.
 
-    With `model.init_from` the variables come from that file, and no run is needed: class names, image shape and
-    normalisation come from the workdir's run if it has one, or else from the file, or else from the data set.
+    With `model.init_from` the variables come from that file, and no run is needed. If the file says what it is of, as
+    those of `--mode export` do, this gives the model, class names, image shape and normalisation; otherwise they come
+    from the config and the workdir's run if it has one, or else from the data set.
 
     Raises:
       ConfigError, WeightsError: the file cannot be used; see load_weights.
@@ -157,17 +162,18 @@ def _of_file(config: Any, record: dict[str, Any] | None) -> Trained:
     if config.model.new_head:
         raise ConfigError(f"model.new_head is True: without the head of {file} there is no class to predict")
     arrays, metadata = read_weights(file)
+    if known := described(metadata):
+        _take_description(config, known, metadata)
+    else:
+        known = record
     if starts_from_plain(arrays, build_model(config)):
         raise ConfigError(
             f"model.init_from is {file}, which has no regulators: {config.model.name} can be trained from it; "
             "to use it as it is, give the plain network's model.name"
         )
-    known = record or described(metadata)
     if known:
         names, shape = tuple(known["class_names"]), tuple(known["image_shape"])
         config.dataset.num_classes = len(names)
-        if not record and not config.dataset.mean:
-            config.dataset.mean, config.dataset.std = tuple(known["mean"]), tuple(known["std"])
     else:
         dataset = open_dataset(config)
         config = resolve(config, dataset)
@@ -184,22 +190,33 @@ def _of_file(config: Any, record: dict[str, Any] | None) -> Trained:
 def _of_exported(path: pathlib.Path) -> Trained:
     """Loads a file of weights that `--mode export` wrote, with the model and options in its metadata."""
     _, metadata = read_weights(path)
-    config, known = default_config().lock(), described(metadata)
-    if known is None or "model" not in metadata:
+    config = default_config().lock()
+    if described(metadata) is None or "model" not in metadata:
         raise WeightsError(
             f"{path} does not say which model it belongs to, as files of --mode export do: "
             "give it as model.init_from, with model.name"
         )
-    config.model.name, config.model.init_from = metadata["model"], str(path)
+    config.model.init_from = str(path)
+    return _of_file(config, None)
+
+
+def _take_description(config: Any, known: dict[str, Any], metadata: Mapping[str, str]) -> None:
+    """Sets the config to what a file of weights says about its model."""
+    file, data = config.model.init_from, config.dataset
+    data.mean, data.std = tuple(known["mean"]), tuple(known["std"])
+    # check_config refuses it without a data set of photographs.
+    cropped = (stream.CROP,) if metadata.get("crop") == "true" else ()
+    data.augment = cropped or tuple(name for name in data.augment if name != stream.CROP)
+    if "model" not in metadata:
+        return
+    if config.model.name != metadata["model"]:
+        logger.info("model.name is %s, as %s says", metadata["model"], file)
+    config.model.name = metadata["model"]
     try:
         for option, value in json.loads(metadata.get("options", "{}")).items():
             config.model.overrides[option] = tuple(value) if isinstance(value, list) else value
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} has options that no model has ({one_line(error)}): export it again") from error
-    trained = _of_file(config, None)
-    if metadata.get("crop") == "true":  # check_config refuses it without a data set of photographs
-        config.dataset.augment = (stream.CROP,)
-    return trained
+        raise WeightsError(f"{file} has options that no model has ({one_line(error)}): export it again") from error
 
 
 def description(trained: Trained) -> dict[str, str]:

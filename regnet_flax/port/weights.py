@@ -19,6 +19,7 @@ import numpy as np
 from regnet_flax.errors import WeightsError, printable
 from regnet_flax.files import replacing, write_json
 from regnet_flax.places import fetch
+from regnet_flax.port import shipped
 
 # Suffixes of file names; exports use PyTorch's first one.
 SUFFIXES = {".safetensors": "safetensors"} | dict.fromkeys((".pth", ".pt", ".pth.tar", ".ckpt", ".bin"), "torch")
@@ -43,7 +44,10 @@ def _import_torch(path: pathlib.Path) -> Any:
 def _check_suffix(path: pathlib.Path) -> str:
     kind = next((kind for suffix, kind in SUFFIXES.items() if path.name.endswith(suffix)), None)
     if kind is None:
-        raise WeightsError(f"{path} must end in {', '.join(SUFFIXES)}")
+        raise WeightsError(
+            f"{path} must end in {', '.join(SUFFIXES)}, or be the name of weights that come with the package: "
+            f"{', '.join(shipped.list_weights())}"
+        )
     return kind
 
 
@@ -52,7 +56,8 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
 
     Args:
       file: local or in a bucket; a .safetensors file, or a PyTorch file that `torch.load(weights_only=True)` can read:
-        a state dict, or a training script's checkpoint that holds one. Averaged weights take precedence.
+        a state dict, or a training script's checkpoint that holds one. Averaged weights take precedence. Or one of
+        `shipped.list_weights`.
 
     Returns:
       Maps names to arrays, float32 except for integers, without the text that wrappers add to the names; and the
@@ -61,6 +66,7 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
     Raises:
       WeightsError: there is no such file, it is damaged, or the library that reads it is not installed.
     """
+    file = shipped.find(file) or file
     kind = _check_suffix(pathlib.Path(file))
     path = fetch(file)
     if not path.is_file():
