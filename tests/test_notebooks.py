@@ -15,6 +15,7 @@ NAMES = [
     "02_inside_the_regulator",
     "03_reproducing_the_paper",
     "04_your_own_photos",
+    "05_detection",
     "06_super_resolution",
 ]
 LOCAL = re.compile(r"/(home|root|tmp|work|Users|mnt|var|opt)/|[A-Z]:\\\\|\.ipython|ipykernel_")
