@@ -26,4 +26,5 @@ def get_config(model: str = "regnet20_convlstm"):
     config.optimizer.schedule = "cosine"
     config.optimizer.warmup_epochs = 1.0
     config.compare.models = MODELS
+    config.compare.together = "apart"
     return config
