@@ -10,7 +10,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = ["01_quickstart", "02_inside_the_regulator", "03_reproducing_the_paper", "04_your_own_photos"]
+NAMES = [
+    "01_quickstart",
+    "02_inside_the_regulator",
+    "03_reproducing_the_paper",
+    "04_your_own_photos",
+    "05_detection",
+    "06_super_resolution",
+]
 LOCAL = re.compile(r"/(home|root|tmp|work|Users|mnt|var|opt)/|[A-Z]:\\\\|\.ipython|ipykernel_")
 
 
