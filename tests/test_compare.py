@@ -349,3 +349,41 @@ def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, monkeypatch
         assert any(row[0] in line and error in line for line in out.splitlines())  # the table is also printed
     assert "--mode=compare" in (path / "report.md").read_text()
     assert Page((path / "report.html").read_text()).rows == [head, *rows]
+
+
+def test_apart_every_seed_is_a_run_of_its_own(tmp_path):
+    config = compare_digits.get_config()
+    config.compare.models, config.compare.seeds, config.compare.together = tuple(ACCURACY)[:2], (0, 1), "apart"
+    path, failing, trained = tmp_path / "c", {("resnet8", 1)}, []
+
+    def train(config, workdir, seeds):
+        (seed,) = seeds
+        if (config.model.name, seed) in failing:
+            raise NonFiniteError("the loss is not finite at step 3")
+        variant = next(v for v in ACCURACY if mode.folder(v) == workdir.parent.name)
+        if not workdir.exists():
+            trained.append((config.model.name, seed))
+            write_run(workdir, variant, [ACCURACY[variant][seed]], seeds)
+
+    with pytest.raises(NonFiniteError, match="1 of 4 runs failed: resnet8, seed 1"):
+        mode.compare(config, path, train)
+    assert trained == [("resnet8", 0), ("regnet8_convlstm", 0), ("regnet8_convlstm", 1)]
+    text = (path / "report.md").read_text()
+    assert "resnet8, seed 1 failed and is left out: the loss is not finite at step 3" in text
+    assert markdown_rows(text)[1][4] == "10.00"
+
+    failing.clear()
+    trained.clear()
+    config.compare.seeds = (0, 1, 2)
+    mode.compare(config, path, train)
+    assert trained == [("resnet8", 1), ("resnet8", 2), ("regnet8_convlstm", 2)]
+    for variant in config.compare.models:
+        apart = compare.read(variant, *(path / mode.folder(variant) / f"seed{seed}" for seed in range(3)))
+        run = write_run(tmp_path / "t" / mode.folder(variant), variant, ACCURACY[variant], (0, 1, 2))
+        together = compare.read(variant, run)
+        for name in ("seeds", "error", "top5_error", "parameters", "multiply_adds"):
+            assert getattr(apart, name) == getattr(together, name), name
+        assert apart.seconds == 3 * together.seconds
+        for name, (epochs, values) in together.curves.items():
+            np.testing.assert_array_equal(apart.curves[name][0], epochs)
+            np.testing.assert_array_equal(apart.curves[name][1], values)

@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -69,17 +69,15 @@ class Result:
     environment: dict[str, Any]
 
 
-def read(label: str, workdir: pathlib.Path) -> Result:
-    """Reads one model's result from the config.json, results.json and metrics.jsonl of its workdir."""
-    config, results = (
-        json.loads((workdir / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "results")
-    )
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    failed = results.get("failed", {})
-    seeds = tuple(seed for seed in config.get("seeds", [config["seed"]]) if str(seed) not in failed)
-    own = results.get("seeds") or {str(config["seed"]): results}
-    split = "test" if "test" in results else "eval"
-    last = [own[str(seed)]["test" if split == "test" else "last"] for seed in seeds]
+def read(label: str, *workdirs: pathlib.Path) -> Result:
+    """Reads one model's result from the config.json, results.json and metrics.jsonl of its workdirs.
+
+    Args:
+      label: model and options.
+      workdirs: one run of one or several seeds, or several runs that differ in their seeds only.
+    """
+    runs = [_read_run(workdir) for workdir in workdirs]
+    config, results = runs[0].config, runs[0].results
     import_plugins(config["model"].get("plugins", ()))
     overrides = current_options(config["model"]["overrides"])
     overrides = {name: value for name, value in overrides.items() if value is not None}
@@ -87,33 +85,58 @@ def read(label: str, workdir: pathlib.Path) -> Result:
     parts = summary.summarize(model, tuple(config["image_shape"]))
     regulator = getattr(model, "regulator", None)
     regulated = getattr(model, "regulated_stages", None) != ()
+    split = "test" if "test" in results else "eval"
+    last = [line for run in runs for line in run.last]
     return Result(
         label=label,
         regulator=CELLS[regulator].__name__ if regulator and regulated else "",
         parameters=results["parameters"],
         multiply_adds=sum(part.multiply_adds for part in parts),
-        seeds=seeds,
-        failed=failed,
+        seeds=tuple(seed for run in runs for seed in run.seeds),
+        failed={seed: reason for run in runs for seed, reason in run.results.get("failed", {}).items()},
         chosen=split == "test",
         error=tuple(100 * (1 - line[f"{split}_accuracy"]) for line in last),
         top5_error=tuple(
             100 * (1 - line[f"{split}_top5_accuracy"]) for line in last if f"{split}_top5_accuracy" in line
         ),
-        seconds=results["wall_time_seconds"],
+        seconds=sum(run.results["wall_time_seconds"] for run in runs),
         claim=claim(config["model"]["name"], config["dataset"]["name"]) if not overrides else "",
         curves={
-            "train_loss": _curve(lines, seeds, "train_loss"),
-            "error": _curve(lines, seeds, "eval_accuracy", lambda accuracy: 100 * (1 - accuracy)),
+            "train_loss": _curve(runs, "train_loss"),
+            "error": _curve(runs, "eval_accuracy", lambda accuracy: 100 * (1 - accuracy)),
         },
         config=config,
         environment={name: results[name] for name in ("hardware", "versions", "command")},
     )
 
 
-def _curve(lines: Sequence[Mapping[str, Any]], seeds: Sequence[int], name: str, convert=lambda value: value):
-    chosen = [line for line in lines if name in line]
-    own = [[line.get("seeds", {}).get(str(seed), line)[name] for line in chosen] for seed in seeds]
-    return np.array([line["epoch"] for line in chosen]), convert(np.array(own))
+class _Run(NamedTuple):
+    config: dict[str, Any]
+    results: dict[str, Any]
+    lines: list[dict[str, Any]]
+    seeds: tuple[int, ...]  # those that did not fail
+    last: list[dict[str, Any]]  # each seed's errors
+
+
+def _read_run(workdir: pathlib.Path) -> _Run:
+    config, results = (
+        json.loads((workdir / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "results")
+    )
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    failed = results.get("failed", {})
+    seeds = tuple(seed for seed in config.get("seeds", [config["seed"]]) if str(seed) not in failed)
+    own = results.get("seeds") or {str(config["seed"]): results}
+    return _Run(config, results, lines, seeds, [own[str(s)]["test" if "test" in results else "last"] for s in seeds])
+
+
+def _curve(runs: Sequence[_Run], name: str, convert=lambda value: value):
+    epochs: dict[float, None] = {}
+    own = []
+    for run in runs:
+        chosen = [line for line in run.lines if name in line]
+        epochs |= dict.fromkeys(line["epoch"] for line in chosen)
+        own += [[line.get("seeds", {}).get(str(seed), line)[name] for line in chosen] for seed in run.seeds]
+    return np.array(list(epochs)), convert(np.array(own))
 
 
 def claim(model: str, dataset: str) -> str:

@@ -26,19 +26,24 @@ _CAPTIONS = {
 
 
 def write(
-    path: pathlib.Path, workdirs: Mapping[str, pathlib.Path], failed: Mapping[str, str] | None = None
+    path: pathlib.Path,
+    workdirs: Mapping[str, pathlib.Path | Sequence[pathlib.Path]],
+    failed: Mapping[str, str] | None = None,
 ) -> list[list[str]]:
     """Writes the report of finished runs; the first is the baseline.
 
     Args:
       path: the directory for report.md, report.html and figures/.
-      workdirs: maps each model's label to its workdir.
-      failed: maps the label of each failed model to the reason.
+      workdirs: maps each model's label to its workdir, or to those of its seeds.
+      failed: maps the label of each failed model, or seed of one, to the reason.
 
     Returns:
       The report's table, with its header first.
     """
-    results = [compare.read(label, workdir) for label, workdir in workdirs.items()]
+    results = [
+        compare.read(label, *([found] if isinstance(found, pathlib.Path) else found))
+        for label, found in workdirs.items()
+    ]
     (path / FIGURES).mkdir(parents=True, exist_ok=True)
     pictures = {}
     for dark in (False, True):

@@ -301,8 +301,9 @@ FIELDS: dict[str, Field] = {
     "compare.seeds": Field((0, 1, 2), _each(_whole(0)), "for each model, trained together", may_change=True),
     "compare.together": Field(
         "auto",
-        _choice("auto", "always", "never"),
-        'how seeds step; "always": at once by vmap; "never": in turn, in the memory of one; "auto": in turn on CPUs',
+        _choice("auto", "always", "never", "apart"),
+        'how seeds step; "always": at once by vmap; "never": in turn, in the memory of one; "auto": in turn on CPUs; '
+        '"apart": one run after another, each in a folder of its own, so that seeds can be added later',
     ),
     "export.format": Field(
         "safetensors",

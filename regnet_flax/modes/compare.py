@@ -7,7 +7,7 @@ import gc
 import logging
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -52,7 +52,8 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
 
     Args:
       config: a nested config with the fields of configs/base.py.
-      path: the comparison's workdir, which holds one workdir per model. Finished runs are not repeated.
+      path: the workdir of the comparison, with a workdir for each model, or for each of its seeds. Finished runs are
+        not repeated.
       train: `train.train_and_evaluate`, or a replacement for it in a test.
 
     Raises:
@@ -70,20 +71,21 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
     if not config.eval.every_epochs:
         raise ConfigError("eval.every_epochs is 0: models are compared by their test error, so it must be at least 1")
     check_installed(config.log.trackers)
-    runs: dict[str, pathlib.Path] = {}
+    runs: dict[str, list[pathlib.Path]] = {}
     failed: dict[str, str] = {}
     with workdir_lock(path), StopSignals() as stop:
         for number, variant in enumerate(variants, 1):
-            if stop.received is not None:
-                raise Interrupted(stop.received, f"{stop.cause} between two runs; run the same command to resume.")
             logger.info("model %d of %d: %s", number, len(variants), label(variant))
-            try:
-                train(variant_config(config, variant), path / folder(variant), seeds=seeds)
-            except NonFiniteError as error:
-                logger.error("%s: %s", label(variant), error)
-                failed[label(variant)] = str(error)
-            else:
-                runs[label(variant)] = path / folder(variant)
+            for name, workdir, own in _runs(config, variant, path):
+                if stop.received is not None:
+                    raise Interrupted(stop.received, f"{stop.cause} between two runs; run the same command to resume.")
+                try:
+                    train(variant_config(config, variant), workdir, seeds=own)
+                except NonFiniteError as error:
+                    logger.error("%s: %s", name, error)
+                    failed[name] = str(error)
+                else:
+                    runs.setdefault(label(variant), []).append(workdir)
             # JAX's caches hold the run's compiled functions, and with them its data set on the device.
             jax.clear_caches()
             gc.collect()
@@ -91,7 +93,19 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
             say_table(_table(report.write(path, runs, failed)))
             logger.info("report: %s and %s", path / report.MARKDOWN, path / report.HTML)
     if failed:
-        raise NonFiniteError(f"{len(failed)} of {len(variants)} models failed: {'; '.join(failed)}")
+        kind, count = "models", len(variants)
+        if config.compare.together == "apart":
+            kind, count = "runs", count * len(seeds)
+        raise NonFiniteError(f"{len(failed)} of {count} {kind} failed: {'; '.join(failed)}")
+
+
+def _runs(config: Any, variant: str, path: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, tuple[int, ...]]]:
+    """Yields the label, workdir and seeds of each run of a variant."""
+    workdir, seeds = path / folder(variant), config.compare.seeds
+    if config.compare.together == "apart":
+        yield from ((f"{label(variant)}, seed {seed}", workdir / f"seed{seed}", (seed,)) for seed in seeds)
+    else:
+        yield label(variant), workdir, seeds
 
 
 def _table(cells: Sequence[Sequence[str]]) -> Table:
