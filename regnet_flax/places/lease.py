@@ -16,7 +16,7 @@ from regnet_flax.errors import PlaceError, WorkdirError
 from regnet_flax.files import runs
 from regnet_flax.places.bucket import Bucket
 
-LEASE = 60.0  # a run that gives no sign of life for so many seconds has ended
+LEASE = 60.0  # a run that gives no sign of life for this many seconds has ended
 RENEWALS = 4  # signs of life in that time
 
 LOCK = ".lock"
