@@ -10,7 +10,13 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-NAMES = ["01_quickstart", "02_inside_the_regulator", "03_reproducing_the_paper", "04_your_own_photos"]
+NAMES = [
+    "01_quickstart",
+    "02_inside_the_regulator",
+    "03_reproducing_the_paper",
+    "04_your_own_photos",
+    "07_your_own_cell_and_loop",
+]
 LOCAL = re.compile(r"/(home|root|tmp|work|Users|mnt|var|opt)/|[A-Z]:\\\\|\.ipython|ipykernel_")
 
 
@@ -28,6 +34,7 @@ def test_what_is_kept(path):
     nbformat.validate(notebook)
     first, *_ = notebook.cells
     assert first.cell_type == "markdown" and "You will learn" in first.source
+    assert "## Exercises" in [cell for cell in notebook.cells if cell.cell_type == "markdown"][-1].source
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum(map(pictures, code)) >= 1
