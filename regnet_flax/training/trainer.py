@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import multihost_utils
 
+from regnet_flax import xla_flags
 from regnet_flax.data.feeds import Feed
 from regnet_flax.errors import DataError
 from regnet_flax.training import parallel
@@ -84,9 +85,8 @@ class Trainer:
         self.steps_per_call = min(steps_per_call, feed.most_steps or steps_per_call)
         self._shards = placement.divide(self._local_shards())
         several = (len(self.seeds),) if len(self.seeds) > 1 else ()
-        # One function for both uses, so that it is traced once. At any higher level XLA:CPU takes longer to compile the
-        # draws than to make them.
-        quick = {"xla_backend_optimization_level": 0} if placement.devices[0].platform == "cpu" else None
+        # One function for both uses, so that it is traced once.
+        quick = xla_flags.compile_quickly() if placement.devices[0].platform == "cpu" else None
         self._init = jax.jit(step.init, compiler_options=quick)
         self._like_one = self._placed(jax.eval_shape(self._init, np.int32(0)))
         self.like = self._placed(self._like_one, several)
