@@ -1,4 +1,4 @@
-"""Weights with their card on the Hugging Face Hub; huggingface_hub is the extra [hub]."""
+"""Pushes weights and their model card to the Hugging Face Hub, and pulls them; needs the extra [hub]."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def push(
     private: bool = False,
     message: str = "",
 ) -> str:
-    """Puts the weights of a run, or a file of weights, with their model card, into a repository of the Hub.
+    """Commits a run's weights, or a file of weights, with their model card to a repository of the Hub.
 
-    The repository is made if there is none. Log in once with `hf auth login`, or set HF_TOKEN.
+    A repository that does not exist is created. Log in once with `hf auth login`, or set HF_TOKEN.
 
     Args:
-      source: a workdir, or a .safetensors file that `--mode export` wrote, whose card stands beside it.
+      source: a workdir; or a .safetensors file that `--mode export` wrote, with its card beside it.
       repository: "user/name".
-      checkpoint: of a workdir: "best", "last" or a step.
-      seed: of a workdir in which several trained together; the first by default.
-      private: whether a new repository is to be seen by its owner alone.
-      message: of the commit.
+      checkpoint: for a workdir: "best", "last" or a step.
+      seed: for a workdir in which several seeds trained together; the first by default.
+      private: whether only its owner can see a new repository.
+      message: the commit's message.
 
     Returns:
-      The commit's address.
+      The commit's URL.
 
     Raises:
-      WeightsError: the file has no card beside it, is none of that kind, or huggingface_hub is not installed.
-      HubError: the Hub refuses, or cannot be reached.
+      WeightsError: the file is not a .safetensors file or has no card beside it, or huggingface_hub is not installed.
+      HubError: the Hub refuses the commit, or cannot be reached.
       ConfigError, WorkdirError, CheckpointError: see `regnet_flax.load`.
     """
     hub, source = _hub(), pathlib.Path(source)
@@ -61,7 +61,7 @@ def push(
         else:
             file, card = source, model_card.find(source)
             if file.suffix != ".safetensors" or not file.is_file():
-                raise WeightsError(f"{file} is no .safetensors file: name one that --mode export wrote, or a workdir")
+                raise WeightsError(f"{file} is not a .safetensors file: name one from --mode export, or a workdir")
             if card is None:
                 raise WeightsError(f"{file} has no model card beside it: export it again with --mode export")
         text = card.read_text(encoding="utf-8").replace(file.name, FILE)
@@ -73,33 +73,33 @@ def push(
             api = hub.HfApi()
             api.create_repo(repository, private=private, exist_ok=True)
             done = api.create_commit(repository, files, commit_message=message or f"{FILE} by regnet_flax")
-        except Exception as error:  # its HTTP client's, and they differ between versions
+        except Exception as error:  # the exceptions of its HTTP client differ between versions
             raise HubError(f"{repository} could not be written: {one_line(error)}") from error
     return str(done.commit_url)
 
 
 def pull(repository: str, *, revision: str | None = None) -> pathlib.Path:
-    """Fetches weights that `push` put into a repository of the Hub, into huggingface_hub's cache.
+    """Fetches weights that `push` committed, into huggingface_hub's cache.
 
         trained = regnet_flax.load(hub.pull("user/name"))
         probabilities = trained.predict("photo.jpg")
 
     Args:
       repository: "user/name".
-      revision: a branch, a tag or a commit; the newest by default.
+      revision: a branch, a tag or a commit; the newest commit by default.
 
     Returns:
-      The file, for `model.init_from` or `regnet_flax.load`; its card lies beside it.
+      The file, for `model.init_from` or `regnet_flax.load`; its card is beside it.
 
     Raises:
       WeightsError: huggingface_hub is not installed.
-      HubError: there is no such repository, file or revision, or the Hub cannot be reached and nothing was fetched
-        before.
+      HubError: there is no such repository, file or revision; or the Hub cannot be reached, and the file is not in the
+        cache.
     """
     api = _hub().HfApi()
     try:
         file = api.hf_hub_download(repository, FILE, revision=revision)
-        # The same commit's.
+        # From the same commit, even if there is a newer one by now.
         api.hf_hub_download(repository, model_card.NAME, revision=pathlib.Path(file).parent.name)
     except Exception as error:
         raise HubError(f"{repository} could not be read: {one_line(error)}") from error

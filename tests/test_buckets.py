@@ -301,9 +301,9 @@ def test_the_network_goes_during_a_run(machine, monkeypatch, logger, caplog):
         wait_until(lambda: Bucket(url).read("config.json"))
         monkeypatch.setattr(Bucket, "write", fail)
         (run / "metrics.jsonl").write_text("1")
-        wait_until(lambda: f"(gone): check the network and the disk; training goes on in {run}" in caplog.text)
+        wait_until(lambda: f"(gone): check the network and the disk; training continues in {run}" in caplog.text)
         (run / "metrics.jsonl").write_text("12")
-    assert f"what was not sent is in {run}, and the same command on this machine sends it" in str(caught.value)
+    assert f"the unsent files are in {run}, and the same command on this machine sends them" in str(caught.value)
     assert places.shown(caught.value) == str(caught.value) and places.shown(f"{run}/a") == f"{url}/a"
     assert Bucket(url).read("metrics.jsonl") is None
     monkeypatch.setattr(Bucket, "write", write)
@@ -315,7 +315,7 @@ def test_the_network_goes_during_a_run(machine, monkeypatch, logger, caplog):
     with places.local_workdir(url, hold=True) as run:  # a finished run that goes on is not finished
         (run / "results.json").unlink()
         wait_until(lambda: Bucket(url).read("results.json") is None)
-    # Where another machine went on meanwhile, what was not sent is kept.
+    # If the run continued on another machine meanwhile, unsent files are kept.
     (run / "metrics.jsonl").write_text("123")
     local.note(local.place, unsent=True)
     machine("second")
@@ -362,7 +362,7 @@ class NoCredentialsError(Exception):
         (ImportError("Install s3fs"), "needs the extra [s3]: pip install 'regnet-flax[s3]'"),
         (
             NoCredentialsError("Unable to locate"),
-            "cannot be used without credentials: give them, as with `aws configure`",
+            "cannot be used without credentials: log in, for example with `aws configure`",
         ),
         (PermissionError("Access Denied"), "cannot be used without permission (PermissionError: Access Denied)"),
         (FileNotFoundError("The bucket does not exist"), "check that there is a bucket bucket"),
@@ -395,7 +395,7 @@ def test_what_is_refused_before_anything_is_made(machine, tmp_path, monkeypatch)
     bucket, store = Bucket("memory://bucket/run"), fsspec.filesystem("memory").store
     bucket.write({"a": b""})
     store["/bucket/run/../../escaped"] = store["/bucket/run/a"]
-    with pytest.raises(PlaceError, match="no file can be named like"):
+    with pytest.raises(PlaceError, match="whose name no file can have"):
         places.fetch(bucket.url)
 
 

@@ -158,7 +158,7 @@ def test_a_run_is_pushed_and_pulled(server, workdir, tmp_path, monkeypatch):
     with failures() as case:
         with case("no card"), pytest.raises(WeightsError, match="no model card"):
             hub.push(other, "user/model")
-        with case("no file of weights"), pytest.raises(WeightsError, match=r"no .safetensors file"):
+        with case("no file of weights"), pytest.raises(WeightsError, match=r"not a .safetensors file"):
             hub.push(file.with_name("README.md"), "user/model")
         with case("no repository"), pytest.raises(HubError, match="user/none could not be read: RepositoryNotFound"):
             hub.pull("user/none")

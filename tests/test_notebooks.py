@@ -17,6 +17,7 @@ NAMES = [
     "04_your_own_photos",
     "05_detection",
     "06_super_resolution",
+    "07_your_own_cell_and_loop",
 ]
 LOCAL = re.compile(r"/(home|root|tmp|work|Users|mnt|var|opt)/|[A-Z]:\\\\|\.ipython|ipykernel_")
 
@@ -35,6 +36,7 @@ def test_what_is_kept(path):
     nbformat.validate(notebook)
     first, *_ = notebook.cells
     assert first.cell_type == "markdown" and "You will learn" in first.source
+    assert "## Exercises" in [cell for cell in notebook.cells if cell.cell_type == "markdown"][-1].source
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum(map(pictures, code)) >= 1

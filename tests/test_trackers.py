@@ -64,7 +64,7 @@ def test_a_run_and_its_resumption_are_one_run_of_the_tracker(tmp_path, calls, lo
     logged = [call[2:] for call in calls if call[0] == "log"]
     assert logged == [(1, {"train/learning_rate": 0.5}), (2, {}), (3, {"train/learning_rate": 0.5}), (4, {})]
     assert [call for call in calls if call[0] == "finish"] == [("finish", "run", "")] * 2
-    failed = "log.trackers: mine_tracker:Broken failed and is left out until the run is resumed; training goes on"
+    failed = "log.trackers: mine_tracker:Broken failed and is left out until the run resumes; training continues"
     # Once for each process that trains, though it logs more than once.
     assert warnings(caplog) == [f"{failed} (SystemExit: the service is down)"] * 2
 
@@ -101,7 +101,7 @@ def test_a_damaged_file_of_ids_is_warned_of(tmp_path, calls, logger, caplog):
         with MetricsLog(tmp_path, 0, ["helpers:Recorder"]):
             assert calls[-2][2].id == ""
     assert [message for message in warnings(caplog)] == [
-        f"{tmp_path / 'trackers.json'} is damaged: trackers begin new runs"
+        f"{tmp_path / 'trackers.json'} is damaged: trackers start new runs"
     ] * 3
 
 

@@ -28,7 +28,7 @@ REMARKS = {
     photos.TRANSPARENT: "Its transparent parts are shown on white.",
     photos.DARK: "It has 16 bits and uses the lowest 12 or fewer, so it comes out nearly black.",
 }
-NO_REGULATOR = "This network has no regulator beside its blocks, so no gates, no state and nothing to switch off."
+NO_REGULATOR = "This network has no regulator beside its blocks: it has no gates, no state and nothing to switch off."
 NOT_FUSED = "This network does not fuse its features with H, so H cannot be left out of it."
 
 
@@ -134,7 +134,7 @@ def _stages(blocks: Sequence[BlockFeatures]) -> list[dict[str, Any]]:
         chosen = [block for block in regulated if block.stage == stage]
         state, gates = chosen[0].state, chosen[0].gates
         rows = [_row(name, [np.sqrt((block.state[name][0] ** 2).mean(-1)) for block in chosen], 0.0) for name in state]
-        # Over all that a gate may be, from 0 or −1 to 1, most would be of one colour.
+        # On a scale from 0 or −1 to 1, all that a gate can be, most pictures would have a single colour.
         rows += [_row(name, [block.gates[name][0].mean(-1) for block in chosen]) for name in gates]
         stages.append({"stage": stage, "blocks": [block.name for block in chosen], "rows": rows})
     return stages

@@ -1,9 +1,9 @@
-"""Buckets, gs://… and s3://…, as if they were local directories: the one place that knows of them.
+"""Buckets, gs://… and s3://…, as if they were local directories. No other package knows about them.
 
-A run works in a local directory of the user's cache. What is in the bucket is fetched into it before the run begins,
-and what the run writes is sent while it goes on (`mirror`). So nothing else has to know, training does not wait for the
-network, and a checkpoint counts only once all of it is in the bucket. Orbax writes to gs:// by itself, but in S3 it
-renames directories, which is not one operation there; and a damaged checkpoint could not be moved aside in either.
+A run works in a local directory in the user's cache. The bucket's contents are fetched into it before the run begins,
+and `mirror` sends what the run writes while it trains. So no other code has to change, training does not wait for the
+network, and a checkpoint counts only once all of it is in the bucket. Orbax itself can write to gs://. In S3, however,
+it renames directories, which is not one operation there, and in neither could a damaged checkpoint be moved aside.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def located(path: str, field: str) -> str:
-    """A path as the user gave it: a bucket's URL, or a local one with ~ replaced; see `expanded`."""
+    """Returns a bucket's URL, or the local path with ~ replaced; see `expanded`."""
     return Bucket(path).url if in_bucket(path) else str(expanded(path, field))
 
 
 @contextlib.contextmanager
 def local_workdir(path: str | os.PathLike[str], *, hold: bool) -> Iterator[pathlib.Path]:
-    """The local directory to work in for a workdir, which a bucket's is fetched into; a local path itself.
+    """Yields the local directory for a workdir: the path itself, or for a bucket a local copy.
 
     Args:
       path: the workdir.
-      hold: whether to train there: no other run may then, and what is written is sent all the while. Otherwise what was
-        written is sent at the end.
+      hold: whether to train there. Then no other run may use the workdir, and new files are sent all the time.
+        Otherwise they are sent at the end.
 
     Raises:
-      WorkdirError: another run holds it.
-      UsageError: it is neither local nor in a bucket.
-      PlaceError: the bucket cannot be used, at the beginning or at the end; in between, training goes on.
+      WorkdirError: another run holds the workdir.
+      UsageError: the path is neither local nor in a bucket.
+      PlaceError: the bucket cannot be used at the beginning or at the end. In between, training continues.
     """
     if not in_bucket(path):
         yield expanded(os.fspath(path), "the workdir")
@@ -63,17 +63,17 @@ def local_workdir(path: str | os.PathLike[str], *, hold: bool) -> Iterator[pathl
     try:
         Bucket(path).send({name: files / name for name in changed})
     except PlaceError as error:
-        local_logger.warning("%s; what was written is in %s", error, os.path.join(files, ""))
+        local_logger.warning("%s; the new files are in %s", error, os.path.join(files, ""))
 
 
 @contextlib.contextmanager
 def _held(local: Local) -> Iterator[pathlib.Path]:
-    # Another one each time: a run that is killed before its place is noted has not fetched all.
+    # A new name each time: a run that is killed before it notes its place has not fetched everything.
     place = uuid.uuid4().hex
     lease = Lease(local.bucket, place)
     try:
         with local.alone():
-            # Of a run that went on here last, more may be here than in the bucket.
+            # If this machine ran last, its copy may have more than the bucket.
             fetched = not local.place or lease.previous != local.place
             if fetched:
                 update(local)
@@ -103,14 +103,14 @@ def _end(mirror: Mirror, lease: Lease) -> None:
     try:
         mirror.close()
     except BaseException:
-        lease.release(tell=False)  # the bucket cannot be reached, and each try takes long
+        lease.release(tell=False)  # the bucket cannot be reached, and each attempt takes long
         raise
     with contextlib.suppress(PlaceError):
         lease.release()
 
 
 def in_workdir(function: _Function) -> _Function:
-    """A decorator: `function(config, path, …)` that trains is given the local directory of the workdir `path`."""
+    """Decorates a `function(config, path, …)` that trains, so that it gets the workdir's local directory."""
 
     @functools.wraps(function)
     def with_local(config: Any, path: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
@@ -122,10 +122,10 @@ def in_workdir(function: _Function) -> _Function:
 
 @contextlib.contextmanager
 def to_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """The local file to write for `path`; with a bucket's, it and the files written beside it are then sent.
+    """Yields the local file to write for `path`. For a bucket, it and the files written beside it are sent afterwards.
 
     Raises:
-      PlaceError: they cannot be sent; the message says where they are.
+      PlaceError: the files cannot be sent; the message says where they are.
       UsageError: the path names no file.
     """
     if not in_bucket(path):
@@ -143,4 +143,4 @@ def to_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     try:
         bucket.parent.send({name: folder / name for name in plain_files(folder)})
     except PlaceError as error:
-        raise PlaceError(f"{error}; what was written is in {os.path.join(local.base, 'written')}") from error
+        raise PlaceError(f"{error}; the new files are in {os.path.join(local.base, 'written')}") from error

@@ -1,4 +1,4 @@
-"""A directory in a bucket, by fsspec: lists, reads and writes objects, and says in one line what is wrong with it."""
+"""A directory in a bucket, by fsspec: lists, reads and writes objects, and explains failures in one line."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from typing import Any, NamedTuple
 
 from regnet_flax.errors import PlaceError, one_line
 
-# From the scheme of a URL to the extra that reads it; memory:// is fsspec's own, for tests.
+# Maps a URL's scheme to the extra that reads it; memory:// is fsspec's own, for tests.
 EXTRAS = {"gs": "gcs", "s3": "s3", "memory": ""}
 _URL = re.compile(rf"({'|'.join(EXTRAS)}):/+(.*)", re.DOTALL)
 _LOGIN = {"gs": "`gcloud auth application-default login`", "s3": "`aws configure`", "memory": ""}
-# What a filesystem says of an object's version, whichever of them it has.
+# The fields that tell an object's version; each filesystem has some of them.
 _VERSIONS = ("generation", "ETag", "etag", "LastModified", "created")
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is gs://… or s3://…; pathlib leaves one slash of the two."""
+    """Whether a path is gs://… or s3://…, also with one slash, as pathlib leaves it."""
     return _URL.fullmatch(os.fspath(path)) is not None
 
 
 @functools.cache
 def filesystem(scheme: str) -> Any:
-    """Fsspec's for a scheme. It lists anew each time, and logs nothing itself, such as a traceback for each retry."""
+    """Returns fsspec's filesystem for a scheme. It caches no listings, and its libraries do not log retries."""
     import fsspec
 
     for name in ("gcsfs", "s3fs", "aiobotocore", "botocore"):
@@ -37,7 +37,7 @@ def filesystem(scheme: str) -> Any:
 
 
 class Object(NamedTuple):
-    """An object as it is listed.
+    """An object's entry in a listing.
 
     Attributes:
       size: in bytes.
@@ -49,17 +49,18 @@ class Object(NamedTuple):
 
 
 class Bucket:
-    """A directory in a bucket. Each object is written whole or not at all, which is what buckets promise.
+    """A directory in a bucket. Buckets promise to write each object whole or not at all.
 
     Args:
       path: gs://… or s3://…
-      said: the URL that messages name; by default this one.
+      said: the URL for messages; by default, the path's.
 
     Attributes:
       url: the path with both slashes.
 
     Raises:
-      PlaceError: by every method: credentials, permission, bucket or network are missing; the message is one line.
+      PlaceError: credentials, permission, the bucket or the network are missing. Every method raises it, with a message
+        of one line.
     """
 
     def __init__(self, path: str | os.PathLike[str], said: str = ""):
@@ -82,11 +83,11 @@ class Bucket:
 
     @property
     def parent(self) -> Bucket:
-        """The directory that this is in."""
+        """The directory that contains this one."""
         return Bucket(self.url.rpartition("/")[0])
 
     def below(self, name: str) -> Bucket:
-        """A directory in this one."""
+        """Returns a directory in this one."""
         return Bucket(f"{self.url}/{name}", self._said)
 
     @contextlib.contextmanager
@@ -95,7 +96,7 @@ class Bucket:
             yield
         except PlaceError:
             raise
-        except Exception as error:  # each cloud's library has its own
+        except Exception as error:  # each cloud's library has its own exceptions
             raise PlaceError(f"{self._said} {self._reason(error)}") from error
 
     def _reason(self, error: Exception) -> str:
@@ -103,35 +104,35 @@ class Bucket:
         if isinstance(error, ImportError):
             return f"needs the extra [{EXTRAS[self._scheme]}]: pip install 'regnet-flax[{EXTRAS[self._scheme]}]'"
         if any("Credential" in name for name in names):
-            return f"cannot be used without credentials: give them, as with {_LOGIN[self._scheme]}"
+            return f"cannot be used without credentials: log in, for example with {_LOGIN[self._scheme]}"
         if isinstance(error, PermissionError):
-            return f"cannot be used without permission ({one_line(error)}): check it, or {_LOGIN[self._scheme]}"
+            return f"cannot be used without permission ({one_line(error)}): ask for it, or run {_LOGIN[self._scheme]}"
         if isinstance(error, FileNotFoundError):
             bucket = self._root.partition("/")[0]
-            return f"cannot be found: check that there is a bucket {bucket} and what is in it"
+            return f"cannot be found: check that there is a bucket {bucket}, and what it contains"
         return f"cannot be used ({one_line(error)}): check the network and the disk"
 
     def _path(self, name: str) -> str:
         return "/".join(filter(None, (self._root, name)))
 
     def list(self) -> dict[str, Object]:
-        """All objects in and below the directory, by their names in it; under "" the URL itself, if it is an object."""
+        """Returns all objects in and below the directory, by their names in it; "" is the URL itself, if an object."""
         with self._explained():
             found = self._files.find(self._root, detail=True)
         objects = {}
         for path, info in found.items():
             path = path.lstrip("/")
             if path.endswith("/") or not (path == self._root or path.startswith(f"{self._root}/")):
-                continue  # a console's mark of an empty directory
+                continue  # a cloud console marks an empty directory this way
             name = path[len(self._root) :].lstrip("/")
             if name and any(part in ("", ".", "..") for part in name.split("/")):
-                raise PlaceError(f"{self.url} has an object that no file can be named like: {name!r}")
+                raise PlaceError(f"{self.url} has an object whose name no file can have ({name!r}): rename it")
             version = " ".join(str(info[key]) for key in _VERSIONS if info.get(key) is not None)
             objects[name] = Object(int(info["size"]), version)
         return objects
 
     def read(self, name: str) -> bytes | None:
-        """An object's content; None where there is none."""
+        """Returns an object's content; None if there is no such object."""
         with self._explained():
             try:
                 return self._files.cat_file(self._path(name))
@@ -139,13 +140,13 @@ class Bucket:
                 return None
 
     def write(self, contents: Mapping[str, bytes]) -> None:
-        """Writes objects, over what was there."""
+        """Writes objects, and replaces those that exist."""
         if contents:
             with self._explained():
                 self._files.pipe({self._path(name): content for name, content in contents.items()})
 
     def create(self, name: str, content: bytes) -> bool:
-        """Writes an object if there is none of that name, and whether it did; of two that try at once, one does."""
+        """Writes an object unless one of that name exists, and returns whether it did. Of two callers, one does."""
         with self._explained():
             try:
                 self._files.pipe_file(self._path(name), content, mode="create")
@@ -154,13 +155,13 @@ class Bucket:
         return True
 
     def send(self, files: Mapping[str, pathlib.Path]) -> None:
-        """Writes objects from files."""
+        """Writes files to objects."""
         if files:
             with self._explained():
                 self._files.put([str(path) for path in files.values()], [self._path(name) for name in files])
 
     def fetch(self, files: Mapping[str, pathlib.Path]) -> None:
-        """Writes objects into files."""
+        """Writes objects to files."""
         for path in files.values():
             path.parent.mkdir(parents=True, exist_ok=True)
         if files:
@@ -168,7 +169,7 @@ class Bucket:
                 self._files.get([self._path(name) for name in files], [str(path) for path in files.values()])
 
     def delete(self, names: Iterable[str]) -> None:
-        """Deletes objects, those that are there."""
+        """Deletes those of the objects that exist."""
         with self._explained():
             for name in names:
                 with contextlib.suppress(FileNotFoundError):

@@ -1,4 +1,4 @@
-"""Who trains in a directory of a bucket: objects .lock/1, .lock/2, …, of which the last one counts."""
+"""Records which run trains in a bucket's directory, in objects .lock/1, .lock/2, …; the last one counts."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from regnet_flax.errors import PlaceError, WorkdirError
 from regnet_flax.files import runs
 from regnet_flax.places.bucket import Bucket
 
-LEASE = 60.0  # seconds without a sign of life after which a run has ended
+LEASE = 60.0  # a run that gives no sign of life for this many seconds has ended
 RENEWALS = 4  # signs of life in that time
 
 LOCK = ".lock"
 _HELD: set[str] = set()  # the places of this process's leases
 
-# The process says where to look, and is not shown.
+# This logger's messages keep local paths; see `local.show`.
 logger = logging.getLogger("regnet_flax.places")
 
 
 class Lease:
-    """The right to write a run into a bucket, until it is released or its holder shows no sign of life.
+    """The right to write a run into a bucket, until its holder releases it or gives no sign of life.
 
-    Each holder makes the next object of the row, which a bucket lets only one do, and the last object stays when it
-    is released: so no two can hold it, whatever they believe to have seen before. Clocks are not compared: who waits
-    looks whether the object changes in LEASE seconds.
+    Each holder creates the next object in the sequence. A bucket lets only one caller create it, and the last object
+    stays when the lease is released, so there are never two holders, even if one has an outdated view of the bucket.
+    Clocks are not compared: a waiting run checks whether the object changes within LEASE seconds.
 
     Args:
       bucket: the run's directory.
       place: names the local files of this holder.
 
     Attributes:
-      previous: the place of the holder before this one; "" if there was none.
-      lost: whether another holder took over, as after a long loss of the network.
+      previous: the place of the previous holder; "" if there was none.
+      lost: whether another holder took over, for example after a long loss of the network.
 
     Raises:
-      WorkdirError: another run holds it.
+      WorkdirError: another run holds the lease.
       PlaceError: the bucket cannot be used.
     """
 
@@ -54,7 +54,7 @@ class Lease:
             if owner.get("held") and not _ended_here(owner):
                 self._wait_for(number, owner)
             self._number, self.previous = number + 1, str(owner.get("place", ""))
-            # Of a view that is old by two holders, the number may be free again.
+            # If the listing is out of date by two holders, the number may be free again.
             made = self._objects.create(str(self._number), self._content(held=True))
             if made and max(_numbers(self._objects)) == self._number:
                 break
@@ -70,7 +70,7 @@ class Lease:
         return json.dumps(who | {"held": held, "sign": self._sign, "time": time.time()}).encode()
 
     def _wait_for(self, number: int, owner: dict[str, Any]) -> None:
-        """Returns when the holder has released it, or shown no sign of life for LEASE seconds."""
+        """Returns once the holder has released the lease, or given no sign of life for LEASE seconds."""
         who = f"machine {owner.get('host')}, process {owner.get('process')}"
         logger.info("%s: waiting %d s for a sign of life of its run on %s", self._url, LEASE, who)
         until = time.monotonic() + LEASE
@@ -86,17 +86,17 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._released.wait(LEASE / RENEWALS):
-            with contextlib.suppress(PlaceError):  # the network may come back; what is not sent is said elsewhere
+            with contextlib.suppress(PlaceError):  # the network may return, and the mirror reports what is not sent
                 if self.holds():
                     self._objects.write({str(self._number): self._content(held=True)})
 
     def holds(self) -> bool:
-        """Whether no other holder took over; asks the bucket."""
+        """Asks the bucket whether this is still the holder."""
         self.lost = self.lost or _last_owner(self._objects)[0] != self._number
         return not self.lost
 
     def release(self, *, tell: bool = True) -> None:
-        """Lets the next one hold it, which has to wait for a sign of life if the bucket is not told."""
+        """Releases the lease. Unless it tells the bucket, the next run waits for a sign of life."""
         self._released.set()
         _HELD.discard(self._place)
         if not tell:
@@ -107,7 +107,7 @@ class Lease:
 
 
 def last_place(bucket: Bucket) -> str:
-    """The place of the last holder; "" if there was none."""
+    """Returns the place of the last holder; "" if there was none."""
     return str(_last_owner(bucket.below(LOCK))[1].get("place", ""))
 
 
@@ -116,7 +116,7 @@ def _numbers(objects: Bucket) -> list[int]:
 
 
 def _last_owner(objects: Bucket) -> tuple[int, dict[str, Any]]:
-    """The number of the last object of the row, 0 for none, and what it says of its holder."""
+    """Returns the number of the last object, 0 for none, and what it records about its holder."""
     number = max(_numbers(objects), default=0)
     try:
         owner = json.loads(objects.read(str(number)) or b"{}") if number else {}
@@ -126,7 +126,7 @@ def _last_owner(objects: Bucket) -> tuple[int, dict[str, Any]]:
 
 
 def _ended_here(owner: dict[str, Any]) -> bool:
-    """Whether the holder was on this machine, and is no more."""
+    """Whether the holder was a process of this machine that has ended."""
     here = owner.get("host") == socket.gethostname() and owner.get("boot") == _boot()
     process = owner.get("process")
     if here and process == os.getpid():
@@ -135,7 +135,7 @@ def _ended_here(owner: dict[str, Any]) -> bool:
 
 
 def _boot() -> str:
-    # Two machines may have one name.
+    # Two machines may have the same name.
     with contextlib.suppress(OSError):
         return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
     return ""

@@ -1,4 +1,4 @@
-"""The copies that this machine has of what is in buckets, and how they are brought up to date."""
+"""This machine's copies of what is in buckets, and how they are updated."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from regnet_flax.places.lease import last_place
 from regnet_flax.places.mirror import CHECKPOINTS, COMMITTED, read_committed
 
 logger = logging.getLogger("regnet_flax")
-local_logger = logging.getLogger("regnet_flax.places")  # for what is said with local paths
+local_logger = logging.getLogger("regnet_flax.places")  # for messages that keep local paths
 
-# From local directories to what they stand for.
+# Maps local directories to the URLs that they stand for.
 _SHOWN: dict[str, str] = {}
 
 
 def show(local: pathlib.Path, url: str) -> None:
-    """Has `shown`, and all that is logged, say the URL for a local path."""
+    """Makes `shown` and all log lines replace a local path by its URL."""
     _SHOWN[str(local)] = url
     logger.addFilter(_show_urls)
 
 
 def shown(said: str | Exception) -> str:
-    """A text with the URLs of buckets in the place of the local directories that stand for them.
+    """Returns a text in which buckets' URLs replace the local directories that stand for them.
 
-    The message of a PlaceError stays as it is, since it may say where the local directory is.
+    The message of a PlaceError stays as it is, because it may tell where the local directory is.
     """
     text = str(said)
     if isinstance(said, PlaceError):
@@ -49,7 +49,7 @@ def shown(said: str | Exception) -> str:
 
 
 class _ShowUrls(logging.Filter):
-    """For what is logged."""
+    """Applies `shown` to log lines."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if _SHOWN:
@@ -62,12 +62,12 @@ _show_urls = _ShowUrls()
 
 @dataclasses.dataclass(frozen=True)
 class Local:
-    """Where a bucket's directory, or a single object in it, is kept on this machine.
+    """The local copy of a bucket's directory, or of a single object in it.
 
     Attributes:
-      bucket: the directory.
-      base: holds `files`, and what is known of them.
-      files: by the last part of the URL, so that what is named after its directory has the right name.
+      bucket: the directory or object.
+      base: contains `files`, and records about them.
+      files: the copy. Its name is the URL's last part, because runs and data sets are named after their directory.
     """
 
     bucket: Bucket
@@ -86,30 +86,30 @@ class Local:
             files.parent.mkdir(parents=True, exist_ok=True)
         except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
             raise PlaceError(
-                f"{bucket.url} needs a local directory, which cannot be made ({one_line(error)}): set XDG_CACHE_HOME "
-                "to one that can be written to"
+                f"{bucket.url} needs a local directory, which cannot be created ({one_line(error)}): "
+                "set XDG_CACHE_HOME to a writable one"
             ) from error
         show(files, bucket.url)
         return cls(bucket, base, files)
 
     @property
     def index(self) -> pathlib.Path:
-        """From what was fetched to its version."""
+        """The file with the version of each fetched object."""
         return self.base / "fetched.json"
 
     @property
     def links(self) -> pathlib.Path:
-        """See Mirror."""
+        """The directory for `Mirror`'s links."""
         return self.base / "sending"
 
     @property
     def place(self) -> str:
-        """Names `files` as the last run that held them left them, among all places that a run may have gone on in."""
+        """The place of the last run here, or "". If the lease's last holder had another, `files` may be out of date."""
         return str(self._noted.get("place", "")) if self.files.exists() else ""
 
     @property
     def unsent(self) -> bool:
-        """Whether a run may have ended here before all of it was sent."""
+        """Whether a run may have ended here before it had sent everything."""
         return bool(self._noted.get("unsent"))
 
     @property
@@ -117,12 +117,12 @@ class Local:
         return read_json(self.base / "place.json") or {}
 
     def note(self, place: str, *, unsent: bool) -> None:
-        """Keeps what `place` and `unsent` give."""
+        """Stores `place` and `unsent`."""
         write_json(self.base / "place.json", {"place": place, "unsent": unsent})
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Holds `files` against other processes of this machine that fetch them as well."""
+        """Locks `files` against other processes of this machine that fetch them."""
         import filelock
 
         with filelock.FileLock(self.base / "fetching.lock"):
@@ -130,13 +130,13 @@ class Local:
 
 
 def fetch(path: str | os.PathLike[str], only: str = "") -> pathlib.Path:
-    """The local copy of a file or directory, which is brought up to date; a local path itself.
+    """Updates and returns the local copy of a file or directory in a bucket; returns a local path as it is.
 
-    Where the bucket's directory is a run that went on last on this machine, its own files are the newest.
+    If the run in the bucket's directory last trained on this machine, the local files are the newest.
 
     Args:
       path: local, or in a bucket.
-      only: the name of the one file to fetch of a directory.
+      only: the name of a file, to fetch only this one from a directory.
 
     Raises:
       PlaceError: the bucket cannot be used, or the disk has no room.
@@ -151,10 +151,10 @@ def fetch(path: str | os.PathLike[str], only: str = "") -> pathlib.Path:
 
 
 def fetch_data(data_dir: str, name: str = "") -> str:
-    """As `fetch`, for a directory of data, of which `name` alone may be needed.
+    """Fetches a directory of data, or only `name` in it; see `fetch`.
 
     Raises:
-      DataError: there is nothing.
+      DataError: it is empty.
     """
     if not in_bucket(data_dir):
         return data_dir
@@ -168,12 +168,12 @@ def fetch_data(data_dir: str, name: str = "") -> str:
 
 
 def update(local: Local, only: str = "", tries: int = 3) -> None:
-    """Makes the local files what is in the bucket: what is not, or not any more, is deleted.
+    """Makes the local files equal to the bucket's, and deletes those that the bucket does not have.
 
     Args:
-      local: to be used by this process alone.
-      only: see `fetch`; others are left alone then.
-      tries: in all, if what was listed is gone when it is fetched.
+      local: the copy, locked by this process.
+      only: see `fetch`; other files are then left alone.
+      tries: how often to try if a listed object is gone when it is fetched.
     """
     _set_aside(local)
     objects = {name: found for name, found in _readable(local.bucket).items() if only in ("", name)}
@@ -205,7 +205,7 @@ def update(local: Local, only: str = "", tries: int = 3) -> None:
 
 
 def _readable(bucket: Bucket) -> dict[str, Object]:
-    """The objects of whole checkpoints, and all others that are not hidden."""
+    """Returns the objects of complete checkpoints, and all others that are not hidden."""
     objects = bucket.list()
     for folder in [name.rpartition("/")[0] for name in objects if name.endswith(f"{CHECKPOINTS}/{COMMITTED}")]:
         whole = {f"{folder}/{file}" for file in read_committed(bucket, folder) or {}}
@@ -226,8 +226,8 @@ def _check_room(local: Local, wanted: dict[str, Object]) -> None:
     free = shutil.disk_usage(local.base).free / 1e6
     if _megabytes(wanted) > free:
         raise PlaceError(
-            f"{local.bucket.url} has {_megabytes(wanted):.3g} MB to be fetched into {local.base}, whose disk has "
-            f"{free:.3g} MB left: make room, set XDG_CACHE_HOME to another disk, or mount the bucket, as gcsfuse does"
+            f"{local.bucket.url} has {_megabytes(wanted):.3g} MB to fetch into {local.base}, whose disk has "
+            f"{free:.3g} MB left: make room, set XDG_CACHE_HOME to another disk, or mount the bucket, as with gcsfuse"
         )
 
 
@@ -239,7 +239,7 @@ def _fetch_files(local: Local, names: list[str]) -> None:
 
 
 def _set_aside(local: Local) -> None:
-    """Keeps what a run left here unsent before another one went on elsewhere."""
+    """Keeps what a run here had not sent before the run continued on another machine."""
     if local.unsent and local.files.exists():
         aside = local.files.with_name(f"{local.files.name}-{time.strftime('%Y%m%d-%H%M%S')}")
         local.files.rename(aside)

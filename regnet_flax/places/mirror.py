@@ -1,8 +1,8 @@
-"""Keeps a directory of a bucket as a local one is: what a run writes is sent while it goes on.
+"""Copies a run's local directory to a bucket while the run writes it.
 
-A checkpoint is many objects, which a bucket cannot write at once. So beside the checkpoints stands an object COMMITTED
-that lists those which are whole, with a digest of each file. It is written after their files, and only what it lists
-is read.
+A checkpoint consists of many objects, which a bucket cannot write at once. So an object COMMITTED beside the
+checkpoints lists the complete ones, with a digest of each file. It is written after their files, and only listed
+checkpoints are read.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from regnet_flax.errors import Error, PlaceError, WorkdirError, one_line
 from regnet_flax.places.bucket import Bucket
 from regnet_flax.places.lease import Lease
 
-POLL = 10.0  # seconds between two looks at what is new
+POLL = 10.0  # seconds between two checks for new files
 CHECKPOINTS, RESULTS, COMMITTED = "checkpoints", "results.json", "committed.json"
 
-# What cannot be sent is told with its local path.
+# This logger's messages keep local paths; see `local.show`.
 logger = logging.getLogger("regnet_flax.places")
 
 Stat = tuple[int, int]  # size and time of the last change, in ns
@@ -36,24 +36,25 @@ class _TakenOverError(PlaceError):
 
 
 class Mirror:
-    """Sends what changes in a local directory, in a thread, until it is closed.
+    """Sends the changes in a local directory, in a thread, until it is closed.
 
     Args:
       local: the directory.
-      bucket: where it goes.
-      lease: for the right to write there.
-      links: a directory of the same file system, for what is being sent: the run may delete a checkpoint meanwhile.
-      fetched: whether `local` has just been fetched, and so need not be sent.
+      bucket: the destination.
+      lease: the right to write there.
+      links: a directory on the same file system, with links to the files that are being sent, because the run may
+        delete a checkpoint meanwhile.
+      fetched: whether `local` has just been fetched, so that its files need not be sent.
     """
 
     def __init__(self, local: pathlib.Path, bucket: Bucket, lease: Lease, links: pathlib.Path, *, fetched: bool):
         self._local, self._bucket, self._lease, self._links = local, bucket, lease, links
-        # What others wrote beside the run since then stays; but the results of the run must not outlive a resume.
+        # Files that others wrote beside the run stay, but old results must not outlive the resumption.
         kept = {name: (-1, -1) for name in bucket.list() if is_plain(name) and _is_result(name)}
         self._sent: dict[str, Stat] = plain_files(local) if fetched else kept
         self._committed = {name: read_committed(bucket, name) or {} for name in _committed_lists(bucket)}
         self._failing, self._closed = False, threading.Event()
-        # From the files of a checkpoint to their digests, while they stay as they are.
+        # Maps a checkpoint's files to their digests, while the files do not change.
         self._digests: dict[tuple[str, str, Stat], str] = {}
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -65,18 +66,18 @@ class Mirror:
             except Exception as error:
                 if not self._failing:
                     what = str(error) if isinstance(error, Error) else one_line(error)
-                    logger.warning("%s; training goes on in %s, and sending is tried again", what, self._local)
+                    logger.warning("%s; training continues in %s, and sending is tried again", what, self._local)
                 self._failing = True
             else:
                 if self._failing:
-                    logger.info("%s: sending goes on", self._bucket.url)
+                    logger.info("%s: sending works again", self._bucket.url)
                 self._failing = False
 
     def close(self) -> None:
         """Sends the rest.
 
         Raises:
-          PlaceError: it cannot be sent, or another run took over; the message says where it is.
+          PlaceError: the rest cannot be sent, or another run took over; the message says where it is.
         """
         self._closed.set()
         self._thread.join()
@@ -86,16 +87,16 @@ class Mirror:
             raise
         except PlaceError as error:
             raise PlaceError(
-                f"{error}; what was not sent is in {self._local}, and the same command on this machine sends it"
+                f"{error}; the unsent files are in {self._local}, and the same command on this machine sends them"
             ) from error
 
     def _send(self) -> None:
         if not self._lease.holds():
             raise _TakenOverError(
-                f"another run took over {self._bucket.url}, after this one had given no sign of life: "
-                f"what this one did is in {self._local}"
+                f"another run took over {self._bucket.url}, because this one gave no sign of life for a while: "
+                f"the files of this one are in {self._local}"
             )
-        # What marks a run as finished is looked for before all else, and sent after all else.
+        # Results mark a run as finished, so they are listed before all other files, and sent after them.
         finished = set(filter(_is_result, plain_files(self._local)))
         steps = {folder: _whole_steps(folder) for folder in sorted(self._local.rglob(CHECKPOINTS)) if folder.is_dir()}
         plain = plain_files(self._local)
@@ -112,7 +113,7 @@ class Mirror:
         contents = {}
         for name, stat in files.items():
             if self._sent.get(name) != stat:
-                with contextlib.suppress(FileNotFoundError):  # its own turn comes
+                with contextlib.suppress(FileNotFoundError):  # it is gone, which the next call sees
                     contents[name] = (self._local / name).read_bytes()
         self._bucket.write(contents)
         self._sent |= {name: files[name] for name in contents}
@@ -120,7 +121,7 @@ class Mirror:
     def _send_checkpoints(self, folder: pathlib.Path, steps: dict[str, dict[str, Stat]]) -> None:
         name = folder.relative_to(self._local).as_posix()
         objects = self._bucket.below(name)
-        if name not in self._committed:  # without a list all would be read, what is half sent too
+        if name not in self._committed:  # without a list, half-sent checkpoints would be read too
             there = {file: found.size for file, found in objects.list().items()}
             copied = [files for files in steps.values() if all(there.get(f) == size for f, (size, _) in files.items())]
             self._commit(
@@ -137,7 +138,7 @@ class Mirror:
                 new |= linked
                 committed |= {file: self._digest(name, self._links, file, files[file]) for file in linked}
         if changed := {file for file in new if before.get(file, committed[file]) != committed[file]}:
-            # A step that was damaged and taken again: the list must not lead to half of each.
+            # A damaged step was repeated: the list must not lead to a mixture of old and new files.
             steps_changed = {file.partition("/")[0] for file in changed}
             before = {file: digest for file, digest in before.items() if file.partition("/")[0] not in steps_changed}
             self._commit(objects, name, before)
@@ -158,7 +159,7 @@ class Mirror:
         self._committed[name] = dict(files)
 
     def _link(self, folder: pathlib.Path, step: str, files: dict[str, Stat]) -> dict[str, pathlib.Path]:
-        """Links to the files of a step; {} if it is being deleted."""
+        """Makes links to the files of a step; returns {} if the step is being deleted."""
         linked = {}
         try:
             for file in files:
@@ -169,19 +170,19 @@ class Mirror:
                 except FileNotFoundError:
                     raise
                 except OSError:
-                    shutil.copyfile(folder / file, linked[file])  # there are file systems without links
+                    shutil.copyfile(folder / file, linked[file])  # some file systems have no links
         except FileNotFoundError:
             return {}
         return linked if _whole_steps(folder).get(step) == files else {}
 
 
 def plain_files(local: pathlib.Path) -> dict[str, Stat]:
-    """The files of a run but for its checkpoints, what is hidden and what is being written: by names with slashes."""
+    """Returns a run's files, by names with slashes, without checkpoints, hidden files and those being written."""
     return {name: stat for name, stat in _files(local) if is_plain(name) and not name.endswith(".part")}
 
 
 def is_plain(name: str) -> bool:
-    """Whether a name is of no checkpoint, and of nothing that is hidden."""
+    """Whether a name belongs neither to a checkpoint nor to a hidden file."""
     parts = name.split("/")
     return CHECKPOINTS not in parts[:-1] and not any(part.startswith(".") for part in parts)
 
@@ -191,7 +192,7 @@ def _is_result(name: str) -> bool:
 
 
 def read_committed(bucket: Bucket, folder: str) -> dict[str, str] | None:
-    """The digests of the files of whole checkpoints, by their names in the folder; None where nothing says so."""
+    """Returns the digests of complete checkpoints' files, by their names in the folder; None if there is no list."""
     content = bucket.below(folder).read(COMMITTED)
     if content is None:
         return None
@@ -199,16 +200,16 @@ def read_committed(bucket: Bucket, folder: str) -> dict[str, str] | None:
         found: Any = json.loads(content)
         return {str(name): str(digest) for name, digest in found.items()}
     except (ValueError, AttributeError) as error:
-        raise WorkdirError(f"{bucket.url}/{folder}/{COMMITTED} is damaged: restore it, or name another one") from error
+        raise WorkdirError(f"{bucket.url}/{folder}/{COMMITTED} is damaged: restore it, or use another run") from error
 
 
 def _committed_lists(bucket: Bucket) -> list[str]:
-    """The folders of checkpoints that have a list."""
+    """Returns the folders of checkpoints that have a list."""
     return [name.rpartition("/")[0] for name in bucket.list() if name.endswith(f"{CHECKPOINTS}/{COMMITTED}")]
 
 
 def _whole_steps(folder: pathlib.Path) -> dict[str, dict[str, Stat]]:
-    """The files of each step that Orbax has finished, by their names in the folder of checkpoints."""
+    """Returns the files of each step that Orbax has finished, by their names in the folder of checkpoints."""
     steps = sorted((path.name for path in folder.iterdir() if path.name.isdecimal()), key=int)
     found = {step: {f"{step}/{name}": stat for name, stat in _files(folder / step)} for step in steps}
     return {step: files for step, files in found.items() if files}

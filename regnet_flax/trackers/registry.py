@@ -1,4 +1,4 @@
-"""Where a run's metrics go beside metrics.jsonl: the trackers of `log.trackers`, guarded, and the ids of their runs."""
+"""Opens the trackers of `log.trackers`, guards the run against their failures, and stores the ids of their runs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Start(NamedTuple):
     """The argument of a tracker's constructor.
 
     Attributes:
-      workdir: of the run.
+      workdir: the run's.
       name: a title for the run: the workdir's name, with the seed if several seeds train together.
       group: the workdir's name if several seeds train together, otherwise "".
       id: the tracker's id from when the run began; "" for a new run.
@@ -144,7 +144,7 @@ class GuardedTracker:
                 raise
             self._tracker = None
             logger.warning(
-                "log.trackers: %s failed and is left out until the run is resumed; training goes on (%s)",
+                "log.trackers: %s failed and is left out until the run resumes; training continues (%s)",
                 self._name,
                 one_line(error),
             )
@@ -199,5 +199,5 @@ def _read_ids(workdir: pathlib.Path) -> dict[str, dict[str, str]]:
             return {}
         return {str(name): {str(seed): str(run) for seed, run in runs.items()} for name, runs in ids.items()}
     except (WorkdirError, AttributeError):
-        logger.warning("%s is damaged: trackers begin new runs", workdir / IDS)
+        logger.warning("%s is damaged: trackers start new runs", workdir / IDS)
         return {}

@@ -1,6 +1,6 @@
-"""Trackers that are packages of their own, each an extra: Weights & Biases, MLflow, Trackio.
+"""Trackers for Weights & Biases, MLflow and Trackio, each of which is an extra.
 
-What their own environment variables say holds, such as WANDB_MODE=offline.
+Their own environment variables apply, such as WANDB_MODE=offline.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from typing import Any
 
 from regnet_flax.trackers.registry import PROJECT, Start
 
-BATCH = 100  # parameters; the most that MLflow takes at once
+BATCH = 100  # the largest number of parameters that MLflow takes at once
 
 
 class Wandb:
     """A run of Weights & Biases, in the project WANDB_PROJECT or "regnet_flax", with its files in the workdir."""
 
     def __init__(self, start: Start):
-        # Without a key W&B would ask for one while the run waits.
+        # Without a key, W&B would ask for one, and the run would wait.
         os.environ.setdefault("WANDB_LOGIN_TIMEOUT", "10")
         import wandb  # pyright: ignore[reportMissingImports]
 
         settings = wandb.Settings(
-            console="off",  # it would put itself between the display and the terminal
+            console="off",  # otherwise it redirects the terminal, which breaks the live display
             silent=True,
             init_timeout=30,  # seconds for a server that does not answer, while training waits
-            finish_timeout=120,  # seconds to upload what is left; `wandb sync` does it later
+            finish_timeout=120,  # seconds to upload the rest; `wandb sync` can do it later
         )
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -44,7 +44,7 @@ class Wandb:
             settings=settings,
         )
         self.id = self._run.id
-        # W&B's own count of steps only rises, and a run that was killed logs some again.
+        # W&B's own step may only increase, but a killed run logs some steps again.
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("*", step_metric="step")
 
@@ -62,7 +62,7 @@ class Mlflow:
     """A run of MLflow, in the experiment MLFLOW_EXPERIMENT_NAME or "regnet_flax" of the store MLFLOW_TRACKING_URI."""
 
     def __init__(self, start: Start):
-        # MLflow would wait for minutes for a server that does not answer, and training with it.
+        # Otherwise MLflow, and with it training, waits for minutes for a server that does not answer.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         import mlflow  # pyright: ignore[reportMissingImports]
@@ -80,7 +80,7 @@ class Mlflow:
     def config(self, values: Mapping[str, Any]) -> None:
         from mlflow.entities import Param  # pyright: ignore[reportMissingImports]
 
-        # MLflow keeps what a parameter was first; a resumed run may have some otherwise.
+        # MLflow refuses to change a parameter, which a resumed run may have changed.
         known = self._client.get_run(self.id).data.params
         new = [Param(name, str(value)) for name, value in values.items() if name not in known]
         for first in range(0, len(new), BATCH):
@@ -101,13 +101,13 @@ class Trackio:
 
     def __init__(self, start: Start):
         self._start, self._run = start, None
-        # Trackio resumes by name, so that a name must be no other run's.
+        # Trackio resumes by name, so no other run may have the same name.
         self.id = start.id or f"{start.name} {secrets.token_hex(3)}"
 
     def config(self, values: Mapping[str, Any]) -> None:
         import trackio  # pyright: ignore[reportMissingImports]
 
-        # In a context of its own, since Trackio ends the run before in the same one.
+        # In a context of its own, because Trackio ends the previous run of the same context.
         context = contextvars.copy_context()
         with contextlib.redirect_stdout(io.StringIO()):
             self._run = context.run(
