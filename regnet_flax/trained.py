@@ -123,7 +123,7 @@ def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = No
     if not (stored := read_config(path)):
         raise WorkdirError(
             f"{workdir} has no config.json, so it is not the workdir of a run, and it is not a file of weights: "
-            f"name one that a run wrote, or one of {', '.join(shipped.list_weights())}"
+            f"name one that a run wrote{shipped.alternatives()}"
         )
     seeds = stored.get("seeds", [stored.get("seed", 0)])
     if seed is not None and seed not in seeds:

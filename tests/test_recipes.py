@@ -59,6 +59,8 @@ def test_runs_on_synthetic_images(recipe, tmp_path, monkeypatch):
         small += ["--config.dataset.name=folder", f"--config.dataset.data_dir={photographs(tmp_path / 'photographs')}"]
     else:
         small += ["--config.dataset.name=synthetic"]
+    held_out = 64 if config.dataset.validation else 0
+    small += [f"--config.dataset.validation={held_out}"]
     imagenet = getattr(create_model(model), "stem", "imagenet") == "imagenet"
     small += [f"--config.dataset.image_size={32 if imagenet else 8}"]
     workdir = tmp_path / "run"
@@ -72,7 +74,7 @@ def test_runs_on_synthetic_images(recipe, tmp_path, monkeypatch):
     for field, value in flatten(config):
         if field.startswith(KEPT) and value != ():
             assert kept[field] == value, field
-    per_epoch = (16 if "random_resized_crop" in config.dataset.augment else 1024) // 8
+    per_epoch = (16 if "random_resized_crop" in config.dataset.augment else 1024 - held_out) // 8
     rate = build_optimizer(config, per_epoch)[0](1)
     assert lines[-1]["learning_rate"] == pytest.approx(float(rate), rel=1e-6)
 

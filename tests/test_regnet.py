@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.errors import ScopeParamShapeError
 
 from regnet_flax import create_model, list_models
 from regnet_flax.analysis.summary import count_parameters
@@ -293,3 +294,16 @@ def test_initial_values():
         (torch_like["head"]["bias"], 64),
     ):
         assert 0.8 * fan_in**-0.5 < np.abs(kernel).max() <= fan_in**-0.5
+
+
+def test_weights_of_another_size_are_refused():
+    images = jnp.zeros((1, 8, 8, 3))
+    narrow, wide = (create_model("regnet8_convgru", width=width) for width in (4, 8))
+    narrow_shapes, wide_shapes = (
+        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+        for model in (narrow, wide)
+    )
+    for part in narrow_shapes["params"]:
+        params = narrow_shapes["params"] | {part: wide_shapes["params"][part]}
+        with pytest.raises(ScopeParamShapeError, match=part):
+            jax.eval_shape(functools.partial(narrow.apply, train=False), narrow_shapes | {"params": params}, images)

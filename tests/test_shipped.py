@@ -41,9 +41,9 @@ def test_loaded_by_name(weights):
     assert trained.class_names == NAMES and trained.step == 9 and trained.model == same.model
     images = np.arange(2 * 8 * 8 * 3, dtype=np.uint8).reshape(2, 8, 8, 3)
     np.testing.assert_array_equal(trained.predict(images), same.predict(images))
-    with pytest.raises(WorkdirError, match="or one of resnet8.insects"):
+    with pytest.raises(WorkdirError, match="or one of the package's own: resnet8.insects"):
         regnet_flax.load("resnet8.beetles")
-    with pytest.raises(WeightsError, match="come with the package: resnet8.insects"):
+    with pytest.raises(WeightsError, match="or be one of the package's own: resnet8.insects"):
         read_weights("resnet8.beetles")
 
 
@@ -69,7 +69,7 @@ def test_predicting_needs_neither_a_run_nor_the_models_name(weights, tmp_path):
     np.testing.assert_allclose([found[name] for name in NAMES], expected, atol=1e-6)
     assert "model.name is resnet8, as resnet8.insects says" in done.stderr
     line = error_of(run_program(*command[:1], "--config.model.init_from=resnet8.beetles", *command[2:]), 2)
-    assert "come with the package: resnet8.insects" in line
+    assert "or be one of the package's own: resnet8.insects" in line
 
 
 def test_fine_tuning_starts_from_them(weights, tmp_path):

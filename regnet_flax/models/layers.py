@@ -8,12 +8,28 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.errors import ScopeParamShapeError
 from jax import lax
 from jax.nn.initializers import Initializer
 
 from regnet_flax.models.ops import PLAIN, Ops, Value
 
 Array = jax.Array
+
+
+def parameter(module: nn.Module, name: str, init: Initializer, shape: tuple[int, ...]) -> Array:
+    """Makes or returns a float32 parameter, like `module.param`, which traces the initialiser at each use.
+
+    Raises:
+      ScopeParamShapeError: the parameter has another shape.
+    """
+    if not module.has_variable("params", name):
+        return module.param(name, init, shape, jnp.float32)
+    value = module.get_variable("params", name)
+    if value.shape != shape:
+        assert module.scope is not None
+        raise ScopeParamShapeError(name, module.scope.path_text, value.shape, shape)
+    return value
 
 
 class Conv(nn.Module):
@@ -43,7 +59,7 @@ class Conv(nn.Module):
     def __call__(self, x: Value) -> Array:
         """Maps (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, features)."""
         shape = (*self.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        kernel = parameter(self, "kernel", self.kernel_init, shape)
         return self.ops.conv(
             x,
             kernel.astype(self.dtype),
@@ -87,8 +103,8 @@ class BatchNorm(nn.Module):
             "mean": self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32),
             "var": self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32),
         }
-        scale = self.param("scale", nn.initializers.ones, shape, jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape, jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, shape)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape)
         options: Any = {"relu": self.relu, "epsilon": self.epsilon, "dtype": self.dtype}
         if self.is_initializing() and not self.use_running_average:  # init may run outside the axis
             return PLAIN.batch_norm(x, scale, bias, **options)[0]

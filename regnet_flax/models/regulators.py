@@ -17,6 +17,7 @@ from flax.errors import InvalidRngError
 
 from regnet_flax.errors import InputError
 from regnet_flax.models.initializers import INITIALIZERS, Initializers
+from regnet_flax.models.layers import parameter
 from regnet_flax.models.ops import PLAIN, Ops, cells
 from regnet_flax.models.ops.cells import Gates, State
 
@@ -38,11 +39,11 @@ class GateWeights(nn.Module):
 
     @nn.compact
     def __call__(self) -> tuple[Array, ...]:
-        kernel = self.param("kernel", self.initial.regulator, self.shape)
+        kernel = parameter(self, "kernel", self.initial.regulator, self.shape)
         if not self.use_bias:
             return (kernel,)
         fan_in = self.shape[0] * self.shape[1] * self.shape[2]
-        return kernel, self.param("bias", self.initial.bias(fan_in), self.shape[-1:])
+        return kernel, parameter(self, "bias", self.initial.bias(fan_in), self.shape[-1:])
 
 
 class Regulator(nn.Module):

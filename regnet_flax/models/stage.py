@@ -82,6 +82,8 @@ class Stage(nn.Module):
                 in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                 length=self.length - 1,
                 unroll=unroll,
+                # The check traces the block once more, and initial values have always been drawn in that second trace.
+                check_constancy_invariants=self.is_initializing(),
             )
             carry, _ = blocks(**alike, name="blocks")(carry, shared)
         if not (options["norm"].keywords["use_running_average"] or self.is_initializing()):

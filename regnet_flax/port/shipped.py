@@ -17,6 +17,12 @@ def list_weights() -> list[str]:
     return sorted(path.name.removesuffix(SUFFIX) for path in FOLDER.glob(f"*{SUFFIX}"))
 
 
+def alternatives(verb: str = "") -> str:
+    """Returns the end of an error's sentence that names them; "" if there are none."""
+    names = ", ".join(list_weights())
+    return f", or {verb}{' ' * bool(verb)}one of the package's own: {names}" if names else ""
+
+
 def find(name: str | os.PathLike[str]) -> pathlib.Path | None:
     """Returns the file of weights with this name; None if the package has none, or if there is a local file of it."""
     if os.fspath(name) not in list_weights() or os.path.exists(name):

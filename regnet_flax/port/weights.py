@@ -44,10 +44,7 @@ def _import_torch(path: pathlib.Path) -> Any:
 def _check_suffix(path: pathlib.Path) -> str:
     kind = next((kind for suffix, kind in SUFFIXES.items() if path.name.endswith(suffix)), None)
     if kind is None:
-        raise WeightsError(
-            f"{path} must end in {', '.join(SUFFIXES)}, or be the name of weights that come with the package: "
-            f"{', '.join(shipped.list_weights())}"
-        )
+        raise WeightsError(f"{path} must end in {', '.join(SUFFIXES)}{shipped.alternatives('be')}")
     return kind
 
 
