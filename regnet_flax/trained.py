@@ -32,6 +32,8 @@ from regnet_flax.training.workdir import failed_seeds, read_config
 
 logger = logging.getLogger("regnet_flax")
 
+_HOW_IT_RUNS = ("ops", "remat", "unroll")  # options that change no result; all others are the weights' own
+
 Path = str | os.PathLike[str]
 
 
@@ -209,14 +211,19 @@ def _take_description(config: Any, known: dict[str, Any], metadata: Mapping[str,
     data.augment = cropped or tuple(name for name in data.augment if name != stream.CROP)
     if "model" not in metadata:
         return
-    if config.model.name != metadata["model"]:
-        logger.info("model.name is %s, as %s says", metadata["model"], file)
+    before = {"name": config.model.name} | dict(config.model.overrides)
     config.model.name = metadata["model"]
+    for option in config.model.overrides:
+        if option not in _HOW_IT_RUNS:
+            config.model.overrides[option] = None
     try:
         for option, value in json.loads(metadata.get("options", "{}")).items():
             config.model.overrides[option] = tuple(value) if isinstance(value, list) else value
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{file} has options that no model has ({one_line(error)}): export it again") from error
+    after = {"name": config.model.name} | dict(config.model.overrides)
+    if changed := [f"{name}={value}" for name, value in after.items() if value != before[name]]:
+        logger.info("model: %s, as %s says", ", ".join(changed), file)
 
 
 def description(trained: Trained) -> dict[str, str]:

@@ -15,8 +15,8 @@ import platformdirs
 # Convolutions by Eigen instead of YNNPACK: benchmarks/README.md has the gain. jaxlib 0.12 is faster without it. An
 # unknown flag ends the process, so only versions that were measured appear here.
 _FLAGS = {"0.10.2": "--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_REDUCE"}
-# Compiles a quarter faster, to steps that are as fast; see benchmarks/README.md. It holds for other devices too, where
-# it was not measured.
+# Compiles a quarter faster, to steps that are as fast; see benchmarks/README.md. It would hold for other devices, too,
+# where it was not measured.
 _ON_CPUS_ONLY = "--xla_backend_optimization_level=1"
 # For each jaxlib, how a CPU compiles quickest; with an unknown option it does not compile at all.
 _QUICKEST = {"0.10.2": {"xla_cpu_use_fusion_emitters": False}}

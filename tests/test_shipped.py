@@ -56,6 +56,7 @@ def test_a_local_file_of_that_name_goes_first(weights):
 def test_predicting_needs_neither_a_run_nor_the_models_name(weights, tmp_path):
     Image.new("RGB", (12, 8), (200, 0, 0)).save("a.png")
     command = ["--mode=predict", "--config.model.init_from=resnet8.insects", "--config.predict.images=a.png"]
+    command.append("--config.model.overrides.shortcut=A")  # the file says better
     # What another run in the default workdir knows of its classes is not taken.
     workdir = pathlib.Path("runs/digits-regnet20_convlstm-0")
     workdir.mkdir(parents=True)
@@ -67,7 +68,7 @@ def test_predicting_needs_neither_a_run_nor_the_models_name(weights, tmp_path):
     expected = regnet_flax.load("resnet8.insects").predict("a.png")[0]
     found = {entry["class"]: entry["probability"] for entry in result["predictions"][0]["top"]}
     np.testing.assert_allclose([found[name] for name in NAMES], expected, atol=1e-6)
-    assert "model.name is resnet8, as resnet8.insects says" in done.stderr
+    assert "model: name=resnet8, shortcut=None, width=4, as resnet8.insects says" in done.stderr
     line = error_of(run_program(*command[:1], "--config.model.init_from=resnet8.beetles", *command[2:]), 2)
     assert "or be one of the package's own: resnet8.insects" in line
 
