@@ -121,7 +121,9 @@ def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = No
     """See `regnet_flax.load`."""
     path = shipped.find(workdir) or fetch(workdir)
     if path.is_file():
-        return _of_exported(path)
+        config = default_config().lock()
+        config.model.init_from = str(path)
+        return _of_file(config, None, alone=True)
     if not (stored := read_config(path)):
         raise WorkdirError(
             f"{workdir} has no config.json, so it is not the workdir of a run, and it is not a file of weights: "
@@ -158,13 +160,20 @@ def with_config(config: Any, workdir: Path) -> Trained:
     return Trained(model, variables, config, tuple(record["class_names"]), (height, width, channels), step)
 
 
-def _of_file(config: Any, record: dict[str, Any] | None) -> Trained:
+def _of_file(config: Any, record: dict[str, Any] | None, *, alone: bool = False) -> Trained:
+    """Loads the weights in the file `model.init_from`; `alone`, the file must say which model they belong to."""
     check_config(config)
     file = config.model.init_from
     if config.model.new_head:
         raise ConfigError(f"model.new_head is True: without the head of {file} there is no class to predict")
     arrays, metadata = read_weights(file)
-    if known := described(metadata):
+    known = described(metadata)
+    if alone and not (known and "model" in metadata):
+        raise WeightsError(
+            f"{file} does not say which model it belongs to, as files of --mode export do: "
+            "give it as model.init_from, with model.name"
+        )
+    if known:
         _take_description(config, known, metadata)
     else:
         known = record
@@ -181,25 +190,12 @@ def _of_file(config: Any, record: dict[str, Any] | None) -> Trained:
         config = resolve(config, dataset)
         names, shape = dataset.class_names, dataset.image_shape
     height, width, channels = shape
-    variables = load_weights(config, channels)
+    variables = load_weights(config, channels, (arrays, metadata))
     assert variables is not None
     step = metadata.get("step", "")
     step = int(step) if step.isdecimal() else 0
     model = build_model(config)
     return Trained(model, {"batch_stats": {}} | variables, config, names, (height, width, channels), step, file)
-
-
-def _of_exported(path: pathlib.Path) -> Trained:
-    """Loads a file of weights that `--mode export` wrote, with the model and options in its metadata."""
-    _, metadata = read_weights(path)
-    config = default_config().lock()
-    if described(metadata) is None or "model" not in metadata:
-        raise WeightsError(
-            f"{path} does not say which model it belongs to, as files of --mode export do: "
-            "give it as model.init_from, with model.name"
-        )
-    config.model.init_from = str(path)
-    return _of_file(config, None)
 
 
 def _take_description(config: Any, known: dict[str, Any], metadata: Mapping[str, str]) -> None:

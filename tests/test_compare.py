@@ -387,3 +387,9 @@ def test_apart_every_seed_is_a_run_of_its_own(tmp_path):
         for name, (epochs, values) in together.curves.items():
             np.testing.assert_array_equal(apart.curves[name][0], epochs)
             np.testing.assert_array_equal(apart.curves[name][1], values)
+
+    # A seed that was evaluated less often.
+    metrics = path / "resnet8" / "seed1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().splitlines(keepends=True)[-1])
+    epochs, values = compare.read("resnet8", *(path / "resnet8" / f"seed{seed}" for seed in range(3))).curves["error"]
+    assert epochs.tolist() == [2] and values.shape == (3, 1)

@@ -130,13 +130,15 @@ def _read_run(workdir: pathlib.Path) -> _Run:
 
 
 def _curve(runs: Sequence[_Run], name: str, convert=lambda value: value):
-    epochs: dict[float, None] = {}
-    own = []
-    for run in runs:
-        chosen = [line for line in run.lines if name in line]
-        epochs |= dict.fromkeys(line["epoch"] for line in chosen)
-        own += [[line.get("seeds", {}).get(str(seed), line)[name] for line in chosen] for seed in run.seeds]
-    return np.array(list(epochs)), convert(np.array(own))
+    chosen = [{line["epoch"]: line for line in run.lines if name in line} for run in runs]
+    # Runs may be evaluated at different epochs.
+    epochs = [epoch for epoch in chosen[0] if all(epoch in lines for lines in chosen)]
+    own = [
+        [lines[epoch].get("seeds", {}).get(str(seed), lines[epoch])[name] for epoch in epochs]
+        for run, lines in zip(runs, chosen, strict=True)
+        for seed in run.seeds
+    ]
+    return np.array(epochs), convert(np.array(own))
 
 
 def claim(model: str, dataset: str) -> str:

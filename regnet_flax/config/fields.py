@@ -298,7 +298,9 @@ FIELDS: dict[str, Field] = {
         'for --mode compare: the baseline first; options follow the name: "regnet20_convgru kernel=dense"',
         may_change=True,
     ),
-    "compare.seeds": Field((0, 1, 2), _each(_whole(0)), "for each model, trained together", may_change=True),
+    "compare.seeds": Field(
+        (0, 1, 2), _each(_whole(0)), "of each model; compare.together: how they train", may_change=True
+    ),
     "compare.together": Field(
         "auto",
         _choice("auto", "always", "never", "apart"),

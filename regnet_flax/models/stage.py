@@ -82,7 +82,7 @@ class Stage(nn.Module):
                 in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
                 length=self.length - 1,
                 unroll=unroll,
-                # The check traces the block once more, and initial values have always been drawn in that second trace.
+                # The check costs a second trace, in which initial values have always been drawn.
                 check_constancy_invariants=self.is_initializing(),
             )
             carry, _ = blocks(**alike, name="blocks")(carry, shared)

@@ -96,7 +96,9 @@ def build_model(config: Any, devices: Sequence[Any] | None = None, axis_name: st
     )
 
 
-def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
+def load_weights(
+    config: Any, channels: int, found: tuple[dict[str, Any], dict[str, str]] | None = None
+) -> dict[str, Any] | None:
     """Reads the variables in the file `model.init_from` of a resolved config; None if it names no file.
 
     For a network with regulators, a plain network's weights give all variables except the regulators.
@@ -104,6 +106,7 @@ def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
     Args:
       config: the resolved config.
       channels: the images' channels; with `model.adapt_stem` the file's may differ.
+      found: what read_weights returned for the file, if it has been read.
 
     Raises:
       WeightsError: the file cannot be read, or does not fit the model.
@@ -111,7 +114,7 @@ def load_weights(config: Any, channels: int) -> dict[str, Any] | None:
     file = config.model.init_from
     if not file:
         return None
-    arrays, metadata = weights.read_weights(file)
+    arrays, metadata = found or weights.read_weights(file)
     if whole := [name for name, a in arrays.items() if a.dtype != np.float32 and not name.endswith(torch_port.IGNORED)]:
         raise WeightsError(
             f"{file}: {whole[0]} is {arrays[whole[0]].dtype}, so the weights look quantised: save them as floats"
