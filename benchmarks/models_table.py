@@ -4,19 +4,14 @@ python benchmarks/models_table.py --check    # is it up to date?
 python benchmarks/models_table.py --write
 """
 
-import argparse
 import itertools
-import pathlib
-import re
-import sys
+
+import page_table
 
 from regnet_flax import create_model, list_models
 from regnet_flax.analysis.summary import summarize
 from regnet_flax.models.families.names import OTHERS, RESNETS
 from regnet_flax.models.regulators import REGULATORS
-
-PAGE = pathlib.Path(__file__).resolve().parent.parent / "docs" / "models.md"
-BEGIN, END = "<!-- models: python benchmarks/models_table.py --write -->", "<!-- end of models -->"
 
 
 def costs(name):
@@ -53,24 +48,5 @@ def table(names):
     return lines
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--check", action="store_true", help="exit with 1 if the file's table is not up to date")
-    what.add_argument("--write", action="store_true", help="write the table between the file's markers")
-    parser.add_argument("--file", type=pathlib.Path, default=PAGE)
-    arguments = parser.parse_args()
-    text = arguments.file.read_text()
-    place = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if len(place.findall(text)) != 1:
-        sys.exit(f"{arguments.file} must have one place for the table, from {BEGIN} to {END}")
-    lines = table(list_models())
-    new = place.sub(lambda _: "\n".join([BEGIN, *lines, END]), text)
-    if arguments.write:
-        arguments.file.write_text(new)
-    elif new != text:
-        sys.exit(f"the models in {arguments.file} are out of date: run python benchmarks/models_table.py --write")
-
-
 if __name__ == "__main__":
-    main()
+    page_table.main("models_table.py", __doc__, page_table.DOCS / "models.md", "models", lambda: table(list_models()))

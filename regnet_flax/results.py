@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
 import pathlib
 from typing import Any
@@ -35,6 +36,7 @@ def collect_results(run: Run, config: Any, path: pathlib.Path, test: dict[str, A
         **_last_and_best(lines),
         **({} if test is None else {"test": {k: v for k, v in test.items() if k != "seeds"}}),
         "parameters": summary.count_parameters(run.state.params) // len(run.seeds),
+        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "wall_time_seconds": round(run.seconds, 1),
         "images_per_second": round(float(np.median(rates)), 1) if rates else None,
         **_of_seeds(lines, run, test),

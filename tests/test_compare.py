@@ -126,6 +126,7 @@ def write_run(workdir, variant, accuracies, seeds, classes=10):
                 values.pop("eval_top5_accuracy", None)
     last = {"last": {k: v for k, v in lines[-1].items() if k != "seeds"}}
     results = last | {"parameters": 1234, "wall_time_seconds": 3725.0, "seed": seeds[0]}
+    results["finished"] = f"2026-02-{round(100 * accuracies[0]) - 80:02}T23:59:59+00:00"
     results |= {
         "hardware": {"platform": "gpu", "device": "T<4>", "devices": 2, "processes": 1, "cpu_cores": 16},
         "versions": {"jax": "1.2"},
@@ -224,6 +225,7 @@ def test_the_words_of_the_report(written):
         "`python -m a --b='<c>'`",
         "2 × T<4>, 16 CPU cores",
         "jax 1.2",
+        "finished: 2026-02-09 to 2026-02-15\n",
         "early stages",
     ):
         assert word in text

@@ -15,7 +15,7 @@ import helpers
 from helpers import random_variables
 from regnet_flax import create_model, main
 from regnet_flax.data.augment import normalize
-from regnet_flax.modes import export
+from regnet_flax.modes import export, model_card
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 TINY = [
@@ -166,6 +166,16 @@ def test_a_readme_of_ones_own_stays(trained, tmp_path):
     assert main.main(["--mode=export", "--workdir", str(trained), f"--config.export.path={path}"]) == 0
     assert (tmp_path / "README.md").read_text() == "mine"
     assert "# regnet8_convlstm" in (tmp_path / "w.safetensors.md").read_text()
+
+
+def test_each_file_of_a_directory_keeps_its_card(trained, tmp_path):
+    export_it = ["--mode=export", "--workdir", str(trained)]
+    for name, step in (("a", 2), ("b", "last"), ("a", "last"), ("b", 2)):
+        path = tmp_path / f"{name}.safetensors"
+        assert main.main([*export_it, f"--config.export.path={path}", f"--config.eval.checkpoint={step}"]) == 0
+    cards = {name: model_card.find(tmp_path / f"{name}.safetensors") for name in "ab"}
+    assert {name: card.name for name, card in cards.items()} == {"a": "README.md", "b": "b.safetensors.md"}
+    assert "step: 4\n" in cards["a"].read_text() and "step: 2\n" in cards["b"].read_text()
 
 
 def test_a_program_in_a_file_of_weights_is_refused(trained, tmp_path, capsys):

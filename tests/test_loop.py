@@ -3,6 +3,7 @@
 Tracing takes most of the time, once per training, resumption and evaluation: so one run is stopped in many ways.
 """
 
+import datetime
 import json
 import logging
 import os
@@ -73,6 +74,7 @@ def test_what_a_run_leaves(finished):
     params = jax.eval_shape(lambda: create_model("resnet8", width=4).init(jax.random.key(0), IMAGE))["params"]
     assert results["parameters"] == count_parameters(params)
     assert results["wall_time_seconds"] > 0
+    assert datetime.datetime.fromisoformat(results["finished"]) <= datetime.datetime.now(datetime.UTC)
 
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     logged = [step for step in range(1, TOTAL + 1) if step % 5 == 0 or step % STEPS_PER_EPOCH == 0]

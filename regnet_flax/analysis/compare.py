@@ -51,6 +51,7 @@ class Result:
       curves: maps "train_loss" and "error" (percent, on the evaluated split) to epochs (k,) and values (seeds, k).
       config: config.json.
       environment: "hardware", "versions" and "command" of results.json.
+      dates: the days on which its runs finished, as ISO 8601 in UTC; empty for results of versions before 0.2.
     """
 
     label: str
@@ -67,6 +68,7 @@ class Result:
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
     config: dict[str, Any]
     environment: dict[str, Any]
+    dates: tuple[str, ...] = ()
 
 
 def read(label: str, *workdirs: pathlib.Path) -> Result:
@@ -107,6 +109,7 @@ def read(label: str, *workdirs: pathlib.Path) -> Result:
         },
         config=config,
         environment={name: results[name] for name in ("hardware", "versions", "command")},
+        dates=tuple(run.results["finished"][:10] for run in runs if "finished" in run.results),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from regnet_flax.analysis import compare
 from regnet_flax.analysis.compare import Result
 from regnet_flax.analysis.plots import comparison
+from regnet_flax.environment import describe_hardware
 from regnet_flax.files import dataset_title, duration, write_text
 
 MARKDOWN, HTML, FIGURES = "report.md", "report.html", "figures"
@@ -177,7 +178,9 @@ def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
         ("data", f"{data['name']}, {data['num_classes']} classes, {size}; augmentation: {augment}"),
         ("recipe", recipe),
     ]
-    show = {"hardware": _hardware, "versions": lambda v: ", ".join(map(" ".join, v.items())), "command": str}
+    if days := [day for r in results for day in r.dates]:
+        facts.append(("finished", " to ".join(dict.fromkeys((min(days), max(days))))))
+    show = {"hardware": describe_hardware, "versions": lambda v: ", ".join(map(" ".join, v.items())), "command": str}
     for name in show:
         said = [r.environment[name] for r in results]
         facts += [(name, text) for text in dict.fromkeys(map(show[name], said))]
@@ -189,12 +192,6 @@ def describe_optimizer(settings: Mapping[str, Any]) -> str:
     if settings.get("name", "sgd") == "sgd":
         return f"SGD with {'Nesterov ' * bool(settings['nesterov'])}momentum {settings['momentum']}"
     return f"{settings['name']} with betas {', '.join(map(str, settings['betas']))}"
-
-
-def _hardware(found: Mapping[str, Any]) -> str:
-    device = f"{found['devices']} × {found['device']}" if found["platform"] != "cpu" else "CPU"
-    hosts = f", {found['processes']} hosts" if found["processes"] > 1 else ""
-    return f"{device}, {found['cpu_cores']} CPU cores{hosts}"
 
 
 def _markdown(

@@ -11,7 +11,8 @@ from regnet_flax import __version__
 from regnet_flax.analysis.report import describe_optimizer
 from regnet_flax.analysis.summary import count_parameters
 from regnet_flax.config.check import model_options
-from regnet_flax.files import dataset_title, read_json, write_text
+from regnet_flax.environment import describe_hardware
+from regnet_flax.files import dataset_title, duration, read_json, write_text
 from regnet_flax.trained import Trained
 from regnet_flax.training.workdir import CONFIG, RESULTS, read_metrics
 
@@ -99,7 +100,7 @@ the StableHLO program does that itself, the weights leave it to you.
 
 
 def write(path: pathlib.Path, trained: Trained, workdir: pathlib.Path) -> pathlib.Path:
-    """Writes the card of an exported file: README.md beside it, or FILE.md if there is another README.md.
+    """Writes the card of an exported file: README.md beside it, or FILE.md if that is another file's card or your own.
 
     Args:
       path: the exported file.
@@ -112,11 +113,12 @@ def write(path: pathlib.Path, trained: Trained, workdir: pathlib.Path) -> pathli
     card, files, step = path.with_name(NAME), [path.name], trained.step
     if card.exists():
         before = card.read_text(encoding="utf-8", errors="replace")
-        if not before.startswith(_HEAD):
+        listed = re.findall(r"^- (.+)$", before.split("---")[1], re.M) if before.startswith(_HEAD) else []
+        others = [name for name in listed if name != path.name and path.with_name(name).exists()]
+        if before.startswith(f"{_HEAD}model: {trained.config.model.name}\nstep: {step}\n"):
+            files = sorted([*files, *others])  # other forms of the same model
+        elif path.name not in listed and (others or not listed):
             card = path.with_name(path.name + ".md")
-        elif before.startswith(f"{_HEAD}model: {trained.config.model.name}\nstep: {step}\n"):
-            listed = re.findall(r"^- (.+)$", before.split("---")[1], re.M)  # other forms of the same model
-            files = sorted({*files, *(name for name in listed if path.with_name(name).exists())})
     write_text(card, describe(trained, workdir, files))
     return card
 
@@ -208,10 +210,10 @@ def _schedule(sgd: Any) -> str:
 def _run(results: dict[str, Any] | None) -> str:
     if not results:
         return ""
-    hardware, versions = results["hardware"], results["versions"]
+    hardware, versions = describe_hardware(results["hardware"]), results["versions"]
     return (
-        f"| trained | {results['wall_time_seconds']:.0f} s on {hardware['devices']} × {hardware['device']} "
-        f"({hardware['cpu_cores']} CPU cores) with jax {versions['jax']} and flax {versions['flax']} |\n"
+        f"| trained | {duration(results['wall_time_seconds'])} on {hardware}, with jax {versions['jax']} and flax "
+        f"{versions['flax']} |\n"
     )
 
 
