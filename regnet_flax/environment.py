@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import os
 import pathlib
@@ -14,6 +13,7 @@ from typing import Any
 
 import jax
 
+from regnet_flax.files import processor_facts
 from regnet_flax.models.ops import native_library
 
 
@@ -53,9 +53,4 @@ def describe_hardware(hardware: Mapping[str, Any]) -> str:
 
 def processor() -> str:
     """Returns the processor's name as the system reports it, or else its architecture."""
-    with contextlib.suppress(OSError):  # only Linux has the file
-        for line in pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or platform.machine()
+    return processor_facts().get("model name") or platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""File helpers for the whole package: atomic writes, JSON, JSON lines; and durations as text."""
+"""Helpers for the whole package: atomic writes, JSON, JSON lines, the processor, and durations as text."""
 
 from __future__ import annotations
 
@@ -16,6 +16,15 @@ from regnet_flax.errors import UsageError, WorkdirError
 LOCAL = "a local path, gs://… or s3://…: copy it there"
 
 logger = logging.getLogger("regnet_flax")
+
+
+def processor_facts() -> dict[str, str]:
+    """Returns what Linux says about its first processor, such as "model name" and "flags"; {} on other systems."""
+    with contextlib.suppress(OSError):
+        first, _, _ = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
+        facts = (line.partition(":") for line in first.splitlines())
+        return {name.strip(): value.strip() for name, _, value in facts}
+    return {}
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:

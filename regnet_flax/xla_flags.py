@@ -7,10 +7,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
-import pathlib
 import platform
 
 import platformdirs
+
+from regnet_flax.files import processor_facts
 
 # Convolutions by Eigen instead of YNNPACK: benchmarks/README.md has the gain. jaxlib 0.12 is faster without it. An
 # unknown flag ends the process, so only versions that were measured appear here.
@@ -70,8 +71,7 @@ def keep_compiled() -> None:
 
 def _processor_hash() -> str:
     # JAX's cache keys ignore the CPU's instruction set, and several machines may share a home directory.
+    facts = processor_facts()
     parts = [platform.machine(), platform.processor()]
-    with contextlib.suppress(OSError):  # only Linux has the file
-        lines = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        parts += sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+    parts += [facts.get(name, "") for name in ("model name", "flags", "Features")]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
