@@ -6,8 +6,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-# First, to handle a Ctrl-C during the other imports.
-from regnet_flax import interrupt  # noqa: F401
+# First, to handle a Ctrl-C during the other imports, and to restart before them.
+from regnet_flax import start  # noqa: F401
 
 if TYPE_CHECKING:
     from regnet_flax.models.plugins import register_regulator

@@ -195,7 +195,10 @@ def test_train_log_has_what_the_run_says_with_the_time_and_the_error_that_ended_
 
 @pytest.mark.parametrize(
     ("said", "name"),
-    [("processor\t: 0\nmodel name\t: A: 3 @ 2 GHz\n\nprocessor\t: 1\nmodel name\t: B\n", "A: 3 @ 2 GHz"), ("Features : fp\n", "z80")],
+    [
+        ("processor\t: 0\nmodel name\t: A: 3 @ 2 GHz\n\nprocessor\t: 1\nmodel name\t: B\n", "A: 3 @ 2 GHz"),
+        ("Features : fp\n", "z80"),
+    ],
 )
 def test_the_processor_is_named(monkeypatch, said, name):
     monkeypatch.setattr(environment.pathlib.Path, "read_text", lambda path, encoding: said)

@@ -14,7 +14,7 @@ import numpy as np
 
 from regnet_flax.analysis.plots.axes import log_scale, whole_epochs
 from regnet_flax.errors import printable
-from regnet_flax.interrupt import is_program
+from regnet_flax.start import is_program
 
 TRAIN, TEST, DROP = "#1f77b4", "#d62728", "#999999"
 RIGHT, WRONG = "#1a7f37", "#cf222e"
