@@ -50,7 +50,11 @@ def use_huge_pages() -> None:
 def _can_have_huge_pages() -> bool:
     try:
         name, version = os.confstr("CS_GNU_LIBC_VERSION").split()
-        return "[madvise]" in _LINUX.read_text() and name == "glibc" and tuple(map(int, version.split("."))) >= (2, 35)
+        return (
+            "[madvise]" in _LINUX.read_text(encoding="ascii")
+            and name == "glibc"
+            and tuple(map(int, version.split("."))) >= (2, 35)
+        )
     except (AttributeError, OSError, ValueError):  # another system, or another C library
         return False
 
