@@ -84,6 +84,15 @@ def test_a_signal_is_noted_and_the_handlers_come_back(number):
     assert Interrupted(number, "stopped").exit_code == 128 + number
 
 
+def test_a_signal_that_a_run_leaves_stops_the_comparison_around_it():
+    with StopSignals() as outer:
+        with StopSignals():
+            os.kill(os.getpid(), signal.SIGTERM)  # after the run's last look
+        assert outer.received == signal.SIGTERM
+        with StopSignals() as stop, pytest.raises(Interrupted):
+            stop.check()
+
+
 @pytest.mark.fault("a second SIGTERM")
 def test_a_second_signal_ends_the_process_at_once():
     code = (

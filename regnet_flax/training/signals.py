@@ -23,6 +23,9 @@ class StopSignals:
     several processes, a signal to one of them stops all at the same step: JAX itself handles SIGTERM and agrees with
     the others, and SIGINT is forwarded as SIGTERM; SIGUSR1 does nothing there.
 
+    Inside another context, such as that of a comparison, `with StopSignals() as stop` gives the outer one: a signal in
+    a run's last moments stops the comparison.
+
     Attributes:
       received: the signal that was received, None before.
     """
@@ -59,6 +62,9 @@ class StopSignals:
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is not threading.main_thread():  # only the main thread can set handlers
             return self
+        outer = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+        if isinstance(outer, StopSignals):
+            return outer
         # Our own handler for SIGTERM would replace JAX's.
         numbers = [signal.SIGTERM] if jax.process_count() == 1 else []
         numbers += [signal.SIGINT, signal.SIGUSR1]
