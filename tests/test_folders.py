@@ -15,6 +15,7 @@ from regnet_flax.data import photos
 from regnet_flax.data.batches import EvalBatches, FolderRecords
 from regnet_flax.data.folder.listing import list_image_folder
 from regnet_flax.data.sources import load_dataset
+from regnet_flax.data.stream import open_stream
 from regnet_flax.errors import DataError
 
 RED, BLUE = (250, 0, 0), (0, 0, 250)
@@ -111,6 +112,11 @@ def test_a_model_is_evaluated_on_a_folder_without_training_images(folder):
     shutil.rmtree(folder / "test/ant")
     dataset = read(folder, class_names=("ant", "bee"))
     assert dataset.test.labels.tolist() == [1] and not len(dataset.train.labels)
+    # There are none to hold out either.
+    options = {"class_names": ("ant", "bee"), "validation": 0.1}
+    assert read(folder, **options).test.labels.tolist() == [1]
+    streamed = open_stream("folder", data_dir=str(folder), image_size=8, in_memory="never", **options)
+    assert streamed.size("test") == 1
     with pytest.raises(DataError, match="no test images of the classes cat, dog"):
         read(folder, class_names=("cat", "dog"))
 

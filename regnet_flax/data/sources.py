@@ -119,7 +119,7 @@ def load_dataset(
         check_memory(name, count, (image_size, image_size, dataset.train.images.shape[3]))
         train, test = _resize(dataset.train, image_size), _resize(dataset.test, image_size)
         dataset = dataclasses.replace(dataset, train=train, test=test)
-    if validation and (name != "folder" or is_divided(data_dir)):
+    if validation and dataset.size("train") and (name != "folder" or is_divided(data_dir)):
         train = dataset.train
         kept, held = (
             Split(train.images[indices], train.labels[indices])

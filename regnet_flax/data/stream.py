@@ -295,7 +295,7 @@ def open_stream(
     else:
         return None
     check_classes(name, num_classes, len(dataset.class_names))
-    if validation and (name != "folder" or is_divided(data_dir)):
+    if validation and dataset.size("train") and (name != "folder" or is_divided(data_dir)):
         train = dataset.train
         labels = train.labels if isinstance(train, FolderRecords) else None  # TFDS needs to read to know its labels
         kept, held = hold_out(name, len(train), validation, seed, labels)

@@ -104,7 +104,7 @@ def list_image_folder(
     splits = {split: {name: files[name] for name in files if name in known} for split, files in splits.items()}
     if empty := [split for split, files in splits.items() if not files]:
         raise DataError(f"{root}: no {empty[0]} images of the classes {', '.join(known)}")
-    return Listing(root, {"train": {}} | splits, known, uses, tuple(map(printable, notes)))
+    return Listing(root, {"train": {}} | splits, known, printable(uses), tuple(map(printable, notes)))
 
 
 def is_divided(data_dir: str) -> bool:
