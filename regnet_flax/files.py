@@ -73,9 +73,9 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes the text atomically, as UTF-8."""
+    """Writes the text atomically, as UTF-8; names of files may have bytes that are none, which are escaped."""
     with replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

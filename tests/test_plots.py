@@ -1,10 +1,14 @@
 """The figures, checked by matplotlib's artists."""
 
+import pathlib
+
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
-from regnet_flax.analysis.plots import classes, comparison, training
+from regnet_flax.analysis import plots
+from regnet_flax.analysis.plots import classes, comparison, probes, training
 
 LINES = [
     {"step": 5, "epoch": 0.5, "train_loss": 2.0, "train_accuracy": 0.2, "learning_rate": 0.1},
@@ -139,15 +143,22 @@ def test_probabilities(tmp_path, figures):
     assert [text.get_text() for text in charts[3].texts] == ["ants", "80.0%", "bees", "20.0%"]
 
 
-@pytest.mark.parametrize("name, shown", [("b\ne", r"b\ne"), ("caf\udce9", r"caf\udce9"), ("a $x^2$ b", r"a \$x^2\$ b")])
+@pytest.mark.parametrize("name, shown", [("b\ne", r"b\ne"), ("caf\udce9", r"caf\udce9"), ("a$5_$10", "a$5")])
 def test_names_are_drawn_as_they_are(name, shown, tmp_path, figures):
-    image = np.zeros((4, 4, 3), np.uint8)
-    classes.predictions(np.stack([image] * 2), [0, 1], [0, 0], [name, "other"], tmp_path / "predictions.png")
+    image, line = np.zeros((4, 4, 3), np.uint8), name.replace("\n", r"\n")
+    classes.predictions(np.stack([image] * 2), [0, 1], [0, 0], [name, "other"], tmp_path / "predictions.png", line)
     classes.confusion(np.eye(2, dtype=int), [name, "other"], tmp_path / "confusion.png")
     classes.probabilities([image], [name], [[(name, 1.0)]], tmp_path / "probabilities.png")
+    training.curves(LINES, tmp_path / "curves.png", title=line)
+    probes.grad_cam(image[None], {}, [line], tmp_path / "grad_cam.png")
     for figure in figures:
-        texts = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
-        assert any(shown in text for text in texts), texts
+        texts = [text for text in figure.findobj(Text) if shown in text.get_text()]
+        assert texts and not any(text.get_parse_math() for text in texts)
+
+
+def test_one_function_writes_every_figure():
+    files = pathlib.Path(plots.__file__).parent.glob("*.py")
+    assert [path.name for path in files if ".savefig(" in path.read_text(encoding="utf-8")] == ["__init__.py"]
 
 
 def test_compared_curves_of_one_evaluation_are_seen(tmp_path, figures):

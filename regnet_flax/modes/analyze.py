@@ -12,6 +12,7 @@ import numpy as np
 
 from regnet_flax.analysis import features, grad_cam, readout, state_use
 from regnet_flax.analysis.plots import probes
+from regnet_flax.analysis.plots.fonts import readable
 from regnet_flax.command_line import Options
 from regnet_flax.data.augment import normalize
 from regnet_flax.data.stream import StreamedDataset
@@ -71,7 +72,8 @@ def analyze(trained: Trained, path: pathlib.Path) -> dict[str, Any]:
     maps = grad_cam.grad_cam(model, variables, inputs[:SHOWN], blocks=list(last.values()))
     chosen = trained.predict(pixels[:SHOWN]).argmax(-1)
     names = [trained.class_names[index] for index in chosen]
-    probes.grad_cam(pixels[:SHOWN], maps, names, figures / "grad_cam.png", f"Grad-CAM of the chosen class, {title}")
+    with readable(names):
+        probes.grad_cam(pixels[:SHOWN], maps, names, figures / "grad_cam.png", f"Grad-CAM of the chosen class, {title}")
     write_json(path / ANALYSIS, result)
     return result
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from regnet_flax.errors import printable
 from regnet_flax.start import is_program
 
 TRAIN, TEST, DROP = "#1f77b4", "#d62728", "#999999"
@@ -32,6 +34,22 @@ def pyplot() -> Any:
     except (ImportError, ValueError):
         matplotlib.use("Agg")
     return pyplot
+
+
+def write(figure: Any, path: pathlib.Path, **options: Any) -> None:
+    """Writes a figure and closes it; `options` go to savefig.
+
+    All its text is literal. The names of classes, files and folders are in it, and matplotlib would take what is
+    between two dollar signs for mathematics, and fail at bytes that are no UTF-8.
+    """
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        if said := text.get_text():  # numbers at ticks come later, and a user's style may write them as mathematics
+            text.set_parse_math(False)
+            text.set_text("\n".join(map(printable, said.split("\n"))))
+    figure.savefig(path, **options)
+    pyplot().close(figure)
 
 
 def marker(points: Sequence[float]) -> str | None:

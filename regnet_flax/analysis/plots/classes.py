@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from regnet_flax.analysis.plots import pyplot
+from regnet_flax.analysis.plots import pyplot, write
 from regnet_flax.errors import printable
 
 RIGHT, WRONG = "#1a7f37", "#cf222e"
@@ -19,12 +19,7 @@ RIGHT, WRONG = "#1a7f37", "#cf222e"
 def _wrapped(name: str, width: int, lines: int = 2) -> str:
     """Wraps a class name to a few lines of `width` characters, and ends longer ones with …."""
     name = printable(name.replace("_", " "))
-    return _literal("\n".join(textwrap.wrap(name, width, max_lines=lines, placeholder="…")) or name)
-
-
-def _literal(text: str) -> str:
-    """Escapes text: between two dollar signs matplotlib expects mathematics."""
-    return text.replace("$", r"\$")
+    return "\n".join(textwrap.wrap(name, width, max_lines=lines, placeholder="…")) or name
 
 
 def _show(axes: Any, image: np.ndarray, **options: Any) -> None:
@@ -81,8 +76,7 @@ def predictions(
         color = RIGHT if guess == label else WRONG
         axes.text(x, y - down - 0.07, text, ha="center", va="bottom", color=color, fontsize=10)
     figure.suptitle(title, y=1, va="bottom")
-    figure.savefig(path, dpi=120, bbox_inches="tight")  # the title is above, and may be wider than one image
-    plt.close(figure)
+    write(figure, path, dpi=120, bbox_inches="tight")  # the title is above, and may be wider than one image
 
 
 def probabilities(
@@ -121,7 +115,7 @@ def probabilities(
         _show(picture, image)
         picture.set_anchor("S")
         caption = printable(caption)
-        picture.set_title(_literal(caption if len(caption) <= 32 else f"{caption[:15]}…{caption[-16:]}"), fontsize=9)
+        picture.set_title(caption if len(caption) <= 32 else f"{caption[:15]}…{caption[-16:]}", fontsize=9)
         shares = [share for _, share in top]
         chart.barh(range(bars), shares, color=["#7fb3dc", *["#d0d7de"] * (bars - 1)], height=0.85)
         for place, (name, share) in enumerate(top):
@@ -129,8 +123,7 @@ def probabilities(
             chart.text(1, place, f"{share:.1%}", va="center", ha="right", fontsize=9)
         chart.set(xlim=(0, 1), ylim=(bars - 0.5, -0.5))
     figure.suptitle(title)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    write(figure, path, dpi=120, bbox_inches="tight")
 
 
 def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path, title: str = "") -> None:
@@ -176,8 +169,7 @@ def confusion(matrix: np.ndarray, class_names: Sequence[str], path: pathlib.Path
     if not counted:
         figure.text(1.01, 0.5, _most_confused(matrix, class_names), va="center", linespacing=1.7)
     figure.suptitle(title)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close(figure)
+    write(figure, path, dpi=120, bbox_inches="tight")
 
 
 def _most_confused(matrix: np.ndarray, class_names: Sequence[str], pairs: int = 15) -> str:

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from regnet_flax.analysis.plots import marker, pyplot
+from regnet_flax.analysis.plots import marker, pyplot, write
 from regnet_flax.analysis.plots.axes import log_scale, whole_epochs
 
 # Okabe and Ito's colours, which colour-blind people can tell apart; those for the dark page are lighter.
@@ -28,13 +28,12 @@ def _page(dark: bool) -> Iterator[Any]:
         yield plt
 
 
-def _finish(plt: Any, figure: Any, axes: Any, names: Sequence[str], path: pathlib.Path) -> None:
+def _finish(figure: Any, axes: Any, names: Sequence[str], path: pathlib.Path) -> None:
     """Adds one legend below all axes, and writes the picture."""
     handles, labels = axes.get_legend_handles_labels()
     columns = 2 if max(map(len, names)) > 22 else min(4, len(names))
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    write(figure, path, dpi=130)
 
 
 def compared_curves(
@@ -79,7 +78,7 @@ def compared_curves(
             axes.set_xlabel("epoch")
             whole_epochs(axes)
             axes.grid(alpha=0.3)
-        _finish(plt, figure, error, list(runs), path)
+        _finish(figure, error, list(runs), path)
 
 
 def compared_costs(
@@ -117,4 +116,4 @@ def compared_costs(
             axes.grid(alpha=0.3)
             axes.set_xmargin(0.12)
             axes.xaxis.set_major_locator(plt.MaxNLocator(5))
-        _finish(plt, figure, both[0], list(runs), path)
+        _finish(figure, both[0], list(runs), path)

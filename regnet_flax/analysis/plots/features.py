@@ -9,15 +9,9 @@ from typing import Any
 import numpy as np
 
 from regnet_flax.analysis.features import BlockFeatures, cosine_similarity
-from regnet_flax.analysis.plots import DROP, pyplot
+from regnet_flax.analysis.plots import DROP, pyplot, write
 
-MAP, DARK_ABOVE = "viridis", 0.75
-
-
-def write(figure: Any, path: pathlib.Path) -> None:
-    """Writes a figure and closes it."""
-    figure.savefig(path, dpi=110)
-    pyplot().close(figure)
+MAP, DARK_ABOVE, DPI = "viridis", 0.75, 110
 
 
 def show(axes: Any, array: np.ndarray, **options: Any) -> Any:
@@ -74,7 +68,7 @@ def feature_maps(
                 alike = cosine_similarity(maps[row - 1 : row], maps[row : row + 1])
                 label += f"\ncosine to {blocks[row - 1].name}:\n{alike:.2f}"
             grid[row, 0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize="small")
-    write(figure, path)
+    write(figure, path, dpi=DPI)
 
 
 def similarity(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: pathlib.Path, title: str = "") -> None:
@@ -113,7 +107,7 @@ def similarity(matrices: Mapping[str, np.ndarray], names: Sequence[str], path: p
         axes.set_title(name)
     figure.colorbar(drawn, ax=grid, shrink=0.8)
     figure.suptitle(title)
-    write(figure, path)
+    write(figure, path, dpi=DPI)
 
 
 def _by_stage(blocks: Sequence[BlockFeatures]) -> list[list[int]]:
@@ -163,7 +157,7 @@ def gates(blocks: Sequence[BlockFeatures], path: pathlib.Path, title: str = "") 
         axes.set_ylim(min(low, -1.0 if low < 0 else 0.0) - 0.03, max(high, 1.0) + 0.03)
         axes.set_title(f"gate {name}")
     figure.suptitle(title)
-    write(figure, path)
+    write(figure, path, dpi=DPI)
 
 
 def state(blocks: Sequence[BlockFeatures], path: pathlib.Path, *, image: int = 0, title: str = "") -> None:
@@ -200,4 +194,4 @@ def state(blocks: Sequence[BlockFeatures], path: pathlib.Path, *, image: int = 0
         _bands(axes, blocks, [block.state[name] for block in blocks], f"C{index}")
         axes.set_title(f"{name}, all values", fontsize="medium")
     figure.suptitle(title)
-    write(figure, path)
+    write(figure, path, dpi=DPI)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from regnet_flax.analysis.features import BlockFeatures
-from regnet_flax.analysis.plots import TEST, TRAIN, pyplot
-from regnet_flax.analysis.plots.features import MAP, show, write
+from regnet_flax.analysis.plots import TEST, TRAIN, pyplot, write
+from regnet_flax.analysis.plots.features import DPI, MAP, show
 from regnet_flax.analysis.state_use import StageUse
 
 
@@ -41,7 +41,7 @@ def readouts(accuracies: Mapping[str, Mapping[str, float]], path: pathlib.Path, 
     axes.grid(alpha=0.3)
     axes.legend(loc="best")
     axes.set_title(title, fontsize="medium")
-    write(figure, path)
+    write(figure, path, dpi=DPI)
 
 
 def consecutive_blocks(
@@ -92,7 +92,7 @@ def consecutive_blocks(
                     axes.set_title(kind, fontsize="medium")
                 if column == 0:
                     axes.set_ylabel(f"block {block.name}", fontsize="small")
-    write(figure, path)
+    write(figure, path, dpi=DPI)
 
 
 def state_use(stages: Sequence[StageUse], path: pathlib.Path, title: str = "") -> None:
@@ -131,7 +131,7 @@ def state_use(stages: Sequence[StageUse], path: pathlib.Path, title: str = "") -
     right.set_ylabel("change of the logits, %")
     right.margins(y=0.3)
     figure.suptitle(title, fontsize="medium")
-    write(figure, path)
+    write(figure, path, dpi=DPI)
 
 
 def grad_cam(
@@ -169,4 +169,4 @@ def grad_cam(
                 found[column], cmap=MAP, alpha=0.6, extent=extent, interpolation="bilinear", vmin=0, vmax=top
             )
     figure.suptitle(title, fontsize="medium")
-    write(figure, path)
+    write(figure, path, dpi=DPI)

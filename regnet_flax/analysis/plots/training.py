@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from regnet_flax.analysis.plots import DROP, TEST, TRAIN, marker, pyplot
+from regnet_flax.analysis.plots import DROP, TEST, TRAIN, marker, pyplot, write
 from regnet_flax.analysis.plots.axes import log_scale, whole_epochs
 
 
@@ -66,8 +66,7 @@ def curves(
             annotation_clip=False,
         )
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    write(figure, path, dpi=120)
 
 
 def losses(curves: dict[str, Sequence[float]], path: pathlib.Path, title: str = "") -> None:
@@ -95,5 +94,4 @@ def losses(curves: dict[str, Sequence[float]], path: pathlib.Path, title: str = 
     overlaid.set_ylabel("loss (cross-entropy, nats)")
     apart.set_ylabel("difference")
     figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    write(figure, path, dpi=120)
