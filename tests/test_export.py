@@ -1,5 +1,6 @@
 """Exported programs and model cards, used without the package and flax."""
 
+import dataclasses
 import json
 import os
 import re
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 
 import helpers
+import regnet_flax
 from helpers import random_variables
 from regnet_flax import create_model, main
 from regnet_flax.data.augment import normalize
 from regnet_flax.modes import export, model_card
+from regnet_flax.places.bucket import Bucket, filesystem
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 TINY = [
@@ -176,6 +179,28 @@ def test_each_file_of_a_directory_keeps_its_card(trained, tmp_path):
     cards = {name: model_card.find(tmp_path / f"{name}.safetensors") for name in "ab"}
     assert {name: card.name for name, card in cards.items()} == {"a": "README.md", "b": "b.safetensors.md"}
     assert "step: 4\n" in cards["a"].read_text() and "step: 2\n" in cards["b"].read_text()
+
+
+def test_the_cards_in_a_bucket_stay(trained, tmp_path, monkeypatch):
+    """A README.md of one's own, and another file's card; a class has a name that is no UTF-8."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    filesystem.cache_clear()
+    one = regnet_flax.load(trained)
+    one = dataclasses.replace(one, class_names=("caf\udce9", *one.class_names[1:]))
+    for place in ("own", "shared"):
+        bucket = Bucket(f"memory://exports/{place}")
+        bucket.write({"README.md": b"mine", "data/0.png": b"0"} if place == "own" else {})
+        for name, step in (("a", 2), ("b", 4), ("c", 2)):
+            one.config.export.path = f"{bucket.url}/{name}.safetensors"
+            export.export_model(dataclasses.replace(one, step=step), trained)
+        cards = {name: bucket.read(name) for name in bucket.list() if name.endswith(".md")}
+        assert bucket.read("a.safetensors") and (place == "shared" or bucket.read("data/0.png") == b"0")
+        assert b"step: 4\n" in cards["b.safetensors.md"]
+        if place == "own":
+            assert cards["README.md"] == b"mine" and len(cards) == 4
+        else:
+            assert b"step: 2\nfiles:\n- a.safetensors\n- c.safetensors\n-" in cards["README.md"] and len(cards) == 2
+    assert r"caf\udce9, 1, 2" in cards["README.md"].decode()
 
 
 def test_a_program_in_a_file_of_weights_is_refused(trained, tmp_path, capsys):

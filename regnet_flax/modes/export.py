@@ -44,7 +44,7 @@ def export_model(trained: Trained, workdir: str | pathlib.Path) -> pathlib.Path:
       WeightsError: the path's suffix does not fit the format, or PyTorch is needed and not installed.
     """
     workdir, export = pathlib.Path(workdir), trained.config.export
-    with to_write(export.path or workdir / FILES[export.format]) as path:
+    with to_write(export.path or workdir / FILES[export.format], reads=model_card.NAME) as path:
         _write(trained, workdir, path)
     return path
 

@@ -121,8 +121,13 @@ def in_workdir(function: _Function) -> _Function:
 
 
 @contextlib.contextmanager
-def to_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def to_write(path: str | os.PathLike[str], reads: str) -> Iterator[pathlib.Path]:
     """Yields the local file to write for `path`. For a bucket, it and the files written beside it are sent afterwards.
+
+    Args:
+      path: local, or in a bucket.
+      reads: the name of a file beside it that the writer reads. Of the bucket's other files beside it, the local ones
+        have only the names.
 
     Raises:
       PlaceError: the files cannot be sent; the message says where they are.
@@ -139,8 +144,15 @@ def to_write(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     show(folder, bucket.parent.url)
+    for name in bucket.parent.names():
+        with contextlib.suppress(OSError, ValueError):  # no local file can have the name
+            (folder / name).touch()
+    if (content := bucket.parent.read(reads)) is not None:
+        (folder / reads).write_bytes(content)
+    before = plain_files(folder)
     yield folder / bucket.name
+    written = [name for name, stat in plain_files(folder).items() if before.get(name) != stat]
     try:
-        bucket.parent.send({name: folder / name for name in plain_files(folder)})
+        bucket.parent.send({name: folder / name for name in written})
     except PlaceError as error:
         raise PlaceError(f"{error}; the new files are in {os.path.join(local.base, 'written')}") from error

@@ -131,6 +131,15 @@ class Bucket:
             objects[name] = Object(int(info["size"]), version)
         return objects
 
+    def names(self) -> list[str]:
+        """Returns the names of the objects and directories directly in the directory."""
+        with self._explained():
+            try:
+                found = self._files.ls(self._root, detail=False)
+            except FileNotFoundError:
+                return []
+        return [path.rstrip("/").rpartition("/")[2] for path in found]
+
     def read(self, name: str) -> bytes | None:
         """Returns an object's content; None if there is no such object."""
         with self._explained():
