@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -117,6 +118,22 @@ def test_a_damaged_photograph_is_left_out_and_named(folder):
     batch = dataset.eval_batches("test", 7)(0)
     assert [number_of(image) for image in batch["images"][batch["mask"]]] == [14, 16, 18, 13, 17, 19]
     assert "val/b/15.jpg: UnidentifiedImageError" in batch["skipped"] and "\n" not in batch["skipped"]
+
+
+def test_a_named_pipe_and_a_newline_in_a_name_are_one_line_each(folder):
+    pipe = folder / "val/a/14.jpg"
+    pipe.unlink()
+    os.mkfifo(pipe)
+    (folder / "val/b/15.jpg").rename(folder / "val/b/1\n5.jpg")
+    (folder / "val/b/1\n5.jpg").write_bytes(b"")
+    # Whoever opens the pipe is released after a while.
+    timer = threading.Timer(20, lambda: os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)))
+    timer.start()
+    batch = opened(folder).eval_batches("test", 7)(0)
+    timer.cancel()
+    first, second = batch["skipped"].splitlines()
+    assert first == f"{pipe}: ValueError: not a regular file" and r"1\n5.jpg: UnidentifiedImageError" in second
+    assert batch["mask"].sum() == 5
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from regnet_flax.data import photos
-from regnet_flax.errors import DataError, one_line
+from regnet_flax.errors import DataError, one_line, printable
 
 SUBSTITUTES = 100  # how many examples to try in place of one that does not decode
 
@@ -141,7 +141,7 @@ class _Batches:
                     f"{name} does not decode ({one_line(error)}); fix or remove it, or set "
                     "--config.dataset.strict=False to leave such images out"
                 ) from error
-            return f"{name}: {one_line(error)}"
+            return printable(f"{name}: {one_line(error)}")
 
     def _empty(self) -> HostBatch:
         shape = (self._local, self.image_size, self.image_size, 3)

@@ -58,7 +58,7 @@ def formats() -> tuple[str, ...]:
 
 
 def open_image(file: str | os.PathLike | IO[bytes], formats: tuple[str, ...] | None = None) -> Image.Image:
-    """Opens an image like Pillow's Image.open, but rejects images of suspicious size instead of warning.
+    """Opens an image like Pillow's Image.open, but only regular files, and no images of suspicious size.
 
     Args:
         file: a path or a binary file.
@@ -66,10 +66,14 @@ def open_image(file: str | os.PathLike | IO[bytes], formats: tuple[str, ...] | N
 
     Raises:
         Image.DecompressionBombError: the image has more than Image.MAX_IMAGE_PIXELS pixels.
+        ValueError: the path is not that of a regular file: a named pipe would block until its other end opens.
         Exception: whatever else Pillow raises for a file that it cannot open.
     """
-    if isinstance(file, (str, os.PathLike)) and os.fspath(file).lower().endswith(HEIC):
-        reads_heic()
+    if isinstance(file, (str, os.PathLike)):
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise ValueError("not a regular file")
+        if os.fspath(file).lower().endswith(HEIC):
+            reads_heic()
     # Turning Pillow's warning into an error would affect the whole process.
     image = Image.open(file, formats=formats)
     limit = Image.MAX_IMAGE_PIXELS
@@ -95,11 +99,9 @@ def read_image(
         The decoded image, mode "RGB", turned according to its EXIF orientation.
 
     Raises:
-        Exception: whatever Pillow raises for a file that it cannot decode; ValueError for floating-point pixels, and
-            for anything but a regular file: a named pipe would block until its other end opens.
+        Exception: see open_image, and whatever Pillow raises for a file that it cannot decode; ValueError for
+            floating-point pixels.
     """
-    if isinstance(file, (str, os.PathLike)) and not stat.S_ISREG(os.stat(file).st_mode):
-        raise ValueError("not a regular file")
     with open_image(file, formats) as image:
         deep = _is_deep(image)
         upright = ImageOps.exif_transpose(image)

@@ -19,7 +19,7 @@ from regnet_flax.analysis.plots import classes
 from regnet_flax.analysis.plots.fonts import readable
 from regnet_flax.command_line import Options
 from regnet_flax.data.photos import extensions, read_image
-from regnet_flax.errors import ConfigError, DataError, one_line
+from regnet_flax.errors import ConfigError, DataError, one_line, printable
 from regnet_flax.places import fetch, shown
 from regnet_flax.trained import Trained, with_config
 from regnet_flax.training import workdir
@@ -81,7 +81,7 @@ def _read(
             image = read_image(file, remarks)
         except Exception as error:  # Pillow's decoders raise nearly anything for a damaged file.
             skipped.append({"file": str(file), "reason": one_line(error)})
-            logger.warning("left out %s: %s", file, skipped[-1]["reason"])
+            logger.warning("left out %s", printable(f"{file}: {skipped[-1]['reason']}"))
             continue
         readable.append(file)
         inputs.append(trained.to_input(image))
