@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
 
         parallel.initialize(options.distributed)
         level = logging.INFO if parallel.is_primary() else logging.WARNING
-    log_to_console(level)
+    log_to_console(level, "stderr" if options.mode == "predict" and config.predict.json else "stdout")
     mode = importlib.import_module(MODES[options.mode])
     if options.mode in _COMPUTING:
         from regnet_flax.models.ops import native_library

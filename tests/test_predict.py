@@ -1,5 +1,6 @@
 """--mode predict, on image files outside the training set."""
 
+import contextlib
 import functools
 import json
 
@@ -18,6 +19,7 @@ from regnet_flax.data import photos
 from regnet_flax.data.photos import read_image
 from regnet_flax.data.sources import load_dataset
 from regnet_flax.errors import ConfigError
+from regnet_flax.models.ops import native_library
 from regnet_flax.modes import predict
 from regnet_flax.modes import train as loop
 
@@ -91,8 +93,17 @@ def test_a_photograph_never_seen(trained, unseen, capfd, logger):
     assert f"picture: {picture}" in out and np.asarray(Image.open(picture)).std() > 0
 
 
-def test_json_is_all_that_standard_output_has(trained, unseen, capfd, logger):
+def test_json_is_all_that_standard_output_has(trained, unseen, capfd, logger, monkeypatch):
     workdir, _ = trained
+
+    @contextlib.contextmanager
+    def local_workdir(path, hold):
+        logger.info("fetching 4 files")
+        yield path
+        logger.warning("sent")
+
+    monkeypatch.setattr(main.places, "local_workdir", local_workdir)
+    monkeypatch.setattr(native_library, "prepare", lambda: logger.info("native operations are off"))
     code, out, err = run(
         capfd,
         workdir,
@@ -108,7 +119,8 @@ def test_json_is_all_that_standard_output_has(trained, unseen, capfd, logger):
         first, second = prediction["top"]
         assert first["class"] == name and 1 >= first["probability"] > second["probability"] >= 0
     assert [entry["file"] for entry in result["skipped"]] == [str(unseen / "damaged.jpg")]
-    assert "left out" in err
+    for said in ("left out", "fetching 4 files", "warning: sent", "native operations are off"):
+        assert said in err
 
 
 @pytest.mark.parametrize(

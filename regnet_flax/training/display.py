@@ -53,13 +53,13 @@ def say_table(table: Any) -> None:
     Console(file=sys.stdout, width=width, markup=False, highlight=False, emoji=False).print(table)
 
 
-def outlive_output(error: OSError) -> None:
-    """Discards further output if its reader is gone, as after `| head`; otherwise raises the error."""
+def outlive_output(error: OSError, stream: Any = None) -> None:
+    """Discards further output if the reader of `stream`, by default sys.stdout, is gone; otherwise raises the error."""
     if error.errno not in (errno.EPIPE, errno.EIO):
         raise error
     # Otherwise the text still in the stream's buffer would raise an error when the program ends.
     with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        os.dup2(nowhere.fileno(), (stream or sys.stdout).fileno())
 
 
 _started: list[Progress] = []
@@ -187,11 +187,11 @@ class RunDisplay:
 
 def console_handlers() -> list[logging.Handler]:
     """Returns the logger's handlers that write to the console."""
-    return [handler for handler in logger.handlers if isinstance(handler, _Stdout)]
+    return [handler for handler in logger.handlers if isinstance(handler, _Console)]
 
 
-def log_to_console(level: int = logging.INFO) -> None:
-    """Writes log messages from this level on to standard output, and marks warnings."""
+def log_to_console(level: int = logging.INFO, stream: str = "stdout") -> None:
+    """Writes log messages from this level on to standard output, or to "stderr", and marks warnings."""
     from absl import logging as absl_logging
 
     # Orbax logs pages of traceback there, which its exceptions repeat; the threads of a failed save or read print them
@@ -199,8 +199,9 @@ def log_to_console(level: int = logging.INFO) -> None:
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _without_orbax(sys.unraisablehook)
-    if not console_handlers():
-        logger.addHandler(_Stdout(level))
+    for handler in console_handlers():
+        logger.removeHandler(handler)
+    logger.addHandler(_Console(level, stream))
     logger.setLevel(logging.INFO)
     logger.propagate = False
 
@@ -213,10 +214,15 @@ def _without_orbax(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return say
 
 
-class _Stdout(logging.Handler):
+class _Console(logging.Handler):
+    def __init__(self, level: int, stream: str):
+        super().__init__(level)
+        self._stream = stream
+
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning: " if record.levelno >= logging.WARNING else ""
+        stream = getattr(sys, self._stream)  # it may have been replaced, as in a notebook
         try:
-            print(prefix + self.format(record), flush=True)
+            print(prefix + self.format(record), file=stream, flush=True)
         except OSError as error:
-            outlive_output(error)
+            outlive_output(error, stream)
