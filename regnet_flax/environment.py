@@ -14,11 +14,18 @@ from typing import Any
 import jax
 
 from regnet_flax.files import processor_facts
+from regnet_flax.models import ops
 from regnet_flax.models.ops import native_library
 
 
-def environment(devices: list[Any]) -> dict[str, Any]:
-    """Returns hardware and versions, for results.json."""
+def environment(devices: list[Any], choice: str) -> dict[str, Any]:
+    """Returns hardware and versions, for results.json.
+
+    Args:
+      devices: the run's devices.
+      choice: the model's option `ops`. It tells whether the run has native operations, which are built if need be.
+    """
+    native = ops.choose(choice, devices[0].platform) is ops.CPU
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "regnet-flax")
     versions = {"python": platform.python_version()}
     for package in packages:
@@ -34,7 +41,7 @@ def environment(devices: list[Any]) -> dict[str, Any]:
             "device": devices[0].device_kind,
             "devices": len(devices),
             "processes": jax.process_count(),
-            "native_operations": native_library.in_use(),
+            "native_operations": native and native_library.available(),
             "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "cpu": processor(),
             "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

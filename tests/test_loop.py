@@ -192,8 +192,8 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(finished, tmp_
     # It resumes on other hardware, and warns.
     here = run.environment
 
-    def elsewhere(devices):
-        found = here(devices)
+    def elsewhere(*arguments):
+        found = here(*arguments)
         return found | {"hardware": found["hardware"] | {"cpu_cores": 999}}
 
     with monkeypatch.context() as patch:

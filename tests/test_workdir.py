@@ -207,8 +207,14 @@ def test_the_processor_is_named(monkeypatch, said, name):
     assert environment.processor() == name
 
 
+@pytest.mark.parametrize("choice, native", [("auto", True), ("cpu", True), ("plain", False)])
+def test_native_operations_are_recorded_where_the_model_has_them(choice, native, monkeypatch):
+    monkeypatch.setattr(environment.native_library, "available", lambda: True)
+    assert environment.environment(jax.devices("cpu"), choice)["hardware"]["native_operations"] is native
+
+
 def test_hardware_and_versions_are_recorded():
-    found = environment.environment(jax.devices())
+    found = environment.environment(jax.devices(), "auto")
     assert json.loads(json.dumps(found)) == found
     assert found["hardware"]["devices"] == len(jax.devices())
     assert found["hardware"]["cpu_cores"] >= 1

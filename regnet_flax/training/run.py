@@ -85,7 +85,7 @@ class Run:
         self._dataset, self._checkpoints, self._stop = dataset, checkpoints, stop
         self._trace = Trace(path / workdir.PROFILE if profile and parallel.is_primary() else None)
         self.seeds, self.placement, self.failed = trainer.seeds, trainer.placement, {}
-        self.environment = environment(trainer.placement.devices)
+        self.environment = environment(trainer.placement.devices, config.model.overrides.ops or "auto")
         self._began = time.monotonic()
         restored = checkpoints.restore(trainer.like)
         if restored is None:

@@ -3,7 +3,7 @@
 It is built then, and not when the package is installed, because its headers come with jaxlib: so a wheel stays pure
 Python, installing needs neither a compiler nor jaxlib, and an editable installation does the same. Its file's
 name depends on the processor's instructions, so machines may share a cache. Without a compiler the operations are off,
-which is logged once, and the arithmetic is JAX's. A run's results.json says whether they were in use.
+which is logged once, and the arithmetic is JAX's. A run's results.json says whether its model has them.
 
 The environment: REGNET_FLAX_NATIVE=0 turns it off; CXX names the compiler, CXXFLAGS more of its flags.
 """
@@ -67,11 +67,6 @@ def prepare() -> None:
     """Starts building the library in a thread if JAX computes on a CPU; `available` waits for it."""
     if jax.default_backend() == "cpu":
         threading.Thread(target=available, daemon=True).start()
-
-
-def in_use() -> bool:
-    """Whether a program that was traced so far has native operations; builds nothing."""
-    return bool(_registered.cache_info().currsize) and available()
 
 
 @functools.cache
