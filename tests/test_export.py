@@ -13,7 +13,7 @@ import pytest
 
 import helpers
 from helpers import random_variables
-from regnet_flax import create_model, main
+from regnet_flax import create_model, load, main
 from regnet_flax.data.augment import normalize
 from regnet_flax.modes import export, model_card
 
@@ -166,6 +166,17 @@ def test_a_readme_of_ones_own_stays(trained, tmp_path):
     assert main.main(["--mode=export", "--workdir", str(trained), f"--config.export.path={path}"]) == 0
     assert (tmp_path / "README.md").read_text() == "mine"
     assert "# regnet8_convlstm" in (tmp_path / "w.safetensors.md").read_text()
+
+
+def test_a_card_without_a_loss_that_was_not_finite_and_of_one_file_alone(trained):
+    found = load(trained)
+    line = {"step": 4, "eval_accuracy": 0.5}
+    table = model_card._metrics([line], None, found.config, "step 4")
+    assert table == "| all test images | |\n| --- | --- |\n| accuracy | 50.00% |"
+
+    several = model_card.describe(found, trained, ["a.stablehlo", "as.safetensors", "s.safetensors"])
+    alone = model_card.of_one_file(several, "s.safetensors", "weights.safetensors")
+    assert alone == model_card.describe(found, trained, ["weights.safetensors"])
 
 
 def test_each_file_of_a_directory_keeps_its_card(trained, tmp_path):

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torch_networks
 import torch_reference
+from helpers import error_of, run_program
 from regnet_flax import create_model, list_models, main
 from regnet_flax.analysis.summary import summarize, table
 
@@ -148,6 +149,11 @@ def test_summary_of_every_model(names, capsys):
             for stage in range(len(model.stage_sizes)):
                 n = (64 if imagenet else 16) * 2**stage * (4 if model.block == "bottleneck" else 1)
                 assert f"{first >> stage}×{first >> stage}×{n}" in out
+
+
+def test_a_plugin_that_cannot_be_imported_is_one_line():
+    line = error_of(run_program("--mode=models", "--config.model.plugins=('nowhere',)"), 2)
+    assert "model.plugins" in line and "nowhere" in line
 
 
 @pytest.mark.slow

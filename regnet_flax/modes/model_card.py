@@ -133,6 +133,19 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
+def of_one_file(text: str, name: str, new_name: str) -> str:
+    """Returns the text of a card without the other files that it describes, and with a new name for this one."""
+    text = re.sub(r"(?m)^files:\n(- .+\n)+", f"files:\n- {new_name}\n", text, count=1)
+    first, *sections = re.split(r"(?m)^### ", text)
+    kept = [first]
+    for section in sections:
+        heading, _, body = section.partition("\n")
+        names = heading.split(", ")
+        if name in names:
+            kept.append(f"### {new_name}\n{body.replace(names[0], new_name)}")
+    return "".join(kept)
+
+
 def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> str:
     """Returns the card's text for the files with these names; see `write`."""
     config, step = trained.config, trained.step
@@ -233,14 +246,12 @@ def _metrics(lines: Sequence[dict[str, Any]], results: dict[str, Any] | None, co
             found, kind, split = test, "test", "test"
     if found is None:
         return f"No images were evaluated at {source}."
-    rows = [
-        ("accuracy", f"{found[f'{kind}_accuracy']:.2%}"),
-        ("loss (cross-entropy, nats)", f"{found[f'{kind}_loss']:.4f}"),
-    ]
-    if f"{kind}_top5_accuracy" in found:
-        rows.insert(1, ("top-5 accuracy", f"{found[f'{kind}_top5_accuracy']:.2%}"))
     count = sum("eval_accuracy" in line for line in lines)
     if kind == "eval" and config.eval.checkpoint == "best" and count > 1:
         note = f"\n\nThis was the best of the run's {count} evaluations, so it is slightly optimistic."
-    body = [f"| {name} | {value} |" for name, value in rows]
+    shown = (("accuracy", "accuracy", ".2%"), ("top5_accuracy", "top-5 accuracy", ".2%"))
+    shown += (("loss", "loss (cross-entropy, nats)", ".4f"),)
+    values = ((title, found.get(f"{kind}_{name}"), form) for name, title, form in shown)
+    # A loss that was not finite is missing.
+    body = [f"| {title} | {value:{form}} |" for title, value, form in values if value is not None]
     return "\n".join([f"| all {split} images | |", "| --- | --- |", *body]) + note
