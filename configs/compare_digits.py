@@ -1,6 +1,6 @@
 """Small RegNets against a ResNet on scikit-learn's digits: no download, less than half an hour on two CPU cores.
 
-    python -m regnet_flax.main --mode compare --config configs/compare_digits.py
+python -m regnet_flax.main --mode compare --config configs/compare_digits.py
 """
 
 from configs import digits
