@@ -18,7 +18,7 @@ Step = Callable[[Array, cells.State, tuple[Array, ...]], tuple[cells.State, cell
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
-    """A back end: the functions that every network is made of. It is hashed and compared by them, as a field of a module.
+    """A back end: the functions that networks are made of. They make it hashable, as a field of a module must be.
 
     `dataclasses.replace(ops.PLAIN, name="mine", lstm_step=…)` makes one of your own.
 
