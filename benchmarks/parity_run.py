@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from regnet_flax import create_model
-from regnet_flax.analysis import plots
+from regnet_flax.analysis.plots import training
 from regnet_flax.data import feeds, sources
 from regnet_flax.environment import environment
 from regnet_flax.port.torch import from_torch
@@ -91,7 +91,7 @@ def main():
         )
         if arguments.picture and dtype == "float32":
             title = f"{arguments.model} on the digits, the same weights and batches, {dtype}"
-            plots.losses(losses, pathlib.Path(arguments.picture), title)
+            training.losses(losses, pathlib.Path(arguments.picture), title)
     results |= environment(jax.devices()[:1]) | {"torch": torch.__version__}
     if arguments.out:
         with open(arguments.out, "w") as file:

@@ -32,7 +32,7 @@ announce("+import")
 import jax  # noqa: E402
 
 from regnet_flax import main  # noqa: E402
-from regnet_flax.analysis import plots  # noqa: E402
+from regnet_flax.analysis.plots import training  # noqa: E402
 from regnet_flax.data import sources  # noqa: E402
 from regnet_flax.modes import train as loop  # noqa: E402
 from regnet_flax.training.checkpoint import Checkpoints  # noqa: E402
@@ -70,7 +70,7 @@ Trainer.train = train_or_compile
 Trainer.evaluate = announcing(Trainer.evaluate, "evaluate")
 Checkpoints.save = announcing(Checkpoints.save, "save")
 loop.write_figures = announcing(loop.write_figures, "figures")
-plots.curves = announcing(plots.curves, "curves")
+training.curves = announcing(training.curves, "curves")
 sources.load_dataset = announcing(sources.load_dataset, "data")
 
 sys.argv[1:] = sys.argv[2:]

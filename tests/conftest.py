@@ -171,10 +171,10 @@ def pictures():
 
     def write_figures(*arguments, **options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(by_class, "plots", plots)
+            patch.setattr(by_class, "classes", plots)
             return by_class.write_figures(*arguments, **options)
 
-    replaced = [(train, "plots", plots), (report, "comparison", plots)]
+    replaced = [(train, "training", plots), (report, "comparison", plots)]
     replaced += [(mode, "write_figures", write_figures) for mode in (train, evaluate)]
     drawn = [(module, name, getattr(module, name)) for module, name, _ in replaced]
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regnet_flax.analysis import plots
-from regnet_flax.analysis.plots import comparison
+from regnet_flax.analysis.plots import classes, comparison, training
 
 LINES = [
     {"step": 5, "epoch": 0.5, "train_loss": 2.0, "train_accuracy": 0.2, "learning_rate": 0.1},
@@ -16,7 +15,7 @@ LINES = [
 
 def test_curves(tmp_path, figures):
     path = tmp_path / "curves.png"
-    plots.curves(LINES, path, "a model", drops=[1.5, 9.0])
+    training.curves(LINES, path, "a model", drops=[1.5, 9.0])
     loss, accuracy = figures[0].axes
     curves = {line.get_label(): line.get_xydata().tolist() for line in loss.lines}
     assert curves["training"] == [[0.5, 2.0], [1.0, 1.0], [2.0, 0.5]]
@@ -31,7 +30,7 @@ def test_curves(tmp_path, figures):
 
 @pytest.mark.parametrize("lines", [[], LINES[:1]])
 def test_curves_of_a_run_that_measured_little(lines, tmp_path):
-    plots.curves(lines, tmp_path / "curves.png")
+    training.curves(lines, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists()
 
 
@@ -75,7 +74,7 @@ NAMES = ["ants", "bees", "Staffordshire bullterrier, Staffordshire bull terrier,
 @pytest.mark.parametrize("channels", [1, 3])
 def test_predictions(channels, tmp_path, figures):
     images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, channels), dtype=np.uint8)
-    plots.predictions(images, [0, 1, 2, 2, 0, 1], [0, 0, 2, 1, 2, 1], NAMES, tmp_path / "p.png", "a model")
+    classes.predictions(images, [0, 1, 2, 2, 0, 1], [0, 0, 2, 1, 2, 1], NAMES, tmp_path / "p.png", "a model")
     (axes,) = figures[0].axes
     assert len(axes.images) == len(axes.texts) == 6
     for drawn, image, text in zip(axes.images, images, axes.texts, strict=True):
@@ -86,13 +85,13 @@ def test_predictions(channels, tmp_path, figures):
     assert titles[:2] == ["ants", "ants\ntrue: bees"]
     assert titles[2] == "Staffordshire\nbullterrier,…" and "true: ants" in titles[4]
     colors = [text.get_color() for text in axes.texts]
-    assert colors == [plots.RIGHT, plots.WRONG, plots.RIGHT, plots.WRONG, plots.WRONG, plots.RIGHT]
+    assert colors == [classes.RIGHT, classes.WRONG, classes.RIGHT, classes.WRONG, classes.WRONG, classes.RIGHT]
     assert np.asarray(Image.open(tmp_path / "p.png")).std() > 0
 
 
 def test_more_images_than_fit_in_a_row_and_fewer(tmp_path, figures):
     for count in (1, 16):
-        plots.predictions(np.zeros((count, 4, 6, 3), np.uint8), [0] * count, [1] * count, NAMES, tmp_path / "p.png")
+        classes.predictions(np.zeros((count, 4, 6, 3), np.uint8), [0] * count, [1] * count, NAMES, tmp_path / "p.png")
     assert [len(figure.axes[0].images) for figure in figures] == [1, 16]
     corners = {tuple(image.get_extent()[::3]) for image in figures[1].axes[0].images}
     assert len(corners) == 16 and len({x for x, _ in corners}) == len({y for _, y in corners}) == 4
@@ -100,7 +99,7 @@ def test_more_images_than_fit_in_a_row_and_fewer(tmp_path, figures):
 
 def test_confusion_of_few_classes(tmp_path, figures):
     matrix = np.array([[8, 2, 0], [0, 0, 0], [1, 0, 3]])
-    plots.confusion(matrix, NAMES, tmp_path / "c.png", "a model")
+    classes.confusion(matrix, NAMES, tmp_path / "c.png", "a model")
     axes = figures[0].axes[0]
     np.testing.assert_allclose(axes.images[0].get_array(), [[0.8, 0.2, 0], [0, 0, 0], [0.25, 0, 0.75]])
     assert {(text.get_position(), text.get_text()) for text in axes.texts} == {
@@ -116,10 +115,10 @@ def test_confusion_of_few_classes(tmp_path, figures):
 
 
 def test_confusion_of_many_classes_names_the_pairs_confused_most(tmp_path, figures):
-    for classes in (60, 1000):
-        matrix = np.diag(np.full(classes, 40))
+    for count in (60, 1000):
+        matrix = np.diag(np.full(count, 40))
         matrix[3, 5], matrix[7, 1] = 9, 12
-        plots.confusion(matrix, [f"class {i}" for i in range(classes)], tmp_path / "c.png")
+        classes.confusion(matrix, [f"class {i}" for i in range(count)], tmp_path / "c.png")
         axes = figures[-1].axes[0]
         assert not axes.texts
         (listed,) = [text.get_text() for text in figures[-1].texts if "→" in text.get_text()]
@@ -131,7 +130,7 @@ def test_confusion_of_many_classes_names_the_pairs_confused_most(tmp_path, figur
 def test_probabilities(tmp_path, figures):
     images = [np.full((10 + i, 20, 3), i, np.uint8) for i in range(5)]
     tops = [[("ants", 0.5 + i / 10), ("bees", 0.5 - i / 10)] for i in range(5)]
-    plots.probabilities(images, ["a" * 50 + ".jpg", "b", "c", "d", "e", "not drawn"], tops, tmp_path / "p.png", "x")
+    classes.probabilities(images, ["a" * 50 + ".jpg", "b", "c", "d", "e", "not drawn"], tops, tmp_path / "p.png", "x")
     pictures = [axes for axes in figures[0].axes if axes.images]
     charts = [axes for axes in figures[0].axes if axes.patches]
     assert [axes.images[0].get_array().shape[0] for axes in pictures] == [10, 11, 12, 13, 14]
@@ -143,9 +142,9 @@ def test_probabilities(tmp_path, figures):
 @pytest.mark.parametrize("name, shown", [("b\ne", r"b\ne"), ("caf\udce9", r"caf\udce9"), ("a $x^2$ b", r"a \$x^2\$ b")])
 def test_names_are_drawn_as_they_are(name, shown, tmp_path, figures):
     image = np.zeros((4, 4, 3), np.uint8)
-    plots.predictions(np.stack([image] * 2), [0, 1], [0, 0], [name, "other"], tmp_path / "predictions.png")
-    plots.confusion(np.eye(2, dtype=int), [name, "other"], tmp_path / "confusion.png")
-    plots.probabilities([image], [name], [[(name, 1.0)]], tmp_path / "probabilities.png")
+    classes.predictions(np.stack([image] * 2), [0, 1], [0, 0], [name, "other"], tmp_path / "predictions.png")
+    classes.confusion(np.eye(2, dtype=int), [name, "other"], tmp_path / "confusion.png")
+    classes.probabilities([image], [name], [[(name, 1.0)]], tmp_path / "probabilities.png")
     for figure in figures:
         texts = [text.get_text() for text in figure.findobj(match=lambda a: hasattr(a, "get_text"))]
         assert any(shown in text for text in texts), texts

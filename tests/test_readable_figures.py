@@ -11,13 +11,13 @@ from matplotlib import pyplot as plt
 
 from regnet_flax.analysis import plots
 from regnet_flax.analysis.by_class import write_figures
-from regnet_flax.analysis.plots import fonts
+from regnet_flax.analysis.plots import classes, fonts, training
 from regnet_flax.files import dataset_title
 
 
 def draw(names, path):
     with fonts.readable(names):
-        plots.confusion(np.eye(len(names), dtype=int), names, path)
+        classes.confusion(np.eye(len(names), dtype=int), names, path)
 
 
 def test_class_names_in_another_script_are_set_in_a_font_that_has_them(tmp_path, monkeypatch, figures, logger, caplog):
@@ -53,7 +53,7 @@ def lines(losses):
 
 @pytest.mark.parametrize("losses", [[2.3, 1.9, 1.7], [2.3, 0.4, 0.03], [9.0, 0.001]])
 def test_ticks_are_plain_and_epochs_whole_and_the_last_value_stands_beside_the_axes(losses, tmp_path, figures):
-    plots.curves(lines(losses), tmp_path / "curves.png")
+    training.curves(lines(losses), tmp_path / "curves.png")
     figure = figures[0]
     figure.canvas.draw()
     loss, accuracy = figure.axes
@@ -91,8 +91,8 @@ def test_a_folder_is_called_by_its_name():
 
 def test_mistakes_are_shown_first_and_with_their_probabilities(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plots, "predictions", lambda *args: drawn.update(zip("ilpntsc", args, strict=False)))
-    monkeypatch.setattr(plots, "confusion", lambda *_: None)
+    monkeypatch.setattr(classes, "predictions", lambda *args: drawn.update(zip("ilpntsc", args, strict=False)))
+    monkeypatch.setattr(classes, "confusion", lambda *_: None)
     outcomes = np.array([[0, 0, 900_000]] * 30 + [[0, 1, 600_000], [1, 0, 990_000], [-1, -1, -1]], np.int32)
 
     class Data:
@@ -110,6 +110,6 @@ def test_mistakes_are_shown_first_and_with_their_probabilities(tmp_path, monkeyp
 
 def test_predictions_show_probabilities(tmp_path, figures):
     images = np.zeros((2, 4, 4, 3), np.uint8)
-    plots.predictions(images, [0, 1], [0, 0], ["ant", "bee"], tmp_path / "p.png", "title", [0.991, 0.5])
+    classes.predictions(images, [0, 1], [0, 0], ["ant", "bee"], tmp_path / "p.png", "title", [0.991, 0.5])
     texts = {text.get_text() for text in figures[0].findobj(match=lambda a: hasattr(a, "get_text"))}
     assert {"ant 99%", "ant 50%\ntrue: bee"} <= texts

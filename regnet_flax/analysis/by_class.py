@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from regnet_flax.analysis import plots
+from regnet_flax.analysis.plots import classes
 from regnet_flax.analysis.plots.fonts import readable
 
 EXAMPLES = 16
@@ -81,8 +81,8 @@ def write_figures(
     labels, predicted, certainty = outcomes[chosen].T
     images = list(dataset.images(split, chosen))
     with readable(names):
-        plots.predictions(images, labels, predicted, names, directory / "predictions.png", title, certainty / 1e6)
-        plots.confusion(confusion, names, directory / "confusion.png", title)
+        classes.predictions(images, labels, predicted, names, directory / "predictions.png", title, certainty / 1e6)
+        classes.confusion(confusion, names, directory / "confusion.png", title)
     return per_class(confusion, names)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from regnet_flax.analysis import plots
+from regnet_flax.analysis.plots import classes
 from regnet_flax.analysis.plots.fonts import readable
 from regnet_flax.command_line import Options
 from regnet_flax.data.photos import extensions, read_image
@@ -126,7 +126,7 @@ def predict_images(trained: Trained, path: str | os.PathLike) -> dict[str, Any]:
         picture.parent.mkdir(parents=True, exist_ok=True)
         captions = [file.name for file in files]
         with readable([*names, *captions[: len(thumbnails)]]):
-            plots.probabilities(
+            classes.probabilities(
                 thumbnails,
                 captions,
                 [[(entry["class"], entry["probability"]) for entry in top] for top in tops],

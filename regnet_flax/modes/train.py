@@ -11,8 +11,8 @@ from typing import Any
 
 import jax
 
-from regnet_flax.analysis import plots
 from regnet_flax.analysis.by_class import write_figures
+from regnet_flax.analysis.plots import training
 from regnet_flax.command_line import Options
 from regnet_flax.config.check import check_config, eval_batch_size, flatten
 from regnet_flax.config.resolve import resolve
@@ -216,7 +216,7 @@ def _finish(run: Run, config: Any, dataset: Dataset, checkpoints: Checkpoints, p
         if outcomes is not None:
             results["per_class"] = write_figures(figures, dataset, outcomes, title, config.seed)
         lines, picture = workdir.read_metrics(path), figures / "curves.png"
-        plots.curves(lines, picture, title=title, drops=run.plan.drops, split=dataset.evaluated)
+        training.curves(lines, picture, title=title, drops=run.plan.drops, split=dataset.evaluated)
         # Last, because it marks the run as finished.
         write_json(path / workdir.RESULTS, results)
         report(results, path)
