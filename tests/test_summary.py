@@ -161,6 +161,11 @@ def test_the_pages_table_is_up_to_date():
     subprocess.run([sys.executable, TABLE, "--check"], check=True, timeout=300)
 
 
+@pytest.mark.thorough
+def test_the_results_are_those_of_their_raw_files():
+    subprocess.run([sys.executable, TABLE.with_name("results_table.py"), "--check"], check=True, timeout=300)
+
+
 @pytest.mark.slow
 def test_a_table_that_is_not_is_seen(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(TABLE.parent)

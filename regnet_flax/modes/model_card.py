@@ -41,16 +41,11 @@ Weights with PyTorch's names and in its layouts. With regnet_flax:
 
 ```python
 import numpy as np
-{plugins}from regnet_flax import create_model
-from regnet_flax.port.torch import from_torch
-from regnet_flax.port.weights import read_weights
+{plugins}import regnet_flax
 
-model = create_model({model})
-arrays, metadata = read_weights("{file}")
-variables = from_torch(arrays, model)
-images = np.zeros((1, {shape}), np.uint8)  # yours, any number of them
-mean, std = np.float32({mean}), np.float32({std})
-logits = model.apply(variables, (images / np.float32(255) - mean) / std, train=False)  # (images, {classes})
+trained = regnet_flax.load("{file}")
+images = np.zeros((1, {shape}), np.uint8)  # yours, any number of them, or the paths of image files
+probabilities = trained.predict(images)  # (images, {classes}), float32
 ```
 """
 _CARD = """\
@@ -93,7 +88,7 @@ An image classifier with {classes} classes, trained and exported with regnet_fla
 
 The model takes uint8 images of exactly {height}×{width} pixels, {colours}; others must be {fitted}.
 Then each channel becomes (x / 255 − mean) / std, with mean {mean} and std {std}:
-the StableHLO program does that itself, the weights leave it to you.
+the StableHLO program and `regnet_flax.load` do that themselves.
 
 ## How to load
 {load}"""
@@ -162,10 +157,10 @@ def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> s
         "mean": tuple(round(value, 6) for value in data.mean),
         "std": tuple(round(value, 6) for value in data.std),
         "plugins": "".join(f"import {name}  # registers the regulator\n" for name in config.model.plugins),
-        "model": ", ".join(filter(None, (f'"{config.model.name}", num_classes={len(names)}', written))),
     }
     programs = [file for file in files if file.endswith(".stablehlo")]
     weights = [file for file in files if file not in programs]
+    weights.sort(key=lambda file: not file.endswith(".safetensors"))  # PyTorch's need PyTorch
     load = "".join(
         f"\n### {', '.join(named)}\n\n{text.format(file=named[0], **values)}"
         for named, text in ((programs, _STABLEHLO), (weights, _WEIGHTS))
@@ -211,7 +206,8 @@ def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> s
 
 
 def _schedule(sgd: Any) -> str:
-    warmup = f", after linear warm-up over {sgd.warmup_epochs:g} of the epochs" if sgd.warmup_epochs else ""
+    length = f"{sgd.warmup_epochs:g} epoch" + "s" * (sgd.warmup_epochs != 1)
+    warmup = f", after a linear warm-up of {length}" if sgd.warmup_epochs else ""
     if sgd.schedule == "step":
         at = ", ".join(
             f"{boundary:.0%} of the run" if boundary < 1 else f"epoch {boundary:g}" for boundary in sgd.boundaries
