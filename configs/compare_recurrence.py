@@ -1,6 +1,8 @@
-"""Networks with a recurrence along their depth, on CIFAR-10 with one recipe: RegNet-20, DIANet-20 and ResNet-20.
+"""Networks with a recurrence along their depth, RegNet-20 and DIANet-20, against ResNet-20 and the SE networks.
 
-python -m regnet_flax.main --mode compare --config configs/compare_recurrence.py
+On CIFAR-10, with the paper's recipe.
+
+    python -m regnet_flax.main --mode compare --config configs/compare_recurrence.py
 """
 
 from configs import cifar10

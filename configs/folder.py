@@ -9,7 +9,7 @@ If there is a DIR/val/ beside DIR/test/, it chooses the best checkpoint.
 Photographs keep their aspect ratio: training uses random crops, flips and TrivialAugment, testing the centre.
 `finetune` starts from weights for 224×224 images, such as torchvision's ResNets, with a new head. Neither its accuracy
 nor that of training from scratch has been measured. configs/rnn_photos.py has a public project's recipe, which is
-faster and does not need Grain.
+faster.
 """
 
 from configs import base

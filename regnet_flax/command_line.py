@@ -42,8 +42,9 @@ usage: python -m regnet_flax.main [--config FILE] [--mode MODE] [--workdir DIR] 
 
   --config FILE          a config file, or FILE:MODEL for another model; {DEFAULT_CONFIG} by default
   --mode MODE            {", ".join(modes)}; train by default. Interrupted runs resume: run train again
-  --workdir DIR          the run's directory; runs/<config>-<model>-<seed> by default, runs/<config> for compare; for
-                         your own images, the folder's name follows <config>; gs://… and s3://… work too
+  --workdir DIR          the run's directory; runs/<config>-<model>-<seed> by default, runs/<config> for compare,
+                         runs/<file> for model.init_from without a run; for your own images, the folder's name
+                         follows <config>; gs://… and s3://… work too
   --distributed auto     train or eval as one of several processes that Slurm, Kubernetes, Open MPI or a TPU started
   --distributed HOST:PORT,PROCESSES,INDEX    the same, set by hand: process 0's machine and a free port on it
   --profile              write a trace of a few training steps into WORKDIR/profile, for TensorBoard or Perfetto
@@ -104,6 +105,11 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
                 f"--workdir is {workdir}: with --distributed it must be a directory that all machines see, such as the "
                 "bucket mounted by gcsfuse"
             )
+    elif values.mode not in BEGIN and config.model.init_from:  # no run's, so its files are not among a run's
+        from regnet_flax.port.weights import SUFFIXES
+
+        name = pathlib.Path(config.model.init_from).name
+        workdir = str(pathlib.Path("runs", next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), name)))
     else:
         parts = [pathlib.Path(file.partition(":")[0]).stem]
         if config.dataset.name == "folder" and config.dataset.data_dir:  # two folders are two runs

@@ -52,10 +52,10 @@ def environment(devices: list[Any], choice: str) -> dict[str, Any]:
 
 
 def describe_hardware(hardware: Mapping[str, Any]) -> str:
-    """Returns "hardware" of results.json in words, such as "CPU, 2 CPU cores" or "8 × NVIDIA A100, 96 CPU cores"."""
-    device = "CPU" if hardware["platform"] == "cpu" else f"{hardware['devices']} × {hardware['device']}"
+    """Returns "hardware" of results.json in words, such as "2 CPU cores" or "8 × NVIDIA A100, 96 CPU cores"."""
+    device = [] if hardware["platform"] == "cpu" else [f"{hardware['devices']} × {hardware['device']}"]
     cores = f"{hardware['cpu_cores']} CPU core{'s' * (hardware['cpu_cores'] > 1)}"
-    return ", ".join([device, cores] + [f"{hardware['processes']} hosts"] * (hardware["processes"] > 1))
+    return ", ".join([*device, cores] + [f"{hardware['processes']} hosts"] * (hardware["processes"] > 1))
 
 
 def processor() -> str:

@@ -64,7 +64,7 @@ def push(
                 raise WeightsError(f"{file} is not a .safetensors file: name one from --mode export, or a workdir")
             if card is None:
                 raise WeightsError(f"{file} has no model card beside it: export it again with --mode export")
-        text = card.read_text(encoding="utf-8").replace(file.name, FILE)
+        text = model_card.of_one_file(card.read_text(encoding="utf-8"), file.name, FILE)
         files = [
             hub.CommitOperationAdd(FILE, str(file)),
             hub.CommitOperationAdd(model_card.NAME, text.encode()),

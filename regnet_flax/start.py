@@ -49,7 +49,7 @@ def use_huge_pages() -> None:
 
 def _can_have_huge_pages() -> bool:
     try:
-        name, version = os.confstr("CS_GNU_LIBC_VERSION").split()
+        name, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
         return (
             "[madvise]" in _LINUX.read_text(encoding="ascii")
             and name == "glibc"

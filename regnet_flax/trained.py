@@ -23,6 +23,7 @@ from regnet_flax.data import photos, stream
 from regnet_flax.data.augment import normalize
 from regnet_flax.data.photos import read_image
 from regnet_flax.errors import ConfigError, DataError, WeightsError, WorkdirError, one_line
+from regnet_flax.models.registry import check_model
 from regnet_flax.modes.setup import build_model, load_trained, load_weights, open_dataset
 from regnet_flax.places import fetch
 from regnet_flax.port import shipped
@@ -167,16 +168,13 @@ def _of_file(config: Any, record: dict[str, Any] | None, *, alone: bool = False)
     if config.model.new_head:
         raise ConfigError(f"model.new_head is True: without the head of {file} there is no class to predict")
     arrays, metadata = read_weights(file)
-    known = described(metadata)
+    known = take_description(config, metadata)
     if alone and not (known and "model" in metadata):
         raise WeightsError(
             f"{file} does not say which model it belongs to, as files of --mode export do: "
             "give it as model.init_from, with model.name"
         )
-    if known:
-        _take_description(config, known, metadata)
-    else:
-        known = record
+    known = known or record
     if starts_from_plain(arrays, build_model(config)):
         raise ConfigError(
             f"model.init_from is {file}, which has no regulators: {config.model.name} can be trained from it; "
@@ -198,15 +196,24 @@ def _of_file(config: Any, record: dict[str, Any] | None, *, alone: bool = False)
     return Trained(model, {"batch_stats": {}} | variables, config, names, (height, width, channels), step, file)
 
 
-def _take_description(config: Any, known: dict[str, Any], metadata: Mapping[str, str]) -> None:
-    """Sets the config to what a file of weights says about its model."""
-    file, data = config.model.init_from, config.dataset
+def take_description(config: Any, metadata: Mapping[str, str]) -> dict[str, Any] | None:
+    """Sets the config to what the file `model.init_from` says about its model, and returns it; see `described`.
+
+    Raises:
+      WeightsError: the file describes a model that cannot be made.
+    """
+    file, data, known = config.model.init_from, config.dataset, described(metadata)
+    if known is None:
+        return None
+    height, width, _ = known["image_shape"]
+    if height == width:
+        data.image_size = height
     data.mean, data.std = tuple(known["mean"]), tuple(known["std"])
     # check_config refuses it without a data set of photographs.
     cropped = (stream.CROP,) if metadata.get("crop") == "true" else ()
     data.augment = cropped or tuple(name for name in data.augment if name != stream.CROP)
     if "model" not in metadata:
-        return
+        return known
     before = {"name": config.model.name} | dict(config.model.overrides)
     config.model.name = metadata["model"]
     for option in config.model.overrides:
@@ -220,6 +227,14 @@ def _take_description(config: Any, known: dict[str, Any], metadata: Mapping[str,
     after = {"name": config.model.name} | dict(config.model.overrides)
     if changed := [f"{name}={value}" for name, value in after.items() if value != before[name]]:
         logger.info("model: %s, as %s says", ", ".join(changed), file)
+    try:
+        check_model(config.model.name, **model_options(config))
+    except (ValueError, TypeError) as error:
+        raise WeightsError(
+            f"{file} is of a model that cannot be made ({one_line(error)}): if it is your own, name its module in "
+            "model.plugins"
+        ) from error
+    return known
 
 
 def description(trained: Trained) -> dict[str, str]:

@@ -296,8 +296,10 @@ def test_the_readmes_commands_run(files):
     with failures() as case, contextlib.ExitStack() as stack:
         stack.callback(jax.config.update, "jax_disable_most_optimizations", False)
         for number, arguments in enumerate(rest):
-            more = [] if "predict" in arguments else [*SHORT, f"--workdir=runs/{number}"]
-            if any("cifar10" in argument for argument in arguments):
+            more = [*SHORT, f"--workdir=runs/{number}"]
+            if "predict" in arguments:
+                more = []
+            elif any("cifar10" in argument for argument in arguments):
                 more.append("--mode=summary")
             with case(shlex.join(arguments)):
                 run_program(*arguments, *more, check=0)

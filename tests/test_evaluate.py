@@ -1,5 +1,7 @@
 """Exact metrics of a whole split."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,12 @@ import optax
 import pytest
 
 from regnet_flax.analysis.by_class import confusion_matrix, per_class
+from regnet_flax.config.fields import default_config
 from regnet_flax.data.feeds import MemoryFeed
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import Dataset
+from regnet_flax.errors import ConfigError
+from regnet_flax.modes import setup
 from regnet_flax.training.parallel import AXIS, Placement
 from regnet_flax.training.step import create_train_state, eval_step
 from regnet_flax.training.trainer import Step, Trainer, mean_metrics
@@ -80,6 +85,24 @@ def test_precision_and_recall_of_each_class_are_scikit_learns():
         for name, values in (("precision", expected[0]), ("recall", expected[1])):
             assert entry[name] == (None if np.isnan(values[i]) else pytest.approx(values[i], rel=1e-12))
     assert found[4]["recall"] is found[5]["precision"] is found[6]["recall"] is None
+
+
+@pytest.mark.parametrize(("record", "seed"), [({}, 7), ({"seed": 5}, 5), ({"seed": 3, "seeds": [3, 4]}, 3)])
+def test_a_trained_model_is_measured_on_images_that_its_run_held_out(record, seed, monkeypatch):
+    opened = []
+
+    def open_dataset(config, seed, names):
+        opened.append((seed, names))
+        return types.SimpleNamespace(name="photos", class_names=("ant", "bee", "café"))
+
+    monkeypatch.setattr(setup, "open_dataset", open_dataset)
+    config = default_config().lock()
+    config.seed = 7
+    setup.open_trained_dataset(config, record, ("ant", "bee", "cafe\u0301"), "run")
+    setup.open_trained_dataset(config, record, (), "run")
+    assert opened == [(seed, ("ant", "bee", "café")), (seed, ())]
+    with pytest.raises(ConfigError, match="classes ant, bee, café, but run was trained on bee, café, dog: use images"):
+        setup.open_trained_dataset(config, record, ("bee", "café", "dog"), "run")
 
 
 def test_many_batches_lose_no_example():

@@ -15,7 +15,7 @@ import pytest
 import helpers
 import regnet_flax
 from helpers import random_variables
-from regnet_flax import create_model, main
+from regnet_flax import create_model, load, main
 from regnet_flax.data.augment import normalize
 from regnet_flax.modes import export, model_card
 from regnet_flax.places.bucket import Bucket, filesystem
@@ -148,14 +148,14 @@ def test_the_card_tells_the_run_and_loads_the_weights(trained, tmp_path, monkeyp
     program, weights = code_of(card)
     monkeypatch.chdir(trained)
     given = np.random.default_rng(3).integers(0, 256, (4, 8, 8, 1), np.uint8)
-    logits = []
+    found = []
     for code in (program, weights):
         code, count = re.subn(r"images = .*", "images = given", code)
         assert count == 1
         names = {"given": given}
         exec(code, names)
-        logits.append(np.asarray(names["logits"]))
-    np.testing.assert_allclose(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+        found.append(np.asarray(names["probabilities"]))
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-4, atol=1e-5)
 
     # Files of another checkpoint are not listed with these.
     assert main.main(["--mode=export", "--workdir", str(trained), "--config.eval.checkpoint=2"]) == 0
@@ -169,6 +169,17 @@ def test_a_readme_of_ones_own_stays(trained, tmp_path):
     assert main.main(["--mode=export", "--workdir", str(trained), f"--config.export.path={path}"]) == 0
     assert (tmp_path / "README.md").read_text() == "mine"
     assert "# regnet8_convlstm" in (tmp_path / "w.safetensors.md").read_text()
+
+
+def test_a_card_without_a_loss_that_was_not_finite_and_of_one_file_alone(trained):
+    found = load(trained)
+    line = {"step": 4, "eval_accuracy": 0.5}
+    table = model_card._metrics([line], None, found.config, "step 4")
+    assert table == "| all test images | |\n| --- | --- |\n| accuracy | 50.00% |"
+
+    several = model_card.describe(found, trained, ["a.stablehlo", "as.safetensors", "s.safetensors"])
+    alone = model_card.of_one_file(several, "s.safetensors", "weights.safetensors")
+    assert alone == model_card.describe(found, trained, ["weights.safetensors"])
 
 
 def test_each_file_of_a_directory_keeps_its_card(trained, tmp_path):

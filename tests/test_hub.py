@@ -200,6 +200,9 @@ def test_a_file_loads_with_the_options_and_the_crop_that_it_says(tmp_path):
         ("options", '{"colour": 1}', "options that no model has"),
         ("options", '{"width": "wide"}', "options that no model has"),
         ("options", "[", "options that no model has"),
+        ("options", '{"width": 0}', "a model that cannot be made"),
+        ("options", '{"kernel": "spiral"}', "a model that cannot be made"),
+        ("model", "regnet8_leaky", "name its module in model.plugins"),
     ):
         changed = metadata | {name: value} if value else {n: v for n, v in metadata.items() if n != name}
         write_weights(file, arrays, changed)

@@ -8,6 +8,8 @@ import zipfile
 
 import pytest
 
+from regnet_flax import list_weights
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.core
 
@@ -28,6 +30,8 @@ def test_the_wheel_holds_one_package_with_the_configs_inside(wheel):
         for path in (file for suffix in ("py", "cc", "h", "html") for file in (ROOT / folder).rglob(f"*.{suffix}")):
             assert f"{installed}/{path.relative_to(ROOT / folder).as_posix()}" in names
     assert "regnet_flax/py.typed" in names
+    for name in list_weights():
+        assert {f"regnet_flax/weights/{name}.safetensors{suffix}" for suffix in ("", ".md")} <= names
     metadata = wheel.read(f"{information}/METADATA").decode()
     required = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: tensorflow")]
     assert [line for line in required if "extra ==" not in line] == ["Requires-Dist: tensorflow-datasets>=4.9.10"]

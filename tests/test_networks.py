@@ -228,6 +228,9 @@ def test_torchvisions_weights_give_its_logits(name):
         ("resnext34_32x4d", "resnext50_32x4d"),
         ("se_dia_resnet20", "dia_resnet20"),
         ("dia_resnet21", r"depth 6m\+2"),
+        ("wrn16_0", "16_0 has a 0"),
+        ("resnext50_0x4d", "50_0x4d has a 0"),
+        ("wide_resnet50_0", "50_0 has a 0"),
     ],
 )
 def test_unknown_names(name, words):

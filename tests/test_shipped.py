@@ -68,6 +68,8 @@ def test_predicting_needs_neither_a_run_nor_the_models_name(weights, tmp_path):
     expected = regnet_flax.load("resnet8.insects").predict("a.png")[0]
     found = {entry["class"]: entry["probability"] for entry in result["predictions"][0]["top"]}
     np.testing.assert_allclose([found[name] for name in NAMES], expected, atol=1e-6)
+    assert {path.name for path in workdir.iterdir()} == {"config.json"}
+    assert pathlib.Path("runs/resnet8.insects/figures/predict.png").is_file()
     assert "model: name=resnet8, shortcut=None, width=4, as resnet8.insects says" in done.stderr
     line = error_of(run_program(*command[:1], "--config.model.init_from=resnet8.beetles", *command[2:]), 2)
     assert "or be one of the package's own: resnet8.insects" in line

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import torch_networks
 import torch_reference
+from helpers import error_of, run_program
 from regnet_flax import create_model, list_models, main
 from regnet_flax.analysis.summary import summarize, table
 
@@ -150,9 +151,19 @@ def test_summary_of_every_model(names, capsys):
                 assert f"{first >> stage}×{first >> stage}×{n}" in out
 
 
+def test_a_plugin_that_cannot_be_imported_is_one_line():
+    line = error_of(run_program("--mode=models", "--config.model.plugins=('nowhere',)"), 2)
+    assert "model.plugins" in line and "nowhere" in line
+
+
 @pytest.mark.slow
 def test_the_pages_table_is_up_to_date():
     subprocess.run([sys.executable, TABLE, "--check"], check=True, timeout=300)
+
+
+@pytest.mark.thorough
+def test_the_results_are_those_of_their_raw_files():
+    subprocess.run([sys.executable, TABLE.with_name("results_table.py"), "--check"], check=True, timeout=300)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import struct
+import subprocess
 import sys
 
 import pytest
@@ -67,6 +68,20 @@ def test_a_run_and_its_resumption_are_one_run_of_the_tracker(tmp_path, calls, lo
     failed = "log.trackers: mine_tracker:Broken failed and is left out until the run resumes; training continues"
     # Once for each process that trains, though it logs more than once.
     assert warnings(caplog) == [f"{failed} (SystemExit: the service is down)"] * 2
+
+
+WITHOUT_TORCH = """
+import pathlib, sys
+from regnet_flax.trackers.registry import Start
+from regnet_flax.trackers.tensorboard import TensorBoard
+TensorBoard(Start(pathlib.Path(sys.argv[1]), "run", "", "", 0)).log(1, {"loss": 0.5})
+assert "tensorboardX" in sys.modules and "torch" not in sys.modules
+"""
+
+
+def test_tensorboard_does_not_wait_for_pytorch(tmp_path):
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH, str(tmp_path)], check=True, timeout=100)
+    assert len(list(tmp_path.glob("events.*"))) == 1
 
 
 def test_every_name_has_its_class():

@@ -11,9 +11,11 @@ import torch
 import helpers
 from helpers import random_variables
 from regnet_flax import create_model, main
+from regnet_flax.config.fields import default_config
 from regnet_flax.errors import WeightsError
 from regnet_flax.models.registry import MODELS
 from regnet_flax.models.regnet import RegNet
+from regnet_flax.modes import setup
 from regnet_flax.port.torch import from_torch, to_torch
 from regnet_flax.port.weights import read_weights, write_weights
 
@@ -124,12 +126,37 @@ def test_exported_and_evaluated_again(kind, suffix, trained, capsys, tmp_path, m
     assert main.main([*export, f"--config.export.format={kind}"]) == 0
     file = trained / f"weights{suffix}"
     assert str(file) in last_line(capsys)
-    evaluate = [*TINY, "--mode=eval", f"--config.model.init_from={file}", "--workdir", str(tmp_path / "evaluated")]
+    # The file says which model it is of, and how its images were normalised.
+    evaluate = ["--mode=eval", f"--config.model.init_from={file}", "--workdir", str(tmp_path / "evaluated")]
+    evaluate += ["--config.dataset.mean=(0.1,)", "--config.dataset.std=(0.5,)"]
     assert main.main(evaluate) == 0
     assert last_line(capsys, "test loss").partition(":")[2] == expected.partition(":")[2]
     _, metadata = read_weights(file)
     assert metadata["model"] == "regnet8_convrnn" and metadata["num_classes"] == "10"
     assert [path.name for path in tmp_path.iterdir()] == ["evaluated"]
+
+
+def test_regulators_that_group_channels_otherwise_are_refused(tmp_path):
+    config = default_config().lock()
+    config.model.name, config.dataset.num_classes = "regnet8_convgru", 10
+    config.model.overrides.width, config.model.overrides.regulator_grouping = 4, "contiguous"
+    model = setup.build_model(config)
+    arrays = to_torch(random_variables(model, np.zeros((1, 8, 8, 3), np.float32)), model)
+    config.model.init_from = str(tmp_path / "w.safetensors")
+    write_weights(config.model.init_from, arrays, {"options": '{"regulator_grouping": "contiguous"}'})
+    setup.load_weights(config, 3)
+    config.model.overrides.regulator_grouping = None
+    with pytest.raises(WeightsError, match=r"set model.overrides.regulator_grouping=contiguous$"):
+        setup.load_weights(config, 3)
+    for text in ("[", "[1]"):  # says nothing
+        write_weights(config.model.init_from, arrays, {"options": text})
+        setup.load_weights(config, 3)
+
+
+def test_only_text_is_read_from_the_facts_beside_a_file(tmp_path):
+    write_weights(tmp_path / "w.pth", {"a": np.zeros(1, np.float32)}, {"model": "resnet8"})
+    (tmp_path / "w.pth.json").write_text('{"step": 5, "model": "resnet8"}')
+    assert read_weights(tmp_path / "w.pth")[1] == {"model": "resnet8"}
 
 
 def test_training_starts_from_a_file_and_takes_a_new_head(tmp_path, capsys):

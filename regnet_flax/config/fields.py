@@ -210,7 +210,7 @@ FIELDS: dict[str, Field] = {
         0, _whole(0), "stop after this many steps; 0: no limit. It does not affect the schedule", may_change=True
     ),
     "train.steps_per_call": Field(
-        0, _whole(0), "steps in one compiled call; 0: 1 on a CPU, 50 elsewhere", may_change=True
+        0, _whole(0), "steps in one compiled call; 0: 50, or 1 on a CPU or for streamed data", may_change=True
     ),
     "train.batch_norm": Field(
         "sync",
@@ -258,12 +258,12 @@ FIELDS: dict[str, Field] = {
     "eval.batch_size": Field(
         0,
         _whole(0),
-        "over all devices, rounded up to a multiple of them; 0: train.batch_size, which needs no more memory",
+        "over all devices, rounded up to a multiple of them; 0: as many as training processes at once",
         may_change=True,
     ),
     "eval.every_epochs": Field(1, _whole(0), "0: never", may_change=True),
     "eval.checkpoint": Field(
-        "best", _checkpoint, 'for --mode eval, predict and export: "best", "last" or a step', may_change=True
+        "best", _checkpoint, 'which one eval, predict, demo and so on use: "best", "last" or a step', may_change=True
     ),
     "log.every_steps": Field(100, _whole(0), "0: only at evaluations", may_change=True),
     "log.trackers": Field(

@@ -177,10 +177,10 @@ def create_model(
       dtype: the dtype of the arithmetic, float32 or bfloat16; parameters, statistics and logits are float32.
       axis_name: the pmap or shard_map axis over which batch normalisation is synchronised.
       ops: the arithmetic. "plain" is JAX's own; "cpu" has gradients that are fast on a CPU and, if there is a C++
-        compiler, native operations for the steps of the separable cells, which run only on CPUs and which `jax.export`
-        refuses; "gpu" has the separable ConvLSTM's step as Pallas kernels for a GPU, not yet measured on one, and slow
-        elsewhere. Their results are equal up to rounding. "auto", or None, means "cpu" on CPUs and "plain" elsewhere.
-        You can also pass your own `Ops`.
+        compiler, native operations for convolutions, batch normalisation and the steps of the separable cells, which
+        run only on CPUs and which `jax.export` refuses; "gpu" has the separable ConvLSTM's step as Pallas kernels for a
+        GPU, not yet measured on one, and slow elsewhere. Their results are equal up to rounding. "auto", or None, means
+        "cpu" on CPUs and "plain" elsewhere. You can also pass your own `Ops`.
         "cpu" and "gpu" define their own reverse rules, so forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`)
         raises a TypeError, and so do second derivatives with "gpu"; Hessian-vector products as `jax.jvp` of `jax.grad`
         and gradients of gradients work with "cpu". For everything else use "plain".

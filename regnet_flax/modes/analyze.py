@@ -16,8 +16,9 @@ from regnet_flax.analysis.plots.fonts import readable
 from regnet_flax.command_line import Options
 from regnet_flax.data.augment import normalize
 from regnet_flax.data.stream import StreamedDataset
+from regnet_flax.errors import DataError
 from regnet_flax.files import write_json
-from regnet_flax.modes.setup import open_dataset
+from regnet_flax.modes.setup import open_trained_dataset
 from regnet_flax.trained import Trained, with_config
 from regnet_flax.training import workdir
 
@@ -44,10 +45,12 @@ def analyze(trained: Trained, path: pathlib.Path) -> dict[str, Any]:
       maps a block to an accuracy, and "state_use", one dict per stage.
 
     Raises:
-      ConfigError, DataError: the data set is not available.
+      ConfigError, DataError: the data set is not available, or has other classes.
     """
     config, model, variables = trained.config, trained.model, trained.variables
-    pixels, labels = _examples(open_dataset(config))
+    record = {} if trained.weights else workdir.read_config(path) or {}
+    dataset = open_trained_dataset(config, record, trained.class_names, trained.weights or path)
+    pixels, labels = _examples(dataset)
     inputs = np.asarray(normalize(jnp.asarray(pixels), config.dataset.mean, config.dataset.std))
     figures = path / workdir.FIGURES / "analysis"
     figures.mkdir(parents=True, exist_ok=True)
@@ -86,6 +89,8 @@ def _examples(dataset: Any) -> tuple[np.ndarray, np.ndarray]:
         return dataset.test.images[chosen], np.asarray(dataset.test.labels)[chosen]
     make = dataset.eval_batches("test", 1)
     read = [batch for batch in (make(int(index)) for index in chosen) if batch["mask"][0]]
+    if not read:
+        raise DataError(f"none of {len(chosen)} test images of {dataset.name} can be read: check that they are images")
     return np.concatenate([batch["images"] for batch in read]), np.concatenate([batch["labels"] for batch in read])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import pathlib
-import unicodedata
 from typing import Any
 
 import jax
@@ -14,9 +13,10 @@ from regnet_flax.analysis.by_class import write_figures
 from regnet_flax.command_line import Options
 from regnet_flax.config.check import check_config, eval_batch_size
 from regnet_flax.config.resolve import resolve
-from regnet_flax.errors import ConfigError
 from regnet_flax.files import dataset_title, write_json
-from regnet_flax.modes.setup import Dataset, load_weights, make_trainer, open_dataset, read_trained
+from regnet_flax.modes.setup import Dataset, load_weights, make_trainer, open_trained_dataset, read_trained
+from regnet_flax.port.weights import read_weights
+from regnet_flax.trained import take_description
 from regnet_flax.training import parallel, workdir
 
 logger = logging.getLogger("regnet_flax")
@@ -37,24 +37,27 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
 
     Raises:
       ConfigError, DataError, CheckpointError: see train_and_evaluate.
+      WeightsError: the file cannot be used.
     """
     path, devices = pathlib.Path(path), devices or jax.devices()
     with parallel.together():
         check_config(config)
-        record: dict[str, Any] = {}
-        if not config.model.init_from:
+        file, record, found = config.model.init_from, {}, None
+        if file:
+            found = read_weights(file)
+            known = take_description(config, found[1]) or {}
+            check_config(config)
+        else:
             workdir.check_has_checkpoints(path)
-            record = workdir.read_config(path) or {}
-        seeds, names = record.get("seeds", []), record.get("class_names", [])
-        # Some systems store é as two characters.
-        names = tuple(unicodedata.normalize("NFC", name) for name in names)
-        dataset = open_dataset(config, seeds[0] if seeds else None, names)
+            known = record = workdir.read_config(path) or {}
+        dataset = open_trained_dataset(config, record, known.get("class_names", ()), file or path)
+        channels = dataset.image_shape[-1]
+        if config.model.adapt_stem and known.get("image_shape", (channels,))[-1] != channels:
+            config.dataset.mean = config.dataset.std = ()  # those of other channels
     parallel.check_same("data set", dataset.fingerprint())
     with parallel.together():
-        if names:
-            _check_classes(dataset, names, path)
         config = resolve(config, dataset)
-        start = load_weights(config, dataset.image_shape[-1])
+        start = load_weights(config, channels, found)
     trainer = make_trainer(config, dataset, devices, start=start)
     if config.model.init_from:
         step, variables = 0, trainer.initial_state().variables
@@ -80,14 +83,6 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
         title = f"{config.model.name} on {dataset_title(config.dataset)}, {config.model.init_from or f'step {step}'}"
         _write(path, dataset, outcomes, metrics, title, config.seed)
     return metrics
-
-
-def _check_classes(dataset: Dataset, trained: tuple[str, ...], path: pathlib.Path) -> None:
-    if trained != dataset.class_names:
-        raise ConfigError(
-            f"{dataset.name} has the classes {', '.join(dataset.class_names)}, but {path} was trained on "
-            f"{', '.join(trained)}: evaluate it on images of these"
-        )
 
 
 def _write(

@@ -41,16 +41,11 @@ Weights with PyTorch's names and in its layouts. With regnet_flax:
 
 ```python
 import numpy as np
-{plugins}from regnet_flax import create_model
-from regnet_flax.port.torch import from_torch
-from regnet_flax.port.weights import read_weights
+{plugins}import regnet_flax
 
-model = create_model({model})
-arrays, metadata = read_weights("{file}")
-variables = from_torch(arrays, model)
-images = np.zeros((1, {shape}), np.uint8)  # yours, any number of them
-mean, std = np.float32({mean}), np.float32({std})
-logits = model.apply(variables, (images / np.float32(255) - mean) / std, train=False)  # (images, {classes})
+trained = regnet_flax.load("{file}")
+images = np.zeros((1, {shape}), np.uint8)  # yours, any number of them, or the paths of image files
+probabilities = trained.predict(images)  # (images, {classes}), float32
 ```
 """
 _CARD = """\
@@ -93,7 +88,7 @@ An image classifier with {classes} classes, trained and exported with regnet_fla
 
 The model takes uint8 images of exactly {height}×{width} pixels, {colours}; others must be {fitted}.
 Then each channel becomes (x / 255 − mean) / std, with mean {mean} and std {std}:
-the StableHLO program does that itself, the weights leave it to you.
+the StableHLO program and `regnet_flax.load` do that themselves.
 
 ## How to load
 {load}"""
@@ -133,6 +128,19 @@ def find(path: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
+def of_one_file(text: str, name: str, new_name: str) -> str:
+    """Returns the text of a card without the other files that it describes, and with a new name for this one."""
+    text = re.sub(r"(?m)^files:\n(- .+\n)+", f"files:\n- {new_name}\n", text, count=1)
+    first, *sections = re.split(r"(?m)^### ", text)
+    kept = [first]
+    for section in sections:
+        heading, _, body = section.partition("\n")
+        names = heading.split(", ")
+        if name in names:
+            kept.append(f"### {new_name}\n{body.replace(names[0], new_name)}")
+    return "".join(kept)
+
+
 def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> str:
     """Returns the card's text for the files with these names; see `write`."""
     config, step = trained.config, trained.step
@@ -149,10 +157,10 @@ def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> s
         "mean": tuple(round(value, 6) for value in data.mean),
         "std": tuple(round(value, 6) for value in data.std),
         "plugins": "".join(f"import {name}  # registers the regulator\n" for name in config.model.plugins),
-        "model": ", ".join(filter(None, (f'"{config.model.name}", num_classes={len(names)}', written))),
     }
     programs = [file for file in files if file.endswith(".stablehlo")]
     weights = [file for file in files if file not in programs]
+    weights.sort(key=lambda file: not file.endswith(".safetensors"))  # PyTorch's need PyTorch
     load = "".join(
         f"\n### {', '.join(named)}\n\n{text.format(file=named[0], **values)}"
         for named, text in ((programs, _STABLEHLO), (weights, _WEIGHTS))
@@ -198,7 +206,8 @@ def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> s
 
 
 def _schedule(sgd: Any) -> str:
-    warmup = f", after linear warm-up over {sgd.warmup_epochs:g} of the epochs" if sgd.warmup_epochs else ""
+    length = f"{sgd.warmup_epochs:g} epoch" + "s" * (sgd.warmup_epochs != 1)
+    warmup = f", after a linear warm-up of {length}" if sgd.warmup_epochs else ""
     if sgd.schedule == "step":
         at = ", ".join(
             f"{boundary:.0%} of the run" if boundary < 1 else f"epoch {boundary:g}" for boundary in sgd.boundaries
@@ -233,14 +242,12 @@ def _metrics(lines: Sequence[dict[str, Any]], results: dict[str, Any] | None, co
             found, kind, split = test, "test", "test"
     if found is None:
         return f"No images were evaluated at {source}."
-    rows = [
-        ("accuracy", f"{found[f'{kind}_accuracy']:.2%}"),
-        ("loss (cross-entropy, nats)", f"{found[f'{kind}_loss']:.4f}"),
-    ]
-    if f"{kind}_top5_accuracy" in found:
-        rows.insert(1, ("top-5 accuracy", f"{found[f'{kind}_top5_accuracy']:.2%}"))
     count = sum("eval_accuracy" in line for line in lines)
     if kind == "eval" and config.eval.checkpoint == "best" and count > 1:
         note = f"\n\nThis was the best of the run's {count} evaluations, so it is slightly optimistic."
-    body = [f"| {name} | {value} |" for name, value in rows]
+    shown = (("accuracy", "accuracy", ".2%"), ("top5_accuracy", "top-5 accuracy", ".2%"))
+    shown += (("loss", "loss (cross-entropy, nats)", ".4f"),)
+    values = ((title, found.get(f"{kind}_{name}"), form) for name, title, form in shown)
+    # A loss that was not finite is missing.
+    body = [f"| {title} | {value:{form}} |" for title, value, form in values if value is not None]
     return "\n".join([f"| all {split} images | |", "| --- | --- |", *body]) + note

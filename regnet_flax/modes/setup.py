@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -84,6 +86,31 @@ def open_dataset(config: Any, seed: int | None = None, class_names: Sequence[str
     return dataset
 
 
+def open_trained_dataset(config: Any, record: Mapping[str, Any], class_names: Sequence[str], source: Any) -> Dataset:
+    """Opens the data set to measure a trained model on, with the images that its run held out.
+
+    Args:
+      config: see open_dataset.
+      record: the run's config.json; empty for a file of weights.
+      class_names: the model's classes; () if they are unknown.
+      source: the workdir or file, for messages.
+
+    Raises:
+      ConfigError: the data set has other classes.
+      DataError: it cannot be read.
+    """
+    seeds = record.get("seeds", [record.get("seed", config.seed)])
+    # Some systems store é as two characters.
+    names = tuple(unicodedata.normalize("NFC", name) for name in class_names)
+    dataset = open_dataset(config, seeds[0], names)
+    if names and names != dataset.class_names:
+        raise ConfigError(
+            f"{dataset.name} has the classes {', '.join(dataset.class_names)}, but {source} was trained on "
+            f"{', '.join(names)}: use images of these"
+        )
+    return dataset
+
+
 def build_model(config: Any, devices: Sequence[Any] | None = None, axis_name: str | None = None) -> nn.Module:
     """Makes the model of a resolved config for these devices; by default JAX's own."""
     return create_model(
@@ -120,6 +147,7 @@ def load_weights(
             f"{file}: {whole[0]} is {arrays[whole[0]].dtype}, so the weights look quantised: save them as floats"
         )
     model = build_model(config)
+    _check_grouping(file, model, metadata)
     plain, stride = torch_port.starts_from_plain(arrays, model), torch_port.bottleneck_stride(model)
     if stride:
         recorded = metadata.get("bottleneck_stride", stride)
@@ -158,6 +186,21 @@ def load_weights(
     rest = [*(["the head"] if config.model.new_head else []), *(["the regulators"] if plain else [])]
     logger.info("weights from %s%s", file, f", all but {' and '.join(rest)}" if rest else "")
     return variables
+
+
+def _check_grouping(file: str, model: Any, metadata: Mapping[str, str]) -> None:
+    # Neither names nor shapes show it.
+    options: Any = None
+    with contextlib.suppress(ValueError):
+        options = json.loads(metadata.get("options", "{}"))
+    if not isinstance(options, dict) or not hasattr(model, "regulator_grouping"):
+        return
+    recorded = options.get("regulator_grouping", model.regulator_grouping)
+    if recorded != model.regulator_grouping:
+        raise WeightsError(
+            f"{file} has regulators whose channels are grouped otherwise: set "
+            f"model.overrides.regulator_grouping={recorded}"
+        )
 
 
 def read_trained(config: Any, path: pathlib.Path, like: Any) -> tuple[int, dict[str, Any]]:

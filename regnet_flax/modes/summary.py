@@ -7,6 +7,7 @@ from typing import Any
 from regnet_flax.analysis import summary
 from regnet_flax.command_line import Options
 from regnet_flax.config.check import check_config, image_shape, model_options
+from regnet_flax.errors import ConfigError
 from regnet_flax.models.plugins import import_plugins
 from regnet_flax.models.registry import create_model, list_models
 from regnet_flax.training.display import say_table
@@ -21,7 +22,10 @@ def run(config: Any, options: Options) -> None:
       ConfigError: a value is wrong.
     """
     if options.mode == "models":
-        import_plugins(config.model.plugins)
+        try:
+            import_plugins(config.model.plugins)
+        except ValueError as error:
+            raise ConfigError(f"model.plugins: {error}") from error
         print("\n".join(list_models()))
         return
     config.dataset.data_dir = config.dataset.data_dir or "."  # nothing is read

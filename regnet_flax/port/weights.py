@@ -139,7 +139,7 @@ def _read_beside(path: pathlib.Path) -> dict[str, str]:
         found = json.loads(_beside(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return {name: text for name, text in found.items() if isinstance(text, str)} if isinstance(found, dict) else {}
 
 
 def _is_nested(loaded: Any, name: str) -> bool:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from regnet_flax.trackers.registry import Start
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Keeps tensorboardX from importing PyTorch, which takes seconds and is not needed."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class TensorBoard:
@@ -23,8 +38,9 @@ class TensorBoard:
     id = ""
 
     def __init__(self, start: Start):
-        from tensorboardX import event_file_writer, summary
-        from tensorboardX.proto import event_pb2
+        with _without_torch():
+            from tensorboardX import event_file_writer, summary
+            from tensorboardX.proto import event_pb2
 
         protocol: Any = event_pb2
         self._event, self._scalar = protocol.Event, summary.scalar

@@ -68,7 +68,7 @@ def read_results(workdir: pathlib.Path) -> dict[str, Any] | None:
             return results
     except (WorkdirError, AttributeError):
         pass
-    logger.warning("%s is damaged and is written again", workdir / RESULTS)
+    logger.warning("%s is damaged and is ignored", workdir / RESULTS)
     return None
 
 

@@ -40,8 +40,15 @@ def _preact(size: str) -> dict[str, Any]:
     return {"block": "preact", "stage_sizes": _cifar_sizes(int(size), 2, 8)}
 
 
+def _numbers(size: str) -> list[int]:
+    found = [int(number) for number in re.findall(r"\d+", size)]
+    if not all(found):
+        raise ValueError(f"{size} has a 0: its numbers must be at least 1")
+    return found
+
+
 def _wide(size: str) -> dict[str, Any]:
-    depth, factor = map(int, size.split("_"))
+    depth, factor = _numbers(size)
     return {"block": "preact", "stage_sizes": _cifar_sizes(depth, 4, 10), "width": 16 * factor, "stem_width": 16}
 
 
@@ -52,12 +59,12 @@ def _grouped(depth: int, groups: int, width_per_group: int) -> dict[str, Any]:
 
 
 def _resnext(size: str) -> dict[str, Any]:
-    depth, groups, width = map(int, re.findall(r"\d+", size))
+    depth, groups, width = _numbers(size)
     return _grouped(depth, groups, width)
 
 
 def _wide_imagenet(size: str) -> dict[str, Any]:
-    depth, factor = map(int, size.split("_"))
+    depth, factor = _numbers(size)
     return _grouped(depth, 1, 64 * factor)
 
 

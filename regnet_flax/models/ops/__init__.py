@@ -18,20 +18,20 @@ Step = Callable[[Array, cells.State, tuple[Array, ...]], tuple[cells.State, cell
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
-    """A back end: functions that every network is made of. It hashes and compares by them, as a field of a module must.
+    """A back end: the functions that networks are made of. They make it hashable, as a field of a module must be.
 
     `dataclasses.replace(ops.PLAIN, name="mine", lstm_step=…)` makes one of your own.
 
     Attributes:
-      name: for messages.
+      name: its name in messages.
       conv: (x, kernel, strides, padding, **options) → (N, height, width, outputs). x is a Value of shape
         (N, height, width, inputs), kernel (height, width, inputs, outputs); padding and options are those of
-        `jax.lax.conv_general_dilated`, in NHWC and HWIO where nothing else is asked for.
+        `jax.lax.conv_general_dilated`, in NHWC and HWIO unless they say otherwise.
       batch_norm: (x, scale, bias, *, relu, epsilon, dtype, axis_name) → (y, mean, variance). y is a Value of x's shape
         (N, height, width, n) in `dtype`, normalised over all axes but the last and over the devices of `axis_name`,
-        with a ReLU where asked for; scale, bias, mean and the biased variance have the shape (n,), in float32 or wider.
+        with a ReLU if `relu`; scale, bias, mean and the biased variance have the shape (n,), in float32 or wider.
         Take no gradient of mean and variance.
-      normalize: (x, mean, variance, scale, bias, *, relu, epsilon, dtype) → y, the same by given statistics.
+      normalize: (x, mean, variance, scale, bias, *, relu, epsilon, dtype) → y, the same with given statistics.
       add_relu: (x, y) → ReLU(x + y), two arrays of one shape.
       concatenate: two Values → a Value, along the channels.
       array: a Value → the array.
@@ -113,9 +113,9 @@ def choose(ops: str | Ops, platform: str) -> Ops:
 
 
 def current_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as a config of any version has them, by the names and values of this one.
+    """Converts the options in a config of any version to the names and values of this one.
 
-    There were "tuned", a flag, and "pallas" among the kernels before there was "ops".
+    Before "ops" there were a flag "tuned" and a kernel "pallas".
     """
     now = dict(options)
     tuned = now.pop("tuned", None)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 Array = jax.Array
 State = tuple[Array, ...]
 Gates = dict[str, Array]
-# From H, or what takes its place, to W[X, H] + b of each gate from the first up to the last, not included.
+# Maps H, or what replaces it, to W[X, H] + b of each gate from the first up to, but not including, the last.
 Convolve = Callable[[Array, int, int], list[Array]]
 # From X, H and the kernels of some gates to their sums, as `plain.separable`.
 Separable = Callable[[Array, Array, Array, Array], Array]

@@ -55,9 +55,9 @@ class _OffError(Exception):
 
 
 def available() -> bool:
-    """Whether the native operations are registered with XLA; the first call builds the library if need be.
+    """Whether the native operations are registered with XLA; the first call builds the library if there is none.
 
-    Why they are not, where they are not, is logged once. Nothing is raised. Threads may call it at once.
+    If they are not, the reason is logged once. It raises nothing, and threads may call it at the same time.
     """
     with _LOCK:
         return _registered()
@@ -128,7 +128,7 @@ def cache_directory() -> pathlib.Path:
 
 
 def _build(command: list[str], path: pathlib.Path) -> None:
-    """Compiles into a file of its own, which then takes its place: processes that build at once do not meet."""
+    """Compiles into a temporary file, then renames it: processes that build at the same time do not collide."""
     start = time.monotonic()
     part = None
     try:
@@ -152,7 +152,7 @@ def _build(command: list[str], path: pathlib.Path) -> None:
 
 
 def derivable(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Gives a function of one static argument and arrays the derivatives of `reference`, which computes the same."""
+    """Gives a function of one static argument and arrays the derivatives of `reference`, which has the same values."""
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         derivable = jax.custom_jvp(function, nondiff_argnums=(0,))

@@ -1,0 +1,69 @@
+"""The table of all accuracies in docs/results.md, from the raw files in benchmarks/results.
+
+python benchmarks/results_table.py --check    # is it up to date?
+python benchmarks/results_table.py --write
+
+A folder with an about.json holds a run in each of its FOLDER/seedN: config.json, results.json and metrics.jsonl, as the
+run wrote them. about.json has "data" and "recipe", as the table shows them.
+"""
+
+import json
+import math
+import os
+import pathlib
+
+import numpy as np
+import page_table
+
+from regnet_flax.analysis import compare
+from regnet_flax.environment import describe_hardware
+
+RESULTS = pathlib.Path(__file__).resolve().parent / "results"
+HEAD = ("data", "recipe", "model", "parameters", "seeds", "test accuracy, %", "95 % interval", "hardware", "finished")
+
+
+def found():
+    """Yields about.json and the results.json of each seed, for each model."""
+    for about in sorted(RESULTS.glob("*/about.json")):
+        for folder in sorted({path.parent.parent for path in about.parent.glob("*/seed*/results.json")}):
+            yield json.loads(about.read_text()), sorted(folder.glob("seed*/results.json"))
+
+
+def interval(values):
+    """Returns the 95 % interval of the mean of a normal sample by Student's t, as text; "—" for a single value."""
+    from scipy.special import stdtrit
+
+    if len(values) < 2:
+        return "—"
+    half = stdtrit(len(values) - 1, (1 + compare.CONFIDENCE) / 2) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return f"{np.mean(values) - half:.2f} to {np.mean(values) + half:.2f}"
+
+
+def row(about, files):
+    config = json.loads((files[0].parent / "config.json").read_text())
+    options = {name: value for name, value in config["model"]["overrides"].items() if value is not None}
+    label = " ".join([config["model"]["name"], *(f"{name}={value}" for name, value in options.items())])
+    result = compare.read(label, *(file.parent for file in files))
+    values = [100 - error for error in result.error]
+    spread = f" ± {compare.deviation(values):.2f}" if len(values) > 1 else ""
+    links = zip(result.seeds, (os.path.relpath(file, page_table.DOCS) for file in files), strict=True)
+    return (
+        about["data"],
+        about["recipe"],
+        label,
+        f"{result.parameters:,}",
+        ", ".join(f"[{seed}]({link})" for seed, link in links),
+        f"{np.mean(values):.2f}{spread}",
+        interval(values),
+        describe_hardware(result.environment["hardware"]),
+        max(result.dates),
+    )
+
+
+def table():
+    lines = [HEAD, ["---"] * 3 + ["---:"] + ["---"] * 5, *(row(*each) for each in found())]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+if __name__ == "__main__":
+    page_table.main("results_table.py", __doc__, page_table.DOCS / "results.md", "results", table)
