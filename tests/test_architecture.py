@@ -46,10 +46,13 @@ P = "regnet_flax"
 RULES = [
     (
         f"{P}.models",
-        [f"{P}.data", f"{P}.training", f"{P}.analysis", "tensorflow", "grain", "ml_collections", "optax"],
+        [
+            *(f"{P}.{room}" for room in ("data", "training", "modes", "analysis")),
+            *("tensorflow", "grain", "ml_collections", "optax"),
+        ],
         (),
     ),
-    (f"{P}.data", [f"{P}.models", f"{P}.training", "flax"], ()),
+    (f"{P}.data", [f"{P}.models", f"{P}.training", f"{P}.modes", "flax"], ()),
     (P, ["configs", "tests", f"{P}.main"], ()),
     (f"{P}.config", [f"{P}.training", f"{P}.modes", f"{P}.analysis"], ()),
     (f"{P}.training", [f"{P}.modes"], ()),
