@@ -101,7 +101,9 @@ def test_grad_cam_of_other_families(name):
     if name.startswith("rla"):
         with pytest.raises(ValueError, match="RLANet does not take"):
             readout.readouts(model, variables, images, np.zeros(2))
-    for found in grad_cam.grad_cam(model, variables, images).values():
+    maps = grad_cam.grad_cam(model, variables, images)
+    assert maps
+    for found in maps.values():
         assert found.shape[0] == 2 and found.max() > 0
 
 

@@ -46,10 +46,13 @@ P = "regnet_flax"
 RULES = [
     (
         f"{P}.models",
-        [f"{P}.data", f"{P}.training", f"{P}.analysis", "tensorflow", "grain", "ml_collections", "optax"],
+        [
+            *(f"{P}.{room}" for room in ("data", "training", "modes", "analysis")),
+            *("tensorflow", "grain", "ml_collections", "optax"),
+        ],
         (),
     ),
-    (f"{P}.data", [f"{P}.models", f"{P}.training", "flax"], ()),
+    (f"{P}.data", [f"{P}.models", f"{P}.training", f"{P}.modes", "flax"], ()),
     (P, ["configs", "tests", f"{P}.main"], ()),
     (f"{P}.config", [f"{P}.training", f"{P}.modes", f"{P}.analysis"], ()),
     (f"{P}.training", [f"{P}.modes"], ()),
@@ -65,6 +68,9 @@ RULES = [
 
 @pytest.mark.parametrize("where, forbidden, but", RULES)
 def test_imports_that_must_not_exist(where, forbidden, but):
+    names = [module_name(path) for path in PACKAGE]
+    own = [module for module in (where, *forbidden, *but) if is_in(module, P)]
+    assert all(any(is_in(name, module) for name in names) for module in own), "a module was renamed"
     assert not offenders(where, forbidden, but=but)
 
 
@@ -84,12 +90,11 @@ def calls(path, *names):
 
 
 def test_the_only_pmap_is_in_parallel_and_reductions_are_in_the_step_and_batch_normalisation():
-    for path in PACKAGE:
-        if module_name(path) != f"{P}.training.parallel":
-            assert not [n for n in calls(path, "pmap") if getattr(n.value, "id", "") == "jax"], path
-        # A batch normalisation over several devices has its own pmean, like Flax's.
-        if module_name(path) not in (f"{P}.training.step", f"{P}.models.ops.plain"):
-            assert not calls(path, "pmean", "psum"), path
+    mapped = {module_name(path) for path in PACKAGE for n in calls(path, "pmap") if getattr(n.value, "id", "") == "jax"}
+    assert mapped == {f"{P}.training.parallel"}
+    # A batch normalisation over several devices has its own pmean, like Flax's.
+    reduced = {module_name(path) for path in PACKAGE if calls(path, "pmean", "psum")}
+    assert reduced == {f"{P}.training.step", f"{P}.models.ops.plain"}
 
 
 def test_only_what_every_mode_needs_is_imported_at_start():

@@ -112,10 +112,12 @@ def test_versus_torch_keeps_the_two_fastest_for_the_rounds(versus_torch, tmp_pat
 def test_the_accelerators_measurements_resume(versus_torch, tmp_path, monkeypatch):
     """The most useful come first; finished ones are not repeated; versus_torch.py accepts its arguments."""
     accelerator, codes, names = importlib.import_module("accelerator"), {"seeds": None, "compare": None}, []
+    parsed = []
 
     def run(self, name, command, log, seconds):
         names.append(name)
         if "versus_torch.py" in str(command[1]):
+            parsed.append(name)
             monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
             assert (versus_torch.parse().modes == []) == (name == "pallas")
         return codes.get(name, 0)
@@ -132,7 +134,7 @@ def test_the_accelerators_measurements_resume(versus_torch, tmp_path, monkeypatc
     speed = ["versus_torch_regnet20_convlstm_float32", "versus_torch_resnet20_float32"]
     assert call() == [*speed, "seeds", "pallas", "compare", "parity"]
     assert "--config.seed=1" in json.loads((tmp_path / "accelerator.json").read_text())["compare"]["command"]
-    assert call() == ["seeds", "compare"]
+    assert call() == ["seeds", "compare"] and parsed == [*speed, "pallas"]
 
 
 @pytest.mark.slow

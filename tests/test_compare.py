@@ -229,7 +229,9 @@ def test_the_words_of_the_report(written):
         "early stages",
     ):
         assert word in text
-    for name in re.findall(r"\]\((figures/.*?)\)", text):
+    figures = re.findall(r"\]\((figures/.*?)\)", text)
+    assert len(figures) == 2
+    for name in figures:
         assert np.asarray(Image.open(written / name)).std() > 0
 
 

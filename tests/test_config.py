@@ -149,6 +149,9 @@ WRONG = {
     "dtype": ["float16", "", 32, None, ["float32"]],
     "model.name": [20, None, b"resnet20"],
     "model.plugins": ["os", ("my module",), ("my/module.py",), (".os",), (1,), None],
+    "model.init_from": [None, 3, b"w.pth"],
+    "model.new_head": [1, "yes", None],
+    "model.adapt_stem": [0, "True"],
     "model.overrides.share_regulator": ["no", 1],
     "model.overrides.regulated_stages": [1, "12", (0,), (1.5,), ("1",), (True,)],
     "model.overrides.remat": ["yes", 0],
@@ -171,6 +174,9 @@ WRONG = {
     "train.batch_norm": ["synchronised", False],
     "train.mixup": [-0.2, math.nan, "0.2", True],
     "train.cutmix": [-1, math.inf, None],
+    "optimizer.name": ["adam", "", None],
+    "optimizer.betas": [0.9, (1.5, 0.9), (0.9, math.nan), ("0.9", 0.9), None],
+    "optimizer.decayed": ["biases", True, None],
     "optimizer.learning_rate": [0, -0.1, math.nan, math.inf, -math.inf, "0.1", True, 1e7, 10**400],
     "optimizer.momentum": [-0.1, 1.1, math.nan, None],
     "optimizer.nesterov": [0, "True"],
@@ -197,12 +203,15 @@ WRONG = {
     "predict.images": [None, 3],
     "predict.top": [0, 1.5],
     "predict.json": ["yes", 1],
+    "export.format": ["onnx", "", None],
+    "export.path": [None, 3],
     "demo.host": [None, 127],
     "demo.port": [-1, 65536, 80.0, "http"],
 }
 
 
 def test_a_wrong_value_is_one_line_with_field_value_and_mend(fault):
+    assert {field for field in FIELDS if not field.startswith("model.overrides.")} <= WRONG.keys()
     with failures() as case:
         for field, value in [(field, value) for field, values in WRONG.items() for value in values]:
             with case(f"{field}={value!r}"):

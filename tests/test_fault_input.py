@@ -274,11 +274,11 @@ def test_a_run_on_a_strange_folder(folder, tmp_path, fault):
 @pytest.mark.parametrize("where", ["train/loop", "train/ant/loop", "test/ant/loop"])
 def test_loops_of_symbolic_links(where, folder, fault):
     (folder / where).symlink_to(folder)
-    try:
-        dataset = load_dataset("folder", data_dir=str(folder))
-    except DataError as error:
-        assert where == "train/loop" and "has no images" in str(error)
+    if where == "train/loop":  # it looks like a class
+        with pytest.raises(DataError, match="has no images"):
+            load_dataset("folder", data_dir=str(folder))
     else:
+        dataset = load_dataset("folder", data_dir=str(folder))
         assert len(dataset.train.labels) == 8 and len(dataset.test.labels) == 4 and not dataset.skipped
     fault("a loop of symbolic links in a folder")
     (folder / where).unlink()
@@ -335,6 +335,7 @@ def test_nothing_unpickles_or_runs_what_a_file_says():
         "tarfile",
         "zipfile",
     }
+    loads = 0
     for file in sorted((ROOT / "regnet_flax").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -348,6 +349,8 @@ def test_nothing_unpickles_or_runs_what_a_file_says():
             assert options.get("allow_pickle", "False") == "False", file
             if called.endswith("torch.load"):
                 assert options.get("weights_only") == "True", file
+                loads += 1
+    assert loads, "torch.load is called otherwise"
 
 
 @pytest.mark.slow

@@ -80,6 +80,7 @@ def test_gates_and_state_satisfy_the_equations():
     """C' = f⊙C + i⊙g holds for the recorded arrays, and each gate is in its range."""
     model, variables, images = made("regnet20_convlstm")
     blocks = features.inspect(model, variables, images)
+    assert len(blocks) == 3
     before = None
     for block in blocks:
         assert list(block.gates) == ["i", "f", "o", "g"] and list(block.state) == ["H", "C"]
@@ -105,7 +106,9 @@ def test_a_stage_without_a_regulator_has_no_gates():
 
 def test_bfloat16_comes_out_as_float32():
     model, variables, images = made("regnet20_convgru", dtype=jnp.bfloat16)
-    for block in features.inspect(model, variables, images):
+    blocks = features.inspect(model, variables, images)
+    assert len(blocks) == 3
+    for block in blocks:
         assert {leaf.dtype for leaf in (block.output, *block.state.values(), *block.gates.values())} == {np.dtype("f4")}
 
 

@@ -179,8 +179,12 @@ def test_twelve_bits_in_sixteen_are_said(folder, colour):
     assert read(folder).notes[1:] == ()
 
 
-def test_a_streamed_folder_with_a_dangling_link(folder, logger, caplog):
-    (folder / "train/ant/x.png").symlink_to(folder / "nowhere.png")
+def test_a_streamed_folder_with_a_dangling_link(folder):
+    link = folder / "train/ant/x.png"
+    link.symlink_to(folder / "nowhere.png")
     listing = list_image_folder(str(folder))
     records = FolderRecords(listing.root, listing.splits["train"], {"ant": 0, "bee": 1})
     assert len(records) == 5 and len(b"".join(records.identity())) > 0
+    batch = EvalBatches(records, 8, crop=False, strict=False, batch_size=5)(0)
+    assert batch["mask"].tolist() == [True, True, False, True, True]
+    assert batch["skipped"].startswith(f"{link}: ") and "\n" not in batch["skipped"]

@@ -147,7 +147,7 @@ def test_a_finished_run_is_only_reported(finished, caplog):
             assert train(workdir) == results
     finally:
         logger.removeHandler(caplog.handler)
-    assert "finished" in caplog.text
+    assert f"{workdir} holds a finished run" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 

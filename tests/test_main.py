@@ -103,7 +103,8 @@ def test_an_error_in_a_config_is_one_line(body, tmp_path, monkeypatch, capsys):
 
 def test_a_model_for_a_config_that_takes_none(capsys):
     assert main.main(["--config", "configs/base.py:resnet20"]) == 2
-    assert "Traceback" not in capsys.readouterr().err
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert error.startswith("error: ") and "configs/base.py" in error and "Traceback" not in error
 
 
 def test_summary_of_a_folder_needs_no_folder(capsys):

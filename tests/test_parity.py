@@ -86,8 +86,8 @@ CASES = [*FAST, *OPTIONS, *KINDS, *WHOLE, REGNETY]
 
 def label(case):
     name, options = case
-    values = (str(v) if k not in ("share_regulator",) else "own" for k, v in options.items() if v != SHORT.get(k))
-    return "-".join([name, *values]).replace(" ", "")
+    values = [str(v) if k not in ("share_regulator",) else "own" for k, v in options.items() if v != SHORT.get(k)]
+    return "-".join([name, *values, *(["whole"] if case in WHOLE else [])]).replace(" ", "")
 
 
 def image_size(name):
@@ -172,9 +172,16 @@ def test_every_registered_model_has_a_reference(names):
         from_torch(shapes, create_model(name, num_classes=CLASSES, **options))
 
 
+def cases_of(test):
+    (mark,) = (mark for mark in test.pytestmark if mark.name == "parametrize")
+    return [getattr(case, "values", (case,))[0] for case in mark.args[1]]
+
+
 def test_every_registered_model_is_compared():
-    compared = {kind(name) for name, _ in CASES if name in MODELS}
-    assert not [name for name in MODELS if kind(name) not in compared]
+    for tests in ((test_network, test_network_in_evaluation), (test_network_in_float64,)):
+        compared = {kind(name) for test in tests for name, _ in cases_of(test) if name in MODELS}
+        assert not [name for name in MODELS if kind(name) not in compared]
+    assert len(set(map(label, CASES))) == len(CASES), "docs/fidelity.md names the cases by their labels"
 
 
 @pytest.mark.parametrize(

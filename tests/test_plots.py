@@ -151,6 +151,7 @@ def test_names_are_drawn_as_they_are(name, shown, tmp_path, figures):
     classes.probabilities([image], [name], [[(name, 1.0)]], tmp_path / "probabilities.png")
     training.curves(LINES, tmp_path / "curves.png", title=line)
     probes.grad_cam(image[None], {}, [line], tmp_path / "grad_cam.png")
+    assert len(figures) == 5
     for figure in figures:
         texts = [text for text in figure.findobj(Text) if shown in text.get_text()]
         assert texts and not any(text.get_parse_math() for text in texts)

@@ -70,6 +70,7 @@ def test_the_tracebacks_of_orbax_are_not_shown(logger, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     before = absl_logging.get_verbosity()
     try:
+        absl_logging.set_verbosity(absl_logging.WARNING)  # an earlier test may have left it off
         progress.log_to_console()
         assert not logging.getLogger("absl").isEnabledFor(logging.ERROR)
     finally:

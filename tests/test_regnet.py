@@ -71,7 +71,8 @@ def test_list_models():
     for name in list_models():
         model = create_model(name)
         if name.startswith(("wrn", "se_wrn")) or "next" in name:
-            assert (model.regulator or name) in name and model.squeeze_excite == name.startswith("se_")
+            assert model.regulator == (name.rpartition("_")[2] if "_conv" in name else None)
+            assert model.squeeze_excite == name.startswith("se_")
         elif isinstance(model, RegNet) and "_rnn20" not in name and "_proj" not in name:
             assert (model.regulator or "resnet") in name and model.squeeze_excite == name.startswith("se_")
 
@@ -197,7 +198,7 @@ def test_one_regulator_serves_the_stage_or_each_block_has_its_own():
 
 
 def test_the_state_reaches_later_blocks_and_starts_anew_in_each_stage():
-    """A block's output depends on the previous block's H: without shortcut and X2, only the state remains."""
+    """C exceeds 1 only where the previous block's C is part of it."""
     model = tiny("regnet14_convlstm", scan=False).clone(stage_sizes=(2, 2))
     x = images(1)
     variables = randomized(shapes(model, (8, 8, 3)))
@@ -211,11 +212,11 @@ def test_the_state_reaches_later_blocks_and_starts_anew_in_each_stage():
             if stage.startswith("stage")
         }
 
-    for first, second in states(x).values():
-        assert np.abs(second[1] - first[1]).max() > 0
-    # After one step from zeros, C is i⊙g, so it is bounded by 1; after two steps it need not be.
-    for first, _ in states(50 * x).values():
-        assert np.abs(first[1]).max() <= 1
+    # After one step from zeros, C is i⊙g, so it is bounded by 1; after two steps with gates near 1 it is not.
+    found = states(50 * x)
+    assert len(found) == 2
+    for first, second in found.values():
+        assert np.abs(first[1]).max() <= 1 < np.abs(second[1]).max()
 
 
 @pytest.mark.parametrize("stages, kept", [((), ()), ((1,), (1,)), ((2, 3), (2, 3)), (None, (1, 2, 3))])

@@ -70,12 +70,16 @@ def test_it_is_turned_off(machine, monkeypatch):
 
 
 def test_where_it_cannot_start_the_program_goes_on(machine, monkeypatch):
+    refused = []
+
     def refuse(*arguments):
+        refused.append(arguments)
         raise PermissionError
 
     machine()
     monkeypatch.setattr(os, "execv", refuse)
     start.use_huge_pages()
+    assert len(refused) == 1
 
 
 @pytest.mark.skipif(not start._can_have_huge_pages(), reason="this system does not leave huge pages to programs")

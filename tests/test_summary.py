@@ -54,9 +54,11 @@ def test_cifar_networks(name, options, gates, weights):
             expected += fused(n, size, 3, gates, weights(n))
         assert parts[f"stage{stage}"].multiply_adds == expected
         assert parts[f"stage{stage}"].output == (size, size, n)
-    assert parts["stage1"].parameters == (6 * (9 * 256 + 32) if not gates else parts["stage1"].parameters), (
-        "six convolutions and batch normalisations"
-    )
+    parameters = 6 * (9 * 256 + 32)  # six convolutions and batch normalisations
+    if gates:  # also a fusing convolution and two batch normalisations per block, and the biases of the gates
+        regulators = 1 if options.get("share_regulator", True) else 3
+        parameters += 3 * (2 * 256 + 2 * 32) + regulators * gates * (weights(16) + 16)
+    assert parts["stage1"].parameters == parameters
 
 
 def test_resnet50_at_224():

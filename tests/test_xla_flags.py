@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
 
@@ -37,5 +38,8 @@ def test_xla_knows_them():
     """A flag that XLA does not know ends the process when it computes."""
     code = (
         "from regnet_flax import xla_flags; import jax; xla_flags.set_defaults(); jax.numpy.ones(2).block_until_ready()"
+        "; print(xla_flags.os.environ['XLA_FLAGS'])"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=300, stdout=subprocess.PIPE)
+    assert LEVEL in done.stdout.decode()
