@@ -1,4 +1,5 @@
-"""Writes the table of faults from a test run: pytest -n 0 --slow --faults-report tests/FAULTS.md.
+"""Runs the tests that inflict faults, and writes their table:
+pytest -n 0 --slow --thorough --faults-report tests/FAULTS.md.
 
 The marker `fault("what")` counts one fault per run of the test; with the fixture `fault`, the test itself counts each
 fault that it inflicts: fault("what").
@@ -18,7 +19,7 @@ _KEY = "fault"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults-report", metavar="FILE", help="write the table of the faults that the tests inflicted")
+    parser.addoption("--faults-report", metavar="FILE", help="run only tests that inflict faults, and write their table")
 
 
 @pytest.fixture
@@ -42,6 +43,11 @@ class _Report:
         self._path, self._began = path, time.monotonic()
         self._rows = collections.defaultdict(collections.Counter)
         self._reasons = {}
+
+    def pytest_collection_modifyitems(self, config, items):
+        left_out = [item for item in items if not item.get_closest_marker("fault") and _KEY not in item.fixturenames]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
     def pytest_runtest_logreport(self, report):
         # A test that fails or is skipped in its set-up has no report of its call.
@@ -69,7 +75,7 @@ class _Report:
             "# Faults",
             "",
             "Faults that the tests inflict on the program, how often, and what was lost. The tests write this file:",
-            "`pytest -n 0 --slow --faults-report tests/FAULTS.md`. A run of some tests replaces only their rows.",
+            "`pytest -n 0 --slow --thorough --faults-report tests/FAULTS.md`. A run of some tests replaces only their rows.",
             "",
             f"Last run: {tests} tests of faults in {minutes:.0f} minutes; {platform.system()} {platform.machine()}, "
             f"{os.cpu_count()} CPU cores, Python",
