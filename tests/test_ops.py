@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import re
 import tarfile
 import types
 
@@ -17,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from regnet_flax import create_model
 from regnet_flax.models import ops as ops_lib
-from regnet_flax.models.ops import CPU, GPU, PLAIN
+from regnet_flax.models.ops import CPU, GPU, PLAIN, plain
 from regnet_flax.models.registry import OPTIONS
 from regnet_flax.training import workdir
 
@@ -39,7 +40,8 @@ def conv_of_two(ops, axis_name, x, y, kernel):
 
 
 def batch_norm(ops, relu, axis_name, x, scale, bias):
-    return ops.array(ops.batch_norm(x, scale, bias, relu=relu, axis_name=axis_name)[0])
+    y, mean, variance = ops.batch_norm(x, scale, bias, relu=relu, axis_name=axis_name)
+    return ops.array(y), mean, variance
 
 
 def conv_of_batch_norm(ops, axis_name, x, scale, bias, kernel):
@@ -103,8 +105,8 @@ def loss(ops, case, axis_name=None):
 
     def total(*arrays):
         found = function(ops, case, axis_name)(*arrays)
-        waves = (jnp.vdot(jnp.cos(jnp.arange(a[0].size)).reshape(a[0].shape), a.sum(0)) for a in jax.tree.leaves(found))
-        return sum(waves), found
+        sums = [a.sum(0) for a in jax.tree.leaves(found)]
+        return sum(jnp.vdot(jnp.cos(jnp.arange(s.size)).reshape(s.shape), s) for s in sums), found
 
     return total
 
@@ -147,6 +149,58 @@ def test_cpu(cases):
         by_case = {case: arguments(case) for case in cases}
         found, expected = (jax.jit(functools.partial(everything, ops))(by_case) for ops in (CPU, PLAIN))
         assert_same(found, expected, 1e-10)
+
+
+def blocks(ops, x, first, scale, bias, second, third):
+    """Two convolutions, each with batch normalisation, once with a ReLU and once with a shortcut, and a third."""
+    y, *_ = ops.batch_norm(ops.conv(x, first, (1, 1), SAME), scale, bias, relu=True)
+    y, *_ = ops.batch_norm(ops.conv(y, second, (1, 1), SAME), bias, scale)
+    y = ops.conv(ops.concatenate(y, ops.add_relu(ops.array(y), x)), third, (1, 1), SAME)
+    return jnp.vdot(jnp.cos(jnp.arange(y.size)).reshape(y.shape), y**2)
+
+
+@pytest.mark.parametrize("dtype, rtol", [(jnp.float32, 1e-4), (jnp.float64, 1e-10)])
+def test_second_derivatives_after_some_arguments(dtype, rtol):
+    """The first derivative is after one kernel: then only the second one sees the normalisations before it."""
+
+    def replaced(function, arrays, k, a):
+        return function(*arrays[:k], a, *arrays[k + 1 :])
+
+    kernel = (3, 3, CHANNELS, CHANNELS)
+    shapes = IMAGE, kernel, (CHANNELS,), (CHANNELS,), kernel, (3, 3, 2 * CHANNELS, 2)
+
+    def run(ops, arrays):
+        found = {}
+        for k in (4, 5):
+            gradient = jax.grad(functools.partial(blocks, ops), k)
+            along = jnp.cos(arrays[k])
+            found[k, "reverse over reverse"] = jax.vjp(gradient, *arrays)[1](along)
+            of_one = functools.partial(replaced, gradient, arrays, k)
+            found[k, "forward over reverse"] = jax.jvp(of_one, (arrays[k],), (along,))[1]
+        return found
+
+    with jax.enable_x64(dtype is jnp.float64):
+        arrays = [normal(seed, *shape, dtype=dtype) for seed, shape in enumerate(shapes)]
+        assert_same(*(jax.jit(functools.partial(run, ops))(arrays) for ops in (CPU, PLAIN)), rtol)
+
+
+def test_first_derivatives_compute_nothing_for_the_statistics(monkeypatch):
+    """Also where they leave a loop and a checkpoint, as the running ones do."""
+
+    def total(x, scale, bias, kernel):
+        def body(x, _):
+            y, *statistics = CPU.batch_norm(x, scale, bias)
+            return CPU.conv(y, kernel, (1, 1), SAME), statistics
+
+        y, statistics = lax.scan(jax.checkpoint(body), x, length=2)
+        return y.sum(), statistics
+
+    arrays = [normal(0, *shape) for shape in (IMAGE, (CHANNELS,), (CHANNELS,), (3, 3, CHANNELS, CHANNELS))]
+    of_statistics = lambda *arrays: sum(jax.tree.leaves(total(*arrays)[1])).sum()  # noqa: E731
+    monkeypatch.setattr(plain, "statistics", lambda *_: pytest.fail("it is called"))
+    jax.eval_shape(jax.grad(total, range(4), has_aux=True), *arrays)
+    with pytest.raises(pytest.fail.Exception, match="it is called"):
+        jax.eval_shape(jax.grad(of_statistics), *arrays)
 
 
 def two_devices():
@@ -236,6 +290,43 @@ def test_bfloat16(ops):
     assert_same(found, jax.tree.map(lambda a, like: a.astype(like.dtype), expected, types), 0.05)
 
 
+def test_second_derivatives_in_bfloat16():
+    """Their dtypes equal PLAIN's, and they match those of float32 up to rounding."""
+
+    def along(ops, arrays):
+        return jax.jvp(gradient(ops, "conv_of_batch_norm"), arrays, arrays, has_aux=True)[1]
+
+    arrays = arguments("conv_of_batch_norm", jnp.bfloat16)
+    types = jax.eval_shape(functools.partial(along, PLAIN), arrays)
+    expected = jax.jit(functools.partial(along, PLAIN))(jax.tree.map(lambda a: a.astype(jnp.float32), arrays))
+    found = jax.jit(functools.partial(along, CPU))(arrays)
+    assert_same(found, jax.tree.map(lambda a, like: a.astype(like.dtype), expected, types), 0.05)
+
+
+def test_mesh_with_explicit_axes():
+    """`jax.make_mesh` makes such a mesh; the types of arrays then say how they are divided. The first state is not."""
+    mesh = jax.make_mesh((2,), ("data",), devices=jax.devices()[:2])
+
+    def divide(case, arrays):
+        count = 1 if "step" in case else len(arrays)
+        specs = [
+            PartitionSpec("data") if a.shape == IMAGE and k < count else PartitionSpec() for k, a in enumerate(arrays)
+        ]
+        return tuple(jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in zip(arrays, specs, strict=True))
+
+    cases = ("conv_strided", "conv_of_two", "batch_norm_relu", "conv_of_batch_norm", "add_relu", "rnn_step")
+    by_case = {case: arguments(case, jnp.float32) for case in cases}
+    divided = {case: divide(case, arrays) for case, arrays in by_case.items()}
+    found = jax.jit(functools.partial(over_devices, CPU, None))(divided)
+    expected = jax.jit(functools.partial(over_devices, PLAIN, None))(by_case)
+    assert_same(jax.device_get(found), jax.device_get(expected), 1e-4)
+    (state,), _ = found["rnn_step"][1]
+    assert state.sharding.spec[0] == "data"
+    jax.eval_shape(lambda *a: jax.jvp(gradient(CPU, "conv_of_two"), a, a, has_aux=True), *divided["conv_of_two"])
+    with jax.enable_x64(True):  # without native operations
+        jax.eval_shape(gradient(CPU, "conv"), *divide("conv", arguments("conv")))
+
+
 @pytest.mark.parametrize("ops", ALL, ids=lambda ops: ops.name)
 def test_forward_mode_is_refused(ops):
     """PLAIN defines it, and create_model's docstring points to it."""
@@ -277,6 +368,22 @@ def test_conv_has_the_options_of_lax():
     assert str(jax.make_jaxpr(functools.partial(options_of_conv, CPU.conv))()).count("Precision.HIGHEST") == 2
     layer = nn.Conv(4, (3, 3), kernel_dilation=2, conv_general_dilated=CPU.conv)
     assert jax.eval_shape(layer.init_with_output, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))[0].shape == (1, 8, 8, 4)
+
+
+def test_conv_refuses_what_lax_refuses():
+    """While it is traced, in the same words."""
+    x, kernel, strides = jnp.ones((2, 4, 5, 3)), jnp.ones((3, 3, 3, 2)), (1, 1)
+    for case in (
+        (x, jnp.ones((3, 3, 5, 2)), strides, SAME),
+        (x, kernel[0], strides, SAME),
+        (x, kernel, (1, 1, 1), SAME),
+        (x, kernel, (0, 0), SAME),
+        (x, kernel, strides, SAME[:1]),
+    ):
+        with pytest.raises((TypeError, ValueError)) as expected:
+            jax.eval_shape(functools.partial(PLAIN.conv, *case))
+        with pytest.raises(expected.type, match=re.escape(str(expected.value))):
+            jax.eval_shape(functools.partial(CPU.conv, *case))
 
 
 @pytest.mark.parametrize("default", ["cpu", "gpu"])

@@ -16,7 +16,8 @@ pytestmark = [
 ]
 
 # Images, height, width, inputs, outputs, kernel, stride, zeros above and below: one pixel, no image, a stem, odd sizes,
-# groups of one, two and four vectors of outputs, several blocks of rows, no padding, much of it, an uneven one.
+# groups of one, two and four vectors of outputs, several blocks of rows, no padding, much of it, an uneven one, less
+# than the image, no channels.
 CONVOLUTIONS = [
     (1, 1, 1, 1, 1, 3, 1, (1, 1)),
     (0, 4, 4, 3, 5, 3, 1, (1, 1)),
@@ -29,6 +30,8 @@ CONVOLUTIONS = [
     (2, 6, 6, 4, 4, 5, 1, (0, 0)),
     (2, 3, 3, 4, 4, 1, 1, (2, 2)),
     (2, 6, 5, 4, 4, 3, 2, (0, 1)),
+    (2, 4, 3, 4, 4, 2, 1, (-4, 9)),
+    (2, 3, 3, 0, 4, 3, 1, (1, 1)),
 ]
 
 
@@ -96,6 +99,20 @@ def test_values_and_gradients():
     close(found[count:], expected[count:], 4e-6)  # float32 in the normalisation: of X − mean, too
     close(narrow_found, narrow_expected, 0.03)
     assert all(a.dtype == jnp.bfloat16 for _, _, (x, *_) in narrow_found for a in [x])
+
+
+def test_a_normalisation_that_rounds():
+    """From float32 to bfloat16: the convolution reads what it is given."""
+    x, kernel = jnp.ones((2, 3, 3, 4)), jnp.ones((3, 3, 4, 5), jnp.bfloat16)
+
+    def rounded(ops, x, kernel):
+        y, *_ = ops.batch_norm(x, jnp.ones(4), jnp.zeros(4), dtype=jnp.bfloat16)
+        return ops.conv(y, kernel, (1, 1), "SAME")
+
+    found, expected = (
+        jax.eval_shape(functools.partial(both, functools.partial(rounded, ops)), (x, kernel)) for ops in (CPU, PLAIN)
+    )
+    assert found == expected
 
 
 @pytest.mark.parametrize("relu", [False, True])

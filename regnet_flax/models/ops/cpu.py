@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from regnet_flax.models.ops import cells, plain
-from regnet_flax.models.ops.varying import vary_together
+from regnet_flax.models.ops.varying import divided, vary_together
 
 Array = jax.Array
 Padding = tuple[tuple[int, int], ...]
@@ -89,7 +89,8 @@ def conv(
 ) -> Array:
     """`plain.conv`, its gradients in forms that are fast on a CPU; for `nn.Conv`'s conv_general_dilated too.
 
-    Where `options` ask for dilation, groups, a precision, a type of the sums or another layout, it is `plain.conv`.
+    Where `options` ask for dilation, groups, a precision, a type of the sums or another layout, it is `plain.conv`, and
+    where a mesh's explicit axes divide the images: in the filter's gradient they would divide the channels.
 
     Args:
       x: (N, height, width, inputs), or what `batch_norm` or `concatenate` gave.
@@ -101,7 +102,7 @@ def conv(
     Returns:
       (N, height, width, outputs).
     """
-    if asks_for_more(x, kernel, **options):
+    if asks_for_more(x, kernel, **options) or divided(array(x)):
         return plain.conv(array(x), kernel, strides, padding, **options)
     where = tuple(strides), explicit(padding, x.shape, kernel.shape, strides)
     operands, make = (x.operands, x.make) if isinstance(x, Remade) else ((x,), _unchanged)

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
+from regnet_flax.models.ops import plain
 from regnet_flax.models.ops.cpu import Remade, no_inline, pixel_sums
 from regnet_flax.models.ops.plain import over_devices
 from regnet_flax.models.ops.varying import vary_together
@@ -52,7 +54,7 @@ def batch_norm(
 ) -> tuple[Remade, Array, Array]:
     """Normalises by the batch's own statistics, for a convolution that can make it from X again; see Ops.
 
-    The statistics are not differentiated. `passes` defaults to this module's.
+    `passes` defaults to this module's.
     """
     dtype = jnp.dtype(dtype or x.dtype)
     x, scale, bias = vary_together(x, scale, bias)
@@ -88,10 +90,21 @@ class Normalizer:
 def _backward(passes, epsilon, relu, dtype, axis_name, saved, gradients):
     del dtype
     x, scale, bias, mean, variance = saved
-    values, options = (gradients[0], x, mean, variance, scale, bias), {"relu": relu, "epsilon": epsilon}
+    d, *by_statistics = gradients
+    values, options = (_array(d, x), x, mean, variance, scale, bias), {"relu": relu, "epsilon": epsilon}
     by_bias, by_scale = local = passes.gradient_sums(*values, **options)
     dx = passes.input_gradient(*values, *(over_devices(s, axis_name) for s in local), **options)
+    if not all(isinstance(gradient, SymbolicZero) for gradient in by_statistics):
+        # As for a gradient of a convolution's kernel gradient, which is computed from `Remade.operands`.
+        vjp = jax.vjp(lambda x: plain.statistics(x, axis_name), x)[1]
+        dx += vjp(tuple(map(_array, by_statistics, (mean, variance))))[0]
     return dx, by_scale.astype(scale.dtype), by_bias.astype(bias.dtype)
+
+
+def _array(gradient, like):
+    if isinstance(gradient, SymbolicZero):
+        return vary_together(jnp.zeros(gradient.shape, gradient.dtype), like)[0]
+    return gradient
 
 
 def _wide(x):
@@ -147,7 +160,12 @@ def input_gradient(d, x, mean, variance, scale, bias, by_bias, by_scale, *, relu
     return _input_gradient(d, x, mean, root, scale, bias, by_bias, by_scale, relu=relu)
 
 
-_batch_norm.defvjp(_forward, _backward)
+# Symbolic zeros: a first-order gradient has none of the statistics, and computes nothing for them.
+_batch_norm.defvjp(
+    lambda x, scale, bias, *options: _forward(x.value, scale.value, bias.value, *options),
+    _backward,
+    symbolic_zeros=True,
+)
 PASSES = Passes(_statistics, gradient_sums, input_gradient)
 
 

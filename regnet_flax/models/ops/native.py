@@ -55,8 +55,8 @@ def _native(cell: str, x: Array, state: cells.State, weights: Arrays) -> Any:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _step(cell: str, *arrays: Array) -> Arrays:
     """The new state, from X, the state, taps (2, 3, 3, gates, n) and bias (gates, n)."""
-    _, *state, _, _ = arrays
-    return tuple(call(f"regnet_flax_{cell}_forward", [jax.typeof(a) for a in state], arrays))
+    x, *state, _, _ = arrays
+    return tuple(call(f"regnet_flax_{cell}_forward", [jax.typeof(x)] * len(state), arrays))
 
 
 def _plain_gradients(cell, arrays, directions):

@@ -15,6 +15,7 @@ import numpy as np
 from regnet_flax.models.ops import cpu, cpu_batch_norm, native_library, plain
 from regnet_flax.models.ops.native_library import call, derivable
 from regnet_flax.models.ops.plain import over_devices
+from regnet_flax.models.ops.varying import undivided
 
 Array = jax.Array
 
@@ -51,8 +52,7 @@ def _statistics(x, axis_name):
 
 @derivable(lambda _, x: plain.statistics(x, None))
 def _moments(_, x):
-    numbers = jax.typeof(x).update(shape=x.shape[-1:], dtype=jnp.dtype(jnp.float32))
-    return tuple(call("regnet_flax_moments", [numbers, numbers], x))
+    return tuple(call("regnet_flax_moments", [undivided(x, x.shape[-1:])] * 2, x))
 
 
 def _gradient_sums(*values, relu, epsilon):
@@ -61,7 +61,7 @@ def _gradient_sums(*values, relu, epsilon):
 
 @derivable(lambda form, *values: cpu_batch_norm.gradient_sums(*values, relu=form[0], epsilon=form[1]))
 def _sums(form, d, x, *vectors):
-    numbers = [jax.typeof(d).update(shape=v.shape, dtype=v.dtype) for v in vectors[:2]]
+    numbers = [undivided(x, x.shape[-1:])] * 2
     relu, epsilon = form
     return tuple(
         call("regnet_flax_norm_gradient_sums", numbers, d, x, *vectors, relu=relu, epsilon=np.float64(epsilon))

@@ -11,6 +11,7 @@ with its own weights. As in `cpu`, forward mode is refused, and derivatives of t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,7 +24,7 @@ import numpy as np
 from regnet_flax.models.ops import cpu, native_library, plain
 from regnet_flax.models.ops.cpu_batch_norm import Normalizer
 from regnet_flax.models.ops.native_library import DTYPES, call, derivable
-from regnet_flax.models.ops.varying import vary_together
+from regnet_flax.models.ops.varying import undivided, vary_together
 
 Array = jax.Array
 Arrays = tuple[Array, ...]
@@ -81,15 +82,7 @@ def conv(
     **options: Any,
 ) -> Array:
     """`cpu.conv`, with native operations if they take these arrays and options."""
-    if (
-        len(x.shape) != 4
-        or x.dtype not in DTYPES
-        or kernel.dtype != x.dtype
-        or len(set(strides)) != 1
-        or strides[0] > 2
-        or cpu.asks_for_more(x, kernel, **options)
-        or not native_library.available()
-    ):
+    if not _takes(x, kernel, strides, padding, **options):
         return cpu.conv(
             cpu.concatenate(*x.parts) if isinstance(x, Concatenated) else x, kernel, strides, padding, **options
         )
@@ -97,7 +90,7 @@ def conv(
     arrays, operands, makes = [], [], []
     for part in parts:
         made_from, make = (cpu.array(part),), None
-        if isinstance(part, cpu.Remade) and isinstance(part.make, Normalizer):
+        if isinstance(part, cpu.Remade) and isinstance(part.make, Normalizer) and part.operands[0].dtype == part.dtype:
             made_from, make = part.operands, part.make
         first, *vectors = made_from
         arrays.append(cpu.array(part))
@@ -107,6 +100,21 @@ def conv(
     flat, structure = jax.tree.flatten((arrays, operands, kernel))
     arrays, operands, kernel = jax.tree.unflatten(structure, vary_together(*flat))
     return _conv(form, tuple(arrays), tuple(operands), kernel)
+
+
+def _takes(x, kernel, strides, padding, **options):
+    return (
+        len(x.shape) == kernel.ndim == 4
+        and x.shape[-1] == kernel.shape[2]
+        and 0 not in kernel.shape
+        and kernel.dtype == x.dtype
+        and x.dtype in DTYPES
+        and tuple(strides) in ((1, 1), (2, 2))
+        and not cpu.asks_for_more(x, kernel, **options)
+        and len(pads := cpu.explicit(padding, x.shape, kernel.shape, strides)) == 2
+        and min(map(min, pads)) >= 0
+        and native_library.available()
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -120,9 +128,9 @@ def _forward(form, arrays, operands, kernel):
 
 def _backward(form, saved, d):
     operands, kernel = saved
-    shapes = tuple(part[0].shape for part in operands)
+    types = tuple(jax.typeof(part[0]) for part in operands)
     by_kernel = _kernel_gradient((form, kernel.shape), operands, d)
-    return _input_gradients((form, shapes), d, kernel), None, by_kernel.astype(kernel.dtype)
+    return _input_gradients((form, types), d, kernel), None, by_kernel.astype(kernel.dtype)
 
 
 _conv.defvjp(_forward, _backward)
@@ -144,30 +152,28 @@ def _outputs(form, operands, kernel):
 
 
 def _plain_input_gradients(static, d, kernel):
-    form, shapes = static
-    plain_form = form._replace(makes=(None,) * len(shapes))
-    like = [jnp.zeros(shape, d.dtype) for shape in shapes]
+    form, types = static
+    plain_form = form._replace(makes=(None,) * len(types))
     outputs = lambda *parts: _plain_outputs(plain_form, [(part,) for part in parts], kernel)  # noqa: E731
-    return jax.vjp(outputs, *vary_together(*like, d)[:-1])[1](d)
+    return jax.linear_transpose(outputs, *types)(d)
 
 
 @derivable(_plain_input_gradients)
 def _input_gradients(static, d, kernel):
-    form, shapes = static
-    results = [jax.typeof(d).update(shape=shape) for shape in shapes]
+    form, types = static
     wide = kernel.astype(jnp.float32)
-    return tuple(call("regnet_flax_input_gradient", results, d, wide, **form.geometry(kernel.shape)))
+    return tuple(call("regnet_flax_input_gradient", list(types), d, wide, **form.geometry(kernel.shape)))
 
 
 def _plain_kernel_gradient(static, operands, d):
     form, shape = static
     wide = [[a.astype(jnp.float32) for a in part] for part in operands]
-    kernel = vary_together(jnp.zeros(shape, jnp.float32), d)[0]
-    return jax.vjp(lambda kernel: _plain_outputs(form, wide, kernel), kernel)[1](d.astype(jnp.float32))[0]
+    makes = tuple(make and dataclasses.replace(make, dtype=jnp.dtype(jnp.float32)) for make in form.makes)
+    outputs = functools.partial(_plain_outputs, form._replace(makes=makes), wide)
+    return jax.linear_transpose(outputs, undivided(d, shape))(d.astype(jnp.float32))[0]
 
 
 @derivable(_plain_kernel_gradient)
 def _kernel_gradient(static, operands, d):
     form, shape = static
-    kernel = jax.typeof(d).update(shape=shape, dtype=jnp.float32)
-    return call("regnet_flax_filter_gradient", kernel, operands, d, **form.geometry(shape), **form.kinds())
+    return call("regnet_flax_filter_gradient", undivided(d, shape), operands, d, **form.geometry(shape), **form.kinds())

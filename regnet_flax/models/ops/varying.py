@@ -1,11 +1,13 @@
-"""What a function with derivatives of its own needs under `jax.shard_map`."""
+"""What a function with derivatives or an operation of its own needs on several devices."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 
 def vary_together(*arrays: Any) -> tuple[Any, ...]:
@@ -20,3 +22,15 @@ def vary_together(*arrays: Any) -> tuple[Any, ...]:
         a if own == every else lax.pcast(a, tuple(sorted(every - own)), to="varying")
         for a, own in zip(arrays, axes, strict=True)
     )
+
+
+def divided(array: Any) -> bool:
+    """Whether a mesh with explicit axes, as `jax.make_mesh` makes it, divides an array."""
+    return any(axis is not None for axis in jax.typeof(array).sharding.spec)
+
+
+def undivided(like: Any, shape: tuple[int, ...]) -> Any:
+    """The type of a float32 array computed from `like`, of its own shape. No mesh divides it, unlike `like`."""
+    kind = jax.typeof(like)
+    whole = kind.sharding.update(spec=PartitionSpec(*[None] * len(shape)))
+    return kind.update(shape=shape, dtype=jnp.dtype(jnp.float32), sharding=whole)
