@@ -30,7 +30,7 @@ CONVOLUTIONS = [
     (2, 6, 6, 4, 4, 5, 1, (0, 0)),
     (2, 3, 3, 4, 4, 1, 1, (2, 2)),
     (2, 6, 5, 4, 4, 3, 2, (0, 1)),
-    (2, 4, 3, 4, 4, 2, 1, (-4, 9)),
+    (2, 12, 1, 4, 4, 2, 1, (-8, 20)),
     (2, 3, 3, 0, 4, 3, 1, (1, 1)),
 ]
 
@@ -209,8 +209,8 @@ def test_what_it_cannot_do_is_computed_by_the_plain_form():
     x, kernel = jnp.ones((2, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
     grouped = jnp.ones((3, 3, 2, 4))
 
-    def program(x, kernel, strides=(1, 1), **options):
-        return str(jax.make_jaxpr(lambda x, k: CPU.conv(x, k, strides, "SAME", **options))(x, kernel))
+    def program(x, kernel, strides=(1, 1), padding="SAME", **options):
+        return str(jax.make_jaxpr(lambda x, k: CPU.conv(x, k, strides, padding, **options))(x, kernel))
 
     assert "regnet_flax_" in program(x, kernel)
     for other in (
@@ -218,6 +218,8 @@ def test_what_it_cannot_do_is_computed_by_the_plain_form():
         program(x, kernel, (1, 2)),
         program(x, kernel, rhs_dilation=(2, 2)),
         program(x, grouped, feature_group_count=2),
+        program(x, kernel, padding=((1, 1), (-1, 3))),
+        program(x[..., :0], kernel[:, :, :0]),
     ):
         assert "regnet_flax_" not in other
     with jax.enable_x64(True):

@@ -30,7 +30,6 @@ class Ops:
       batch_norm: (x, scale, bias, *, relu, epsilon, dtype, axis_name) → (y, mean, variance). y is a Value of x's shape
         (N, height, width, n) in `dtype`, normalised over all axes but the last and over the devices of `axis_name`,
         with a ReLU if `relu`; scale, bias, mean and the biased variance have the shape (n,), in float32 or wider.
-        Take no gradient of mean and variance.
       normalize: (x, mean, variance, scale, bias, *, relu, epsilon, dtype) → y, the same with given statistics.
       add_relu: (x, y) → ReLU(x + y), two arrays of one shape.
       concatenate: two Values → a Value, along the channels.

@@ -56,7 +56,8 @@ class Remade:
 
     Attributes:
       array: make(*operands).
-      operands: arrays that are kept anyway. No gradient goes to them; the array's is the caller's to pass on.
+      operands: arrays that are kept anyway. First derivatives go to the array alone; those of a kernel's gradient go to
+        the operands, from which it is computed.
       make: a function of module level, or the like: one that is equal from call to call.
     """
 

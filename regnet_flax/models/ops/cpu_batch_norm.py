@@ -95,7 +95,7 @@ def _backward(passes, epsilon, relu, dtype, axis_name, saved, gradients):
     by_bias, by_scale = local = passes.gradient_sums(*values, **options)
     dx = passes.input_gradient(*values, *(over_devices(s, axis_name) for s in local), **options)
     if not all(isinstance(gradient, SymbolicZero) for gradient in by_statistics):
-        # As for a gradient of a convolution's kernel gradient, which is computed from `Remade.operands`.
+        # As in the gradient of a convolution's kernel gradient, which is computed from `Remade.operands`.
         vjp = jax.vjp(lambda x: plain.statistics(x, axis_name), x)[1]
         dx += vjp(tuple(map(_array, by_statistics, (mean, variance))))[0]
     return dx, by_scale.astype(scale.dtype), by_bias.astype(bias.dtype)
@@ -160,7 +160,7 @@ def input_gradient(d, x, mean, variance, scale, bias, by_bias, by_scale, *, relu
     return _input_gradient(d, x, mean, root, scale, bias, by_bias, by_scale, relu=relu)
 
 
-# Symbolic zeros: a first-order gradient has none of the statistics, and computes nothing for them.
+# With symbolic zeros, first derivatives compute nothing for the statistics.
 _batch_norm.defvjp(
     lambda x, scale, bias, *options: _forward(x.value, scale.value, bias.value, *options),
     _backward,

@@ -3,10 +3,10 @@
 A convolution normalises its input, applies the ReLU and joins the channels of two inputs while it reads them. So the
 results of batch normalisation and concatenation are never written to memory unless something else needs them.
 
-The operations take float32 and bfloat16 images, any kernel without groups or dilation, and strides 1 and 2. Everything
-else, and machines without the library, use the forms of `cpu`. Sums are float32. Under vmap one call computes all, each
-with its own weights. As in `cpu`, forward mode is refused, and derivatives of the backward pass are JAX's own, of
-`plain`.
+The operations take float32 and bfloat16 images, any kernel without groups or dilation, strides 1 and 2, and padding
+that is not negative. Everything else, and machines without the library, use the forms of `cpu`. Sums are float32. Under
+vmap one call computes all, each with its own weights. As in `cpu`, forward mode is refused, and derivatives of the
+backward pass are JAX's own, of `plain`.
 """
 
 from __future__ import annotations
