@@ -19,7 +19,9 @@ _KEY = "fault"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults-report", metavar="FILE", help="run only tests that inflict faults, and write their table")
+    parser.addoption(
+        "--faults-report", metavar="FILE", help="run only tests that inflict faults, and write their table"
+    )
 
 
 @pytest.fixture
@@ -75,7 +77,8 @@ class _Report:
             "# Faults",
             "",
             "Faults that the tests inflict on the program, how often, and what was lost. The tests write this file:",
-            "`pytest -n 0 --slow --thorough --faults-report tests/FAULTS.md`. A run of some tests replaces only their rows.",
+            "`pytest -n 0 --slow --thorough --faults-report tests/FAULTS.md`. A run of some tests replaces only their",
+            "rows.",
             "",
             f"Last run: {tests} tests of faults in {minutes:.0f} minutes; {platform.system()} {platform.machine()}, "
             f"{os.cpu_count()} CPU cores, Python",

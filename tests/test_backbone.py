@@ -1,6 +1,7 @@
 """A network as a backbone: features by name, frozen statistics, dilation, and other ways to run it."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,36 @@ def test_dilation_sees_what_strides_saw(monkeypatch, name, options):
         np.testing.assert_allclose(
             found[info.name][:, ::every, ::every], expected[info.name], rtol=1e-4, atol=1e-5 * scale
         )
+
+
+class Cosine(Regulator):
+    """A custom cell that convolves something other than 0 where H is 0."""
+
+    gate_names = ("a",)
+
+    def step(self, x, state, weights):
+        (a,) = self.convolve(x, jnp.cos(state[0]), weights, 0, 1)
+        return (a,), {"a": a}
+
+
+@pytest.mark.parametrize("options", [{}, {"kernel": "dense"}])
+def test_a_dilated_cell_does_not_see_the_padding_of_uneven_images(options):
+    random = np.random.default_rng(0)
+    x, h = (random.normal(size=(2, 5, 3, 4)).astype(np.float32) for _ in range(2))
+    cell, dilated = Cosine(4, **options), Cosine(4, dilation=2, **options)
+    variables = cell.init(jax.random.key(0), x, (h,))
+    (found,), _ = dilated.apply(variables, x, (h,))
+    for rows, columns in itertools.product((slice(0, None, 2), slice(1, None, 2)), repeat=2):
+        (expected,), _ = cell.apply(variables, x[:, rows, columns], (h[:, rows, columns],))
+        np.testing.assert_allclose(found[:, rows, columns], expected, atol=1e-6)
+
+
+def test_dia_ignores_what_it_does_not_have():
+    """Like a plain network, so that a comparison may set these options for all of its models."""
+    images = jnp.zeros((1, 8, 8, 3))
+    small = {"width": 4, "stage_sizes": (1, 2)}
+    model = create_model("dia_resnet20", output_stride=1, features=True, share_state_norm=True).clone(**small)
+    assert jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def test_wrong_output_strides():

@@ -8,6 +8,7 @@ channel c of gate g.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -96,14 +97,7 @@ class Regulator(nn.Module):
                 raise ValueError(f"{type(self).__name__}: X has shape {x.shape} but {name} has shape {array.shape}")
         x = x.astype(self.dtype)
         state = tuple(array.astype(self.dtype) for array in state)
-        if self.dilation > 1:
-            # A step with dilation d equals d² steps without dilation, each on every d-th row and column.
-            shape, d = x.shape, self.dilation
-            x, state = jax.tree.map(lambda array: _apart(array, d), (x, state))
-            found = self.step(x, state, self._weights())
-            new_state, gates = jax.tree.map(lambda array: _together(array, shape, d), found)
-        else:
-            new_state, gates = self.step(x, state, self._weights())
+        new_state, gates = self.step(x, state, self._weights())
         return tuple(array.astype(self.dtype) for array in new_state), gates
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
@@ -141,9 +135,22 @@ class Regulator(nn.Module):
         """Whether `ops` has this cell's whole step as one function."""
         return self.kernel == "separable" and self.grouping == "pairs"
 
+    def dilated(self, function: Callable[..., Any], *images: Any) -> Any:
+        """Calls a function that convolves images of one size, which then is dilated.
+
+        A convolution with dilation d equals d² convolutions without, each of every d-th row and column. Their padding
+        must not be seen by anything but the convolution, so a whole step can be such a function only if all that it
+        convolves is 0 where X and the state are.
+        """
+        if self.dilation == 1:
+            return function(*images)
+        shape, d = jax.tree.leaves(images)[0].shape, self.dilation
+        found = function(*jax.tree.map(lambda array: _apart(array, d), images))
+        return jax.tree.map(lambda array: _together(array, shape, d), found)
+
     def conv3x3(self, x: Array, kernel: Array) -> Array:
-        """Convolves at stride 1 with padding 1."""
-        return self.ops.conv(x, kernel, (1, 1), ((1, 1), (1, 1)))
+        """Convolves at stride 1 with the cell's dilation, and with padding that keeps the size."""
+        return self.dilated(lambda x: self.ops.conv(x, kernel, (1, 1), ((1, 1), (1, 1))), x)
 
     def convolve(self, x: Array, h: Array, weights: tuple[Array, ...], first: int, last: int) -> list[Array]:
         """Computes W[x, h] + b for the gates from `first` up to, but not including, `last`, in float32 or wider."""
@@ -151,7 +158,7 @@ class Regulator(nn.Module):
             if self.grouping == "contiguous":
                 both = jnp.concatenate([x, h], -1)
                 x, h = both[..., 0::2], both[..., 1::2]
-            return cells.separable_sums(self.ops.separable, x, h, weights, first, last)
+            return self.dilated(lambda x, h: cells.separable_sums(self.ops.separable, x, h, weights, first, last), x, h)
         kernel, bias = (w[..., first:last, :] for w in weights)
         kernel = kernel.astype(self.dtype).reshape(3, 3, 2 * self.features, -1)
         sums = self.conv3x3(jnp.concatenate([x, h], -1), kernel)
@@ -169,8 +176,8 @@ def _apart(x: Array, d: int) -> Array:
 
 
 def _together(x: Array, shape: tuple[int, ...], d: int) -> Array:
-    """Inverts `_apart`, for an image of `shape`."""
-    (batch, height, width, n), (rows, columns) = shape, x.shape[1:3]
+    """Inverts `_apart`, for images of this batch, height and width."""
+    (batch, height, width, _), (rows, columns, n) = shape, x.shape[1:]
     x = x.reshape(d, d, batch, rows, columns, n).transpose(2, 3, 0, 4, 1, 5)
     return x.reshape(batch, rows * d, columns * d, n)[:, :height, :width]
 
@@ -182,7 +189,7 @@ class ConvRNN(Regulator):
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
         if self.in_one_step:
-            return self.ops.rnn_step(x, state, weights)
+            return self.dilated(lambda x, state: self.ops.rnn_step(x, state, weights), x, state)
         return cells.rnn(lambda h, *gates: self.convolve(x, h, weights, *gates), state)
 
 
@@ -193,7 +200,7 @@ class ConvGRU(Regulator):
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
         if self.in_one_step:
-            return self.ops.gru_step(x, state, weights)
+            return self.dilated(lambda x, state: self.ops.gru_step(x, state, weights), x, state)
         return cells.gru(lambda h, *gates: self.convolve(x, h, weights, *gates), state)
 
 
@@ -208,7 +215,7 @@ class ConvLSTM(Regulator):
 
     def step(self, x: Array, state: State, weights: tuple[Array, ...]) -> tuple[State, Gates]:
         if self.in_one_step:
-            return self.ops.lstm_step(x, state, weights)
+            return self.dilated(lambda x, state: self.ops.lstm_step(x, state, weights), x, state)
         return cells.lstm(lambda h, *gates: self.convolve(x, h, weights, *gates), state)
 
 

@@ -43,8 +43,9 @@ TARGETS = [f"regnet_flax_{cell}_{way}" for cell in ("rnn", "gru", "lstm") for wa
 TARGETS += [f"regnet_flax_{name}" for name in ("convolution", "input_gradient", "filter_gradient")]
 TARGETS += [f"regnet_flax_{name}" for name in ("moments", "norm_gradient_sums", "norm_gradient")]
 # NaN and infinities are kept. Products and sums are contracted, which -std=c++17 alone would turn off.
-FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=fast"]
-FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-pthread", "-DNDEBUG", "-w"]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", "-DNDEBUG", "-w"]
+# After the user's: sigmoid and tanh would be wrong if sums were reordered.
+EXACT = ["-fno-fast-math", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 DTYPES = (jnp.float32, jnp.bfloat16)  # of the images
 TIME_LIMIT = 120  # seconds
 _LOCK = threading.Lock()  # a run traces its programs in threads
@@ -74,7 +75,7 @@ def _registered() -> bool:
     try:
         path = _library()
         _register(path)
-    except (_OffError, OSError, AttributeError, RuntimeError) as error:
+    except (_OffError, OSError, AttributeError, RuntimeError, ValueError) as error:
         logger.info("native operations are off: %s", error)
         return False
     logger.debug("native operations: %s", path)
@@ -98,7 +99,7 @@ def _library() -> pathlib.Path:
     if os.environ.get("REGNET_FLAX_NATIVE", "") == "0":
         raise _OffError("REGNET_FLAX_NATIVE is 0")
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
-    flags = [*FLAGS, *_instructions(), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*FLAGS, *_instructions(), *shlex.split(os.environ.get("CXXFLAGS", "")), *EXACT]
     parts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
     parts += [*compiler, *flags, jaxlib.version.__version__, platform.system(), platform.machine()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -133,9 +134,15 @@ def _build(command: list[str], path: pathlib.Path) -> None:
     part = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob("tmp*.so"):  # by a process that ended while it was building
+            with contextlib.suppress(OSError):
+                if time.time() - left.stat().st_mtime > 2 * TIME_LIMIT:
+                    left.unlink()
         number, part = tempfile.mkstemp(suffix=".so", dir=path.parent)
         os.close(number)
-        done = subprocess.run([*command, "-o", part], capture_output=True, text=True, timeout=TIME_LIMIT)
+        done = subprocess.run(
+            [*command, "-o", part], capture_output=True, text=True, errors="replace", timeout=TIME_LIMIT
+        )
         if done.returncode:
             said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[:200])
             raise _OffError(f"{command[0]} failed: {said}")

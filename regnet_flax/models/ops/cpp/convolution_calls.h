@@ -139,8 +139,9 @@ ffi::Error convolve(ffi::ThreadPool& pool, const Library& library, Convolution j
       job.low_column = std::min(job.low_column, tap.column), job.high_column = std::max(job.high_column, tap.column);
     }
   }
+  job.in_chunks = chunks_of(job.in, lanes);
   const int64_t rows = job.rows();
-  int64_t block = rows;
+  int64_t block = std::max<int64_t>(1, rows);
   while (block > 1 && library.planes(job, block) * lanes * 4 > 512 * 1024) block = (block + 1) / 2;
   const int64_t threads = pool.num_threads();
   while (block > 4 && seeds * images * ((rows + block - 1) / block) < 2 * threads) block = (block + 1) / 2;
@@ -148,7 +149,6 @@ ffi::Error convolve(ffi::ThreadPool& pool, const Library& library, Convolution j
 
   std::vector<Convolution> jobs;
   Space space;
-  job.in_chunks = chunks_of(job.in, lanes);
   const int64_t in_chunks = job.in_chunks.size();
   const int64_t size = out_chunks * in_chunks * job.taps * lanes * lanes;
   float* weights = space.get(std::max<int64_t>(1, seeds * size));
