@@ -19,7 +19,7 @@ from regnet_flax.modes import model_card
 from regnet_flax.port import shipped
 
 ROOT = pathlib.Path(main.__file__).resolve().parent.parent
-NAMES = ("resnet20.cifar10",)
+NAMES = ("regnet20_convlstm.cifar10", "resnet20.cifar10")
 PICTURES = sorted((ROOT / "tests" / "stored" / "cifar10").glob("*.jpg"))  # the first of each class's test images
 # All of CIFAR-10 as JPEG files, {train,test}/CLASS/NUMBER.jpg: those that the weights were trained with.
 ARCHIVE = pathlib.Path(os.environ.get("CIFAR10_IMAGES", ROOT.parent / "shared" / "data" / "cifar10-images.tar.xz"))
