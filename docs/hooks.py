@@ -16,7 +16,14 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 MIRRORED = (
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "pyproject.toml"),
     *("benchmarks/*.py", "benchmarks/README.md", "benchmarks/results/**/*", "configs/*.py", "notebooks/*.ipynb"),
-    *("regnet_flax/**/*.py", "regnet_flax/models/ops/cpp/*", "tests/*.py", "tests/*.md", "docs/*.py"),
+    *(
+        "regnet_flax/**/*.py",
+        "regnet_flax/models/ops/cpp/*",
+        "regnet_flax/weights/*.md",
+        "tests/*.py",
+        "tests/*.md",
+        "docs/*.py",
+    ),
 )
 LINK = re.compile(r"(\]\()([^)\s#:]+)")
 EQUATION = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
