@@ -1,6 +1,7 @@
 """The import rules, checked against the import statements."""
 
 import ast
+import collections
 import pathlib
 import subprocess
 import sys
@@ -95,6 +96,14 @@ def test_the_only_pmap_is_in_parallel_and_reductions_are_in_the_step_and_batch_n
     # A batch normalisation over several devices has its own pmean, like Flax's.
     reduced = {module_name(path) for path in PACKAGE if calls(path, "pmean", "psum")}
     assert reduced == {f"{P}.training.step", f"{P}.models.ops.plain"}
+
+
+def test_folders_are_small():
+    names = collections.defaultdict(list)
+    for path in (ROOT / "regnet_flax").rglob("*"):
+        if path.suffix in (".py", ".h", ".cc") and path.stem != "__init__":
+            names[path.parent].append(path.name)
+    assert len(names) > 15 and max(map(len, names.values())) <= 10, names
 
 
 def test_only_what_every_mode_needs_is_imported_at_start():

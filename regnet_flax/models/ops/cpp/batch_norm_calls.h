@@ -1,6 +1,6 @@
 // Batch normalisation as custom calls. Vectors of n numbers have the leading dimensions that the images have.
 
-#include "convolution_job.h"
+#include "job.h"
 #include "threads.h"
 
 namespace {

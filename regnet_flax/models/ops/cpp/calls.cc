@@ -10,7 +10,6 @@
 #include <cstring>
 #include <vector>
 
-#include "convolution_job.h"
 #include "job.h"
 #include "threads.h"
 

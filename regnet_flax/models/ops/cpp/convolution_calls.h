@@ -1,6 +1,6 @@
 // Convolutions as custom calls: their arrays, weights in the order of the tiles, and which thread computes what.
 
-#include "convolution_job.h"
+#include "job.h"
 #include "threads.h"
 
 namespace {

@@ -1,9 +1,10 @@
-// What all instruction sets share: the size of a call, and one of its jobs.
+// What all instruction sets share: the sizes of a call, and its jobs.
 
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace {
 
@@ -47,5 +48,78 @@ struct Job {
 };
 
 typedef void (*Run)(const Job&, float* planes);
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Convolutions and batch normalisations
+
+// Images (N, height, width, channels), normalised while they are read where `norms` is set: (x − mean)·factor + bias,
+// three vectors for each vector of channels, and a ReLU where asked for.
+struct Operand {
+  Images images;
+  int64_t channels;
+  const float* norms;
+  bool relu;
+};
+
+// As many channels of an operand as a vector holds.
+struct Chunk {
+  int operand;
+  int64_t channel;
+  int count;
+  const float* norms;
+};
+
+// A tap of the outputs that are `spread` pixels from each other: where it reads, and which of the kernel's it is.
+struct Tap {
+  int row, column, index;
+};
+
+// Outputs (spread·i + row, spread·j + column) read inputs (step·i + tap.row, step·j + tap.column).
+struct Phase {
+  int row, column;
+  std::vector<Tap> taps;
+};
+
+// A convolution: from `in` to `out`, both along the channels of one or two arrays.
+struct Convolution {
+  std::vector<Operand> in, out;
+  std::vector<Chunk> in_chunks, out_chunks;
+  int64_t height, width, out_height, out_width;
+  int step, spread;
+  std::vector<Phase> phases;
+  int taps;              // of the kernel
+  int low_row, low_column, high_row, high_column;  // of the taps
+  const float* weights;  // [out chunks, `group` at a time][in chunk][tap][lane][chunk of the group], a vector each
+  int group;             // out chunks computed together
+
+  int64_t rows() const { return (out_height + spread - 1) / spread; }  // of a phase, at most
+  int64_t columns() const { return (out_width + spread - 1) / spread; }
+};
+
+// The gradient of a kernel: of one chunk of inputs, for some images.
+struct FilterGradient {
+  std::vector<Operand> in;
+  Operand d;
+  std::vector<Chunk> in_chunks, d_chunks;
+  int64_t height, width, d_height, d_width, kernel_height, kernel_width;
+  int step, top, left;
+};
+
+struct Library {
+  int lanes;
+  // For the number of outputs together, and of pixels in a row that are computed together.
+  int (*pixels)(int group, int64_t columns);
+  int64_t (*planes)(const Convolution&, int64_t rows);  // vectors
+  void (*convolve)(const Convolution&, int64_t image, int64_t first, int64_t last, float* planes);
+  int64_t (*filter_planes)(const FilterGradient&);
+  // Adds to `sums`: [tap][lane][d's channels, whole vectors].
+  void (*filter)(const FilterGradient&, int chunk, int64_t first, int64_t last, float* planes, float* sums);
+  // Of batch_norm.h.
+  void (*moments)(const Images& x, int64_t n, int64_t first, int64_t last, int64_t block, double* to);
+  void (*gradient_sums)(const Images& d, const Images& x, int64_t n, const float* norms, bool relu, int64_t first,
+                        int64_t last, int64_t block, double* to);
+  void (*norm_gradient)(const Images& d, const Images& x, int64_t n, const float* norms, bool relu, int64_t first,
+                        int64_t last, int64_t block, const Images& to);
+};
 
 }  // namespace
