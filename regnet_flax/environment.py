@@ -18,7 +18,7 @@ from regnet_flax.models import ops
 from regnet_flax.models.ops import native_library
 
 
-def environment(devices: list[Any], choice: str) -> dict[str, Any]:
+def environment(devices: list[Any], choice: str = "auto") -> dict[str, Any]:
     """Returns hardware and versions, for results.json.
 
     Args:
