@@ -15,7 +15,7 @@ import pathlib
 import numpy as np
 import page_table
 
-from regnet_flax.analysis import compare
+from regnet_flax.analysis import compare, report
 from regnet_flax.environment import describe_hardware
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
@@ -35,7 +35,7 @@ def interval(values):
 
     if len(values) < 2:
         return "—"
-    half = stdtrit(len(values) - 1, (1 + compare.CONFIDENCE) / 2) * np.std(values, ddof=1) / math.sqrt(len(values))
+    half = stdtrit(len(values) - 1, (1 + compare.CONFIDENCE) / 2) * compare.deviation(values) / math.sqrt(len(values))
     return f"{np.mean(values) - half:.2f} to {np.mean(values) + half:.2f}"
 
 
@@ -45,7 +45,6 @@ def row(about, files):
     label = " ".join([config["model"]["name"], *(f"{name}={value}" for name, value in options.items())])
     result = compare.read(label, *(file.parent for file in files))
     values = [100 - error for error in result.error]
-    spread = f" ± {compare.deviation(values):.2f}" if len(values) > 1 else ""
     links = zip(result.seeds, (os.path.relpath(file, page_table.DOCS) for file in files), strict=True)
     return (
         about["data"],
@@ -53,7 +52,7 @@ def row(about, files):
         label,
         f"{result.parameters:,}",
         ", ".join(f"[{seed}]({link})" for seed, link in links),
-        f"{np.mean(values):.2f}{spread}",
+        report.percent(values),
         interval(values),
         describe_hardware(result.environment["hardware"]),
         max(result.dates),

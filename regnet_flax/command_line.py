@@ -105,7 +105,7 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
                 f"--workdir is {workdir}: with --distributed it must be a directory that all machines see, such as the "
                 "bucket mounted by gcsfuse"
             )
-    elif values.mode not in BEGIN and config.model.init_from:  # no run's, so its files are not among a run's
+    elif values.mode not in BEGIN and config.model.init_from:  # belongs to no run: it gets its own directory
         from regnet_flax.port.weights import SUFFIXES
 
         name = pathlib.Path(config.model.init_from).name

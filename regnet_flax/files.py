@@ -73,7 +73,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes the text atomically, as UTF-8; names of files may have bytes that are none, which are escaped."""
+    """Writes the text atomically, as UTF-8; bytes in file names that are not UTF-8 are escaped."""
     with replacing(path) as part:
         part.write_text(text, encoding="utf-8", errors="backslashreplace")
 

@@ -71,7 +71,8 @@ def _title(results: Sequence[Result]) -> str:
     return f"{count} on {dataset_title(results[0].config['dataset'])}, {_seeds(results)} each"
 
 
-def _percent(values: Sequence[float]) -> str:
+def percent(values: Sequence[float]) -> str:
+    """Formats the mean, with the standard deviation if there are several values; "—" if there are none."""
     if not values:
         return "—"
     spread = compare.deviation(values)
@@ -108,8 +109,8 @@ def table(results: Sequence[Result]) -> list[list[str]]:
     head += ["top-5 error, %"] * top5 + ["difference to the baseline, points", f"time, {_seeds(results)}"]
     rows = [head + ["published"] * claims]
     for r in results:
-        row = [r.label, r.regulator or "—", f"{r.parameters:,}", _count(r.multiply_adds), _percent(r.error)]
-        row += [_percent(r.top5_error)] * top5 + [_difference(r, baseline), duration(r.seconds)]
+        row = [r.label, r.regulator or "—", f"{r.parameters:,}", _count(r.multiply_adds), percent(r.error)]
+        row += [percent(r.top5_error)] * top5 + [_difference(r, baseline), duration(r.seconds)]
         rows.append(row + [r.claim or "—"] * claims)
     return rows
 
@@ -117,7 +118,7 @@ def table(results: Sequence[Result]) -> list[list[str]]:
 def _summary(results: Sequence[Result]) -> str:
     """Summarises the table in one or two sentences."""
     best = min(results, key=lambda r: np.mean(r.error))
-    said = f"The lowest mean test error is that of {best.label}: {_percent(best.error)} %."
+    said = f"The lowest mean test error is that of {best.label}: {percent(best.error)} %."
     if len(results) == 1:
         return said
     if len(results[0].seeds) < 2:

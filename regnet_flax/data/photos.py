@@ -58,7 +58,7 @@ def formats() -> tuple[str, ...]:
 
 
 def open_image(file: str | os.PathLike | IO[bytes], formats: tuple[str, ...] | None = None) -> Image.Image:
-    """Opens an image like Pillow's Image.open, but only regular files, and no images of suspicious size.
+    """Opens an image like Pillow's Image.open, but refuses images of suspicious size and anything but a file.
 
     Args:
         file: a path or a binary file.

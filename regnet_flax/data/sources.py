@@ -119,7 +119,7 @@ def load_dataset(
         check_memory(name, count, (image_size, image_size, dataset.train.images.shape[3]))
         train, test = _resize(dataset.train, image_size), _resize(dataset.test, image_size)
         dataset = dataclasses.replace(dataset, train=train, test=test)
-    if validation and dataset.size("train") and (name != "folder" or is_divided(data_dir)):
+    if holds_out(dataset, name, data_dir, validation):
         train = dataset.train
         kept, held = (
             Split(train.images[indices], train.labels[indices])
@@ -136,6 +136,11 @@ def check_classes(name: str, num_classes: int, found: int) -> None:
             f"--config.dataset.num_classes={num_classes}, but {name} has {found} classes; "
             "set it to that, or to 0 to take it from the data"
         )
+
+
+def holds_out(dataset: Any, name: str, data_dir: str, validation: float) -> bool:
+    """Whether training images become a validation split: not if there are none, or if a folder divided them itself."""
+    return bool(validation and dataset.size("train") and (name != "folder" or is_divided(data_dir)))
 
 
 def hold_out(

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from regnet_flax.data.batches import EvalBatches, FolderRecords, HostBatch, Records, Subset, TrainBatches
-from regnet_flax.data.folder.listing import is_divided, list_image_folder
-from regnet_flax.data.sources import channel_statistics, check_classes, hold_out
+from regnet_flax.data.folder.listing import list_image_folder
+from regnet_flax.data.sources import channel_statistics, check_classes, hold_out, holds_out
 from regnet_flax.data.tfds import TfdsRecords, prepare_tfds
 from regnet_flax.errors import DataError, StreamError, one_line
 
@@ -295,7 +295,7 @@ def open_stream(
     else:
         return None
     check_classes(name, num_classes, len(dataset.class_names))
-    if validation and dataset.size("train") and (name != "folder" or is_divided(data_dir)):
+    if holds_out(dataset, name, data_dir, validation):
         train = dataset.train
         labels = train.labels if isinstance(train, FolderRecords) else None  # TFDS needs to read to know its labels
         kept, held = hold_out(name, len(train), validation, seed, labels)

@@ -169,7 +169,7 @@ class RegNet(nn.Module):
                 strides=info.stride // before.stride,
                 dilations=(before.dilation, info.dilation),
                 shared=self.share_regulator,
-                share_norm=self.share_state_norm and not issubclass(BLOCKS[self.block], DIABlock),  # it has none
+                share_norm=self.share_state_norm and not issubclass(BLOCKS[self.block], DIABlock),  # it normalises none
                 scan=self.scan,
                 unroll=self.unroll,
                 remat=self.remat,

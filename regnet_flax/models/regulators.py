@@ -136,11 +136,11 @@ class Regulator(nn.Module):
         return self.kernel == "separable" and self.grouping == "pairs"
 
     def dilated(self, function: Callable[..., Any], *images: Any) -> Any:
-        """Calls a function that convolves images of one size, which then is dilated.
+        """Calls a function that convolves images of one size, and dilates its convolutions.
 
-        A convolution with dilation d equals d² convolutions without, each of every d-th row and column. Their padding
-        must not be seen by anything but the convolution, so a whole step can be such a function only if all that it
-        convolves is 0 where X and the state are.
+        A convolution with dilation d equals d² convolutions without, each of every d-th row and column. Where the size
+        is not a multiple of d, these are padded with zeros. So the function may be a whole step only if everything it
+        convolves is 0 wherever X and the state are 0.
         """
         if self.dilation == 1:
             return function(*images)

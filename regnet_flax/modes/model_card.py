@@ -95,7 +95,7 @@ the StableHLO program and `regnet_flax.load` do that themselves.
 
 
 def write(path: pathlib.Path, trained: Trained, workdir: pathlib.Path) -> pathlib.Path:
-    """Writes the card of an exported file: README.md beside it, or FILE.md if that is another file's card or your own.
+    """Writes the card of an exported file: README.md beside it, or FILE.md if there is another.
 
     Args:
       path: the exported file.
@@ -245,8 +245,11 @@ def _metrics(lines: Sequence[dict[str, Any]], results: dict[str, Any] | None, co
     count = sum("eval_accuracy" in line for line in lines)
     if kind == "eval" and config.eval.checkpoint == "best" and count > 1:
         note = f"\n\nThis was the best of the run's {count} evaluations, so it is slightly optimistic."
-    shown = (("accuracy", "accuracy", ".2%"), ("top5_accuracy", "top-5 accuracy", ".2%"))
-    shown += (("loss", "loss (cross-entropy, nats)", ".4f"),)
+    shown = (
+        ("accuracy", "accuracy", ".2%"),
+        ("top5_accuracy", "top-5 accuracy", ".2%"),
+        ("loss", "loss (cross-entropy, nats)", ".4f"),
+    )
     values = ((title, found.get(f"{kind}_{name}"), form) for name, title, form in shown)
     # A loss that was not finite is missing.
     body = [f"| {title} | {value:{form}} |" for title, value, form in values if value is not None]

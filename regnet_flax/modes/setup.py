@@ -198,8 +198,7 @@ def _check_grouping(file: str, model: Any, metadata: Mapping[str, str]) -> None:
     recorded = options.get("regulator_grouping", model.regulator_grouping)
     if recorded != model.regulator_grouping:
         raise WeightsError(
-            f"{file} has regulators whose channels are grouped otherwise: set "
-            f"model.overrides.regulator_grouping={recorded}"
+            f"{file} groups its regulators' channels differently: set model.overrides.regulator_grouping={recorded}"
         )
 
 

@@ -126,8 +126,8 @@ def to_write(path: str | os.PathLike[str], reads: str) -> Iterator[pathlib.Path]
 
     Args:
       path: local, or in a bucket.
-      reads: the name of a file beside it that the writer reads. Of the bucket's other files beside it, the local ones
-        have only the names.
+      reads: the name of a file beside it that the writer reads. The bucket's other files beside it appear as empty
+        local files.
 
     Raises:
       PlaceError: the files cannot be sent; the message says where they are.

@@ -39,8 +39,8 @@ def pyplot() -> Any:
 def write(figure: Any, path: pathlib.Path, **options: Any) -> None:
     """Writes a figure and closes it; `options` go to savefig.
 
-    All its text is literal. The names of classes, files and folders are in it, and matplotlib would take what is
-    between two dollar signs for mathematics, and fail at bytes that are no UTF-8.
+    All text is drawn literally. It contains the names of classes, files and folders, in which matplotlib would read
+    text between dollar signs as mathematics, and would fail on bytes that are not UTF-8.
     """
     from matplotlib.text import Text
 
