@@ -115,7 +115,9 @@ class Measurement:
 
         On a CPU they compile in parallel. A GPU's libraries choose kernels by timing them, so there they start in turn.
         """
-        environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if self.arguments.huge_pages else {}
+        from regnet_flax import start
+
+        environment = {"GLIBC_TUNABLES": start.TUNABLES} if self.arguments.huge_pages else {}
         ready, threads = {}, self.arguments.threads
 
         def begin(name):
@@ -231,7 +233,7 @@ def parse():
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="length of one variant's turn")
     parser.add_argument("--threads", type=int, default=2, help="threads and cores of every process; 0: all")
-    parser.add_argument("--huge-pages", action="store_true", help="GLIBC_TUNABLES=glibc.malloc.hugetlb=1 everywhere")
+    parser.add_argument("--huge-pages", action="store_true", help="the command line's GLIBC_TUNABLES for all sides")
     parser.add_argument("--python", default=sys.executable, help="interpreter for our side, if not this one")
     parser.add_argument("--minutes", type=float, default=60.0, help="after these the first pass starts no variant")
     parser.add_argument("--first-pass", action="store_true", help="no rounds")

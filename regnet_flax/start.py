@@ -10,6 +10,8 @@ import sys
 import threading
 
 HUGE_PAGES = "glibc.malloc.hugetlb"
+# Huge pages, and freed memory that stays with the process.
+TUNABLES = f"{HUGE_PAGES}=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={4 * 2**30}"
 _LINUX = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
@@ -34,13 +36,14 @@ def end_at_once() -> None:
 def use_huge_pages() -> None:
     """Starts the process again, with huge pages for large arrays, where Linux leaves that to programs.
 
-    On a CPU, XLA allocates a step's arrays anew each time, and small pages make that slow. The C library reads its
-    settings only when a process starts. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 in the environment turns this off.
+    On a CPU, XLA allocates a step's arrays anew each time. Small pages make that slow, and so do pages that were given
+    back, because the kernel clears them again. The C library reads its settings only when a process starts.
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=0 in the environment turns this off.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if HUGE_PAGES in tunables or not _can_have_huge_pages():
         return
-    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, f"{HUGE_PAGES}=1"]))
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, TUNABLES]))
     try:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except OSError:  # it is only slower

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from helpers import ROOT, error_of, run_program, shallow
+from regnet_flax import start
 from regnet_flax.modes import benchmark
 
 TINY = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.batch_size=8"]
@@ -106,7 +107,7 @@ def test_versus_torch_keeps_the_two_fastest_for_the_rounds(versus_torch, tmp_pat
     assert result["infer"]["ours"]["ratio"] == 0.75 and result["infer"][best[0]]["ratio_range"] == [1.0, 1.0]
     run("--peers", "torch folded, eager, channels last")
     assert [name for name, _ in started] == ["ours", "torch folded, eager, channels last"]
-    assert len(run("--huge-pages")) == 2 and started[-1] == (best[1], "glibc.malloc.hugetlb=1")
+    assert len(run("--huge-pages")) == 2 and started[-1] == (best[1], start.TUNABLES)
 
 
 def test_the_accelerators_measurements_resume(versus_torch, tmp_path, monkeypatch):

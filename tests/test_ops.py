@@ -32,11 +32,11 @@ SAME = ((1, 1), (1, 1))
 
 
 def conv(ops, strides, axis_name, x, kernel):
-    return ops.conv(x, kernel, (strides, strides), SAME)
+    return ops.array(ops.conv(x, kernel, (strides, strides), SAME))
 
 
 def conv_of_two(ops, axis_name, x, y, kernel):
-    return ops.conv(ops.concatenate(x, y), kernel, (1, 1), SAME)
+    return ops.array(ops.conv(ops.concatenate(x, y), kernel, (1, 1), SAME))
 
 
 def batch_norm(ops, relu, axis_name, x, scale, bias):
@@ -46,7 +46,7 @@ def batch_norm(ops, relu, axis_name, x, scale, bias):
 
 def conv_of_batch_norm(ops, axis_name, x, scale, bias, kernel):
     y, *_ = ops.batch_norm(x, scale, bias, relu=True, axis_name=axis_name)
-    return ops.conv(y, kernel, (1, 1), SAME)
+    return ops.array(ops.conv(y, kernel, (1, 1), SAME))
 
 
 def separable(ops, axis_name, x, h, pointwise, depthwise):
@@ -155,7 +155,7 @@ def blocks(ops, x, first, scale, bias, second, third):
     """Two convolutions, each with batch normalisation, once with a ReLU and once with a shortcut, and a third."""
     y, *_ = ops.batch_norm(ops.conv(x, first, (1, 1), SAME), scale, bias, relu=True)
     y, *_ = ops.batch_norm(ops.conv(y, second, (1, 1), SAME), bias, scale)
-    y = ops.conv(ops.concatenate(y, ops.add_relu(ops.array(y), x)), third, (1, 1), SAME)
+    y = ops.array(ops.conv(ops.concatenate(y, ops.add_relu(y, x)), third, (1, 1), SAME))
     return jnp.vdot(jnp.cos(jnp.arange(y.size)).reshape(y.shape), y**2)
 
 
@@ -190,7 +190,7 @@ def test_first_derivatives_compute_nothing_for_the_statistics(monkeypatch):
     def total(x, scale, bias, kernel):
         def body(x, _):
             y, *statistics = CPU.batch_norm(x, scale, bias)
-            return CPU.conv(y, kernel, (1, 1), SAME), statistics
+            return CPU.array(CPU.conv(y, kernel, (1, 1), SAME)), statistics
 
         y, statistics = lax.scan(jax.checkpoint(body), x, length=2)
         return y.sum(), statistics

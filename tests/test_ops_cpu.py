@@ -52,7 +52,9 @@ def test_convolutions_of_every_size():
 
     def run(ops):
         return [
-            value_and_gradients(lambda x, k, where=where: ops.conv(x, k, *where), x, normal(1, size, size, 3, 5))
+            value_and_gradients(
+                lambda x, k, where=where: ops.array(ops.conv(x, k, *where)), x, normal(1, size, size, 3, 5)
+            )
             for *where, size in WHERE
         ]
 
@@ -87,7 +89,7 @@ def test_in_a_loop_gradients_are_in_the_form_of_the_library(ops):
 
     def loss(x, kernel):
         def step(x, _):
-            return jnp.tanh(ops.conv(x, kernel, (1, 1), ((1, 1), (1, 1)))), None
+            return jnp.tanh(ops.array(ops.conv(x, kernel, (1, 1), ((1, 1), (1, 1))))), None
 
         return lax.scan(step, x, length=3)[0].sum()
 
@@ -102,7 +104,7 @@ def test_bfloat16_sums_in_float32():
     x, kernel = normal(0, 4, 16, 16, 8).astype(jnp.bfloat16), normal(1, 3, 3, 8, 8).astype(jnp.bfloat16)
     d = normal(2, 4, 16, 16, 8).astype(jnp.bfloat16)
     where = ((1, 1), ((1, 1), (1, 1)))
-    found = jax.vjp(lambda k: CPU.conv(x, k, *where), kernel)[1](d)[0]
+    found = jax.vjp(lambda k: CPU.array(CPU.conv(x, k, *where)), kernel)[1](d)[0]
     wide = [a.astype(jnp.float32) for a in (x, kernel, d)]
     expected = jax.vjp(lambda k: PLAIN.conv(wide[0], k, *where), wide[1])[1](wide[2])[0]
     assert found.dtype == jnp.bfloat16
@@ -145,7 +147,7 @@ def test_gradients_without_jit_compile_once():
         compiled.append(event)
 
     def loss(x, h, pointwise, kernel):
-        y = CPU.conv(x, kernel[:, :, :3], (1, 1), ((1, 1), (1, 1)))
+        y = CPU.array(CPU.conv(x, kernel[:, :, :3], (1, 1), ((1, 1), (1, 1))))
         return y.sum() + CPU.separable(x, h, pointwise, kernel).sum()
 
     gradient = jax.grad(loss, range(4))
@@ -238,7 +240,7 @@ def test_a_convolution_keeps_nothing_but_what_was_normalised():
 
     def convolved(make, x, scale, bias):
         y, *_ = CPU.batch_norm(x, scale, bias, relu=True)
-        return CPU.conv(make(y), kernel, (1, 1), ((1, 1), (1, 1)))
+        return CPU.array(CPU.conv(make(y), kernel, (1, 1), ((1, 1), (1, 1))))
 
     for make, kept in ((lambda y: y, 1), (CPU.array, 2)):
         residuals = jax.tree.leaves(jax.vjp(functools.partial(convolved, make), x, normal(2, 3), normal(3, 3))[1])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from helpers import close, halves
+from regnet_flax import create_model
 from regnet_flax.models.ops import CPU, PLAIN, native_library
 
 pytestmark = [
@@ -36,7 +37,7 @@ CONVOLUTIONS = [
 
 
 def convolution(ops, x, kernel, stride=1, padding=(1, 1)):
-    return ops.conv(x, kernel, (stride, stride), (padding, padding))
+    return ops.array(ops.conv(x, kernel, (stride, stride), (padding, padding)))
 
 
 def block(ops, x, y, scale, bias, kernel, axis_name=None):
@@ -44,7 +45,15 @@ def block(ops, x, y, scale, bias, kernel, axis_name=None):
     normalized, mean, variance = ops.batch_norm(x, scale, bias, relu=True, axis_name=axis_name)
     plain, *_ = ops.batch_norm(y, bias, scale, axis_name=axis_name)
     statistics = jax.lax.stop_gradient((mean, variance))
-    return ops.conv(ops.concatenate(normalized, plain), kernel, (1, 1), ((1, 1),) * 2), statistics
+    return ops.array(ops.conv(ops.concatenate(normalized, plain), kernel, (1, 1), ((1, 1),) * 2)), statistics
+
+
+def evaluated(ops, x, y, mean, variance, scale, bias, first, second):
+    """A block as evaluation has it: its convolutions normalise, add the shortcut and apply the ReLU as they write."""
+    a = ops.normalize(ops.conv(x, first, (2, 2), ((1, 1),) * 2), mean, jnp.exp(variance), scale, bias, relu=True)
+    b = ops.conv(ops.concatenate(a, y), second, (1, 1), ((1, 1),) * 2)
+    b = ops.normalize(b, bias, jnp.exp(scale), mean, variance, epsilon=1e-3)
+    return ops.add_relu(ops.array(a), b)
 
 
 def both(function, arrays, seed=0):
@@ -69,13 +78,21 @@ def block_arrays(channels=5, seed=0, images=4):
     return x, y, scale, bias, normal(rng, 3, 3, 2 * channels, 6, scale=0.3)
 
 
+def evaluated_arrays(channels=5, seed=0):
+    rng = np.random.default_rng(seed)
+    images = normal(rng, 4, 9, 5, channels), normal(rng, 4, 5, 3, channels)
+    kernels = normal(rng, 3, 3, channels, channels, scale=0.3), normal(rng, 3, 3, 2 * channels, channels, scale=0.3)
+    return *images, *(normal(rng, channels) for _ in range(4)), *kernels
+
+
 def cases():
     rng = np.random.default_rng(1)
     found = []
     for n, height, width, inputs, outputs, size, stride, padding in CONVOLUTIONS:
         arrays = normal(rng, n, height, width, inputs), normal(rng, size, size, inputs, outputs)
         found.append((functools.partial(convolution, stride=stride, padding=padding), arrays))
-    return [*found, *((block, block_arrays(channels)) for channels in (5, 16, 20))]
+    found += [(block, block_arrays(channels)) for channels in (5, 16, 20)]
+    return found + [(evaluated, evaluated_arrays(channels)) for channels in (5, 16, 20, 32)]
 
 
 def run(ops, arrays):
@@ -107,7 +124,7 @@ def test_a_normalisation_that_rounds():
 
     def rounded(ops, x, kernel):
         y, *_ = ops.batch_norm(x, jnp.ones(4), jnp.zeros(4), dtype=jnp.bfloat16)
-        return ops.conv(y, kernel, (1, 1), "SAME")
+        return ops.array(ops.conv(y, kernel, (1, 1), "SAME"))
 
     found, expected = (
         jax.eval_shape(functools.partial(both, functools.partial(rounded, ops)), (x, kernel)) for ops in (CPU, PLAIN)
@@ -136,6 +153,59 @@ def test_batch_norm_far_from_zero(relu):
         expected = jax.jit(functools.partial(everything, PLAIN))(*wide)
     close(found[1], expected[1], 1e-6)
     close((found[0], found[2]), (expected[0], expected[2]), 1e-4)
+
+
+@pytest.mark.parametrize("channels", [5, 16, 20, 32])
+def test_values_of_evaluation(channels):
+    """Without a gradient; one rounds them otherwise in bfloat16, where this rounds only what it writes."""
+    arrays = evaluated_arrays(channels)
+    narrow = tuple(a.astype(jnp.bfloat16) if a.ndim == 4 else a for a in arrays)
+    found, narrow_found = (jax.jit(functools.partial(evaluated, CPU))(*a) for a in (arrays, narrow))
+    with jax.enable_x64(True):
+        wide, narrow_wide = (jax.tree.map(lambda a: np.asarray(a, np.float64), a) for a in (arrays, narrow))
+        expected, narrow_expected = (evaluated(PLAIN, *a) for a in (wide, narrow_wide))
+    close(found, expected, 2e-6)
+    close(narrow_found, narrow_expected, 0.02)
+    assert narrow_found.dtype == jnp.bfloat16
+
+
+def test_evaluation_has_no_other_passes_over_the_images():
+    """Of all that follows a convolution, nothing is left to XLA; in a network, nn.remat included, neither."""
+    arrays = evaluated_arrays()
+    program = jax.jit(functools.partial(evaluated, CPU)).lower(*arrays).compile().as_text()
+    assert program.count('custom_call_target="regnet_flax_convolution"') == 2 and "maximum(" not in program
+    for options in ({}, {"remat": True}):
+        model = create_model("resnet8", width=4, **options)
+        images = jnp.ones((2, 8, 8, 3))
+        variables = jax.eval_shape(model.init, jax.random.key(0), images)
+        program = jax.jit(model.apply).lower(variables, images).compile().as_text()
+        assert program.count('custom_call_target="regnet_flax_convolution"') == 9 and "maximum(" not in program
+
+
+def test_evaluation_outside_a_compiled_program():
+    """Each convolution runs once, and what it gives can be used more than once."""
+    arrays = evaluated_arrays()
+    close(evaluated(CPU, *arrays), evaluated(PLAIN, *arrays), 1e-5)
+    x = CPU.conv(arrays[0], arrays[-2], (1, 1), "SAME")
+    assert x.array is x.array and jax.tree.map(lambda a: a, x).array is x.array
+
+
+def test_second_derivatives_and_transformations_of_evaluation():
+    arrays, others = evaluated_arrays(), evaluated_arrays(seed=1)
+    stacked = jax.tree.map(lambda a, b: jnp.stack([a, b]), arrays, others)
+
+    def everything(ops):
+        def gradients(*arrays):
+            return both(functools.partial(evaluated, ops), arrays)[2]
+
+        return {
+            "forward over reverse": jax.jvp(gradients, arrays, others)[1],
+            "all by vmap": jax.vmap(lambda *a: (evaluated(ops, *a), gradients(*a)))(*stacked),
+            "kernels by vmap": jax.vmap(lambda k: evaluated(ops, *arrays[:-1], k))(stacked[-1]),
+            "statistics by vmap": jax.vmap(lambda m: evaluated(ops, *arrays[:2], m, *arrays[3:]))(stacked[2]),
+        }
+
+    close(jax.jit(everything, static_argnums=0)(CPU), jax.jit(everything, static_argnums=0)(PLAIN), 1e-4)
 
 
 def test_second_derivatives_and_transformations():
@@ -201,6 +271,13 @@ def test_nan_stays_where_it_is():
         functools.partial(block, CPU), (x, x, *[np.ones(4, np.float32)] * 2, kernel[:, :, [0, 1, 2, 3] * 2])
     )
     assert np.isnan(value).all()
+    _, *rest = evaluated_arrays()[1:]
+    found, expected = (
+        jax.jit(functools.partial(evaluated, ops))(np.pad(x[..., [0, 1, 2, 3, 3]], ((0, 1), *[(0, 0)] * 3)), *a)
+        for ops, a in ((ops, (np.ones((4, 4, 5, 5), np.float32), *rest)) for ops in (CPU, PLAIN))
+    )
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
+    assert np.isnan(found).any() and not np.isnan(found).all()
     for a in (mean, variance):
         np.testing.assert_array_equal(np.isnan(a), [False, False, True, False])
 
@@ -210,7 +287,8 @@ def test_what_it_cannot_do_is_computed_by_the_plain_form():
     grouped = jnp.ones((3, 3, 2, 4))
 
     def program(x, kernel, strides=(1, 1), padding="SAME", **options):
-        return str(jax.make_jaxpr(lambda x, k: CPU.conv(x, k, strides, padding, **options))(x, kernel))
+        function = lambda x, k: CPU.array(CPU.conv(x, k, strides, padding, **options))  # noqa: E731
+        return str(jax.make_jaxpr(function)(x, kernel))
 
     assert "regnet_flax_" in program(x, kernel)
     for other in (

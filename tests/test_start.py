@@ -8,7 +8,7 @@ import pytest
 
 from regnet_flax import start
 
-ON = f"{start.HUGE_PAGES}=1"
+ON = start.TUNABLES
 
 
 @pytest.fixture

@@ -75,8 +75,8 @@ def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[tuple[st
         module = context.module
         # Before its blocks, a stage runs a shared regulator only to create its parameters and to check it.
         before_blocks = isinstance(module, Regulator) and not inside[1]
-        # If a convolution follows, batch normalisation is called by `value`.
-        if context.method_name not in ("__call__", "value") or before_blocks:
+        # The layers that hand values to each other compute in `value`, which their `__call__` calls.
+        if context.method_name != ("value" if hasattr(module, "value") else "__call__") or before_blocks:
             return call(*args, **kwargs)
         of_the_model = isinstance(module.parent, type(model))
         if of_the_model:

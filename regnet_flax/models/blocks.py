@@ -123,29 +123,43 @@ class Block(nn.Module):
         """Whether the branch contains a regulator."""
         return self.cell is not None
 
-    def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
+    def branch(self, x: Value, state: State, shared: Any) -> tuple[Value, State]:
         """Computes the residual branch, up to its last batch normalisation."""
         raise NotImplementedError
 
-    def rescale(self, y: Array, state: State, shared: Any) -> tuple[Array, State]:
+    def rescale(self, y: Value, state: State, shared: Any) -> tuple[Value, State]:
         """Rescales the branch's output before the addition, with squeeze-and-excitation if the block has it."""
         del shared
         if self.squeeze_excite:
-            y = SqueezeExcite(dtype=self.dtype, initial=self.initial, name="se")(y)
+            y = SqueezeExcite(dtype=self.dtype, initial=self.initial, name="se")(self.ops.array(y))
         return y, state
 
-    def conv(self, x: Value, features: int, size: int, strides: int, name: str, dilation: int = 1) -> Array:
+    def conv(self, *args: Any) -> Array:
+        return self.ops.array(self._conv(*args))
+
+    def _conv(self, x: Value, features: int, size: int, strides: int, name: str, dilation: int = 1) -> Value:
         init, groups = INITIALIZERS[self.initial].conv, self.groups if size == 3 else 1
         options = {"strides": strides, "dilation": dilation, "dtype": self.dtype, "ops": self.ops}
-        return Conv(features, (size, size), init, feature_group_count=groups, **options, name=name)(x)
+        return Conv(features, (size, size), init, feature_group_count=groups, **options, name=name).value(x)
 
     def bn(self, x: Array, name: str) -> Array:
         return self.norm(name=name)(x)
 
-    def conv_bn_relu(
-        self, x: Value, features: int, size: int, strides: int, conv: str, bn: str, dilation: int = 1
+    def conv_bn(
+        self,
+        x: Value,
+        features: int,
+        size: int,
+        strides: int,
+        conv: str,
+        bn: str,
+        dilation: int = 1,
+        relu: bool = False,
     ) -> Value:
-        return self.norm(name=bn, relu=True).value(self.conv(x, features, size, strides, conv, dilation))
+        return self.norm(name=bn, relu=relu).value(self._conv(x, features, size, strides, conv, dilation))
+
+    def conv_bn_relu(self, *args: Any) -> Value:
+        return self.conv_bn(*args, relu=True)
 
     def run_cell(self, x: Array, state: State, shared: Any) -> tuple[Regulator, State, Gates]:
         """Runs one step of the block's own cell, or of the stage's cell with the parameters `shared`."""
@@ -191,7 +205,7 @@ class Block(nn.Module):
             return h
         init = identity_of_first if self.fuse_init == "identity" else INITIALIZERS[self.initial].conv
         conv = Conv(self.features, (1, 1), init, dtype=self.dtype, ops=self.ops, name="conv_fuse")
-        return self.norm(name="bn_fuse", relu=True).value(conv(self.ops.concatenate(x, h)))
+        return self.norm(name="bn_fuse", relu=True).value(conv.value(self.ops.concatenate(x, h)))
 
     @property
     def width(self) -> int:
@@ -204,7 +218,7 @@ class Block(nn.Module):
             return self.ops.array(x)
         if self.shortcut == "A":
             return zero_padded(self.ops.array(x), self.strides, features)
-        return self.bn(self.conv(x, features, 1, self.strides, "shortcut_conv"), "shortcut_bn")
+        return self.ops.array(self.conv_bn(x, features, 1, self.strides, "shortcut_conv", "shortcut_bn"))
 
 
 def zero_padded(x: Array, strides: int, features: int) -> Array:
@@ -218,13 +232,13 @@ def zero_padded(x: Array, strides: int, features: int) -> Array:
 class BasicBlock(Block):
     """Two 3×3 convolutions; with a regulator, a 1×1 convolution between them fuses X2 with H."""
 
-    def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
+    def branch(self, x: Value, state: State, shared: Any) -> tuple[Value, State]:
         n, (before, after) = self.features, self.dilations
         x = self.conv_bn_relu(x, n, 3, self.strides, "conv1", "bn1", before)
         if self.regulated:
             state = self.regulate(x, state, shared)
             x = self.fuse(x, state[0])
-        return self.bn(self.conv(x, n, 3, 1, "conv2", after), "bn2"), state
+        return self.conv_bn(x, n, 3, 1, "conv2", "bn2", after), state
 
 
 class BottleneckBlock(Block):
@@ -236,7 +250,7 @@ class BottleneckBlock(Block):
 
     expansion = 4
 
-    def branch(self, x: Value, state: State, shared: Any) -> tuple[Array, State]:
+    def branch(self, x: Value, state: State, shared: Any) -> tuple[Value, State]:
         n, (before, after) = self.features, self.dilations
         first, second, dilation = (self.strides, 1, after) if self.stride_at == "1x1" else (1, self.strides, before)
         x = self.conv_bn_relu(x, n, 1, first, "conv1", "bn1")
@@ -246,4 +260,4 @@ class BottleneckBlock(Block):
         x = self.conv_bn_relu(x, n, 3, second, "conv2", "bn2", dilation)
         if self.regulated:
             x = self.fuse(x, state[0])
-        return self.bn(self.conv(x, self.width, 1, 1, "conv3"), "bn3"), state
+        return self.conv_bn(x, self.width, 1, 1, "conv3", "bn3"), state

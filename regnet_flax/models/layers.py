@@ -55,9 +55,13 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
     ops: Ops = PLAIN
 
-    @nn.compact
     def __call__(self, x: Value) -> Array:
         """Maps (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, features)."""
+        return self.ops.array(self.value(x))
+
+    @nn.compact
+    def value(self, x: Value) -> Value:
+        """Computes the same as `__call__`, but as an input for a batch normalisation of the same `ops`."""
         shape = (*self.kernel_size, x.shape[-1] // self.feature_group_count, self.features)
         kernel = parameter(self, "kernel", self.kernel_init, shape)
         return self.ops.conv(
@@ -91,12 +95,12 @@ class BatchNorm(nn.Module):
     axis_name: str | None = None
     ops: Ops = PLAIN
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Value) -> Array:
         """Maps (N, height, width, n) to the same shape, in `dtype`."""
         return self.ops.array(self.value(x))
 
     @nn.compact
-    def value(self, x: Array) -> Value:
+    def value(self, x: Value) -> Value:
         """Computes the same as `__call__`, but as an input for a convolution of the same `ops`."""
         shape = x.shape[-1:]
         running = {
@@ -107,7 +111,7 @@ class BatchNorm(nn.Module):
         bias = parameter(self, "bias", nn.initializers.zeros, shape)
         options: Any = {"relu": self.relu, "epsilon": self.epsilon, "dtype": self.dtype}
         if self.is_initializing() and not self.use_running_average:  # init may run outside the axis
-            return PLAIN.batch_norm(x, scale, bias, **options)[0]
+            return PLAIN.batch_norm(self.ops.array(x), scale, bias, **options)[0]
         if self.use_running_average:
             return self.ops.normalize(x, running["mean"].value, running["var"].value, scale, bias, **options)
         y, mean, variance = self.ops.batch_norm(x, scale, bias, axis_name=self.axis_name, **options)

@@ -152,7 +152,7 @@ class RegNet(nn.Module):
         size, strides = (7, 2) if self.stem == "imagenet" else (3, 1)
         channels, preactivated = infos[0].channels, BLOCKS[self.block].preactivated
         conv = Conv(channels, (size, size), init.conv, strides, dtype=self.dtype, ops=self.ops, name="conv1")
-        x: Value = conv(images.astype(self.dtype))
+        x: Value = conv.value(images.astype(self.dtype))
         if not preactivated:
             x = norm(name="bn1", relu=True).value(x)
         if self.stem != "cifar":

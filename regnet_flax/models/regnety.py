@@ -68,7 +68,7 @@ class Block(nn.Module):
         y = conv_bn(y, features, 1, "c", **options)
         if strides != 1 or x.shape[-1] != features:
             x = conv_bn(x, features, 1, "proj", **options, strides=strides)
-        y = self.ops.add_relu(self.ops.array(x), self.ops.array(y))
+        y = self.ops.add_relu(x, y)
         self.sow("intermediates", "output", y)
         return y
 
@@ -90,7 +90,7 @@ def conv_bn(
     # The variance is 2 / (height × width × outputs / groups); Flax's fan-out ignores groups.
     init = nn.initializers.variance_scaling(2.0 * groups, "fan_out", "normal")
     options = {"strides": strides, "feature_group_count": groups, "dtype": dtype, "ops": ops}
-    y = Conv(features, (size, size), init, **options, name=f"{name}_conv")(x)
+    y = Conv(features, (size, size), init, **options, name=f"{name}_conv").value(x)
     return norm(name=f"{name}_bn", relu=relu).value(y)
 
 

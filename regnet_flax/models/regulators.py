@@ -150,7 +150,7 @@ class Regulator(nn.Module):
 
     def conv3x3(self, x: Array, kernel: Array) -> Array:
         """Convolves at stride 1 with the cell's dilation, and with padding that keeps the size."""
-        return self.dilated(lambda x: self.ops.conv(x, kernel, (1, 1), ((1, 1), (1, 1))), x)
+        return self.dilated(lambda x: self.ops.array(self.ops.conv(x, kernel, (1, 1), ((1, 1), (1, 1)))), x)
 
     def convolve(self, x: Array, h: Array, weights: tuple[Array, ...], first: int, last: int) -> list[Array]:
         """Computes W[x, h] + b for the gates from `first` up to, but not including, `last`, in float32 or wider."""

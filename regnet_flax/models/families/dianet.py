@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from regnet_flax.models.blocks import BasicBlock, Block, BottleneckBlock
 from regnet_flax.models.initializers import INITIALIZERS
+from regnet_flax.models.ops import Value
 from regnet_flax.models.ops.cells import Gates
 from regnet_flax.models.regulators import Regulator, State
 
@@ -58,9 +59,10 @@ class DIABlock(Block):
     def regulated(self) -> bool:
         return False
 
-    def rescale(self, y: Array, state: State, shared: Any) -> tuple[Array, State]:
+    def rescale(self, y: Value, state: State, shared: Any) -> tuple[Value, State]:
         if self.cell is None:
             return y, state
+        y = self.ops.array(y)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         _, state, _ = self.run_cell(y.mean((1, 2), dtype=wide), state, shared)
         return y * state[0][:, None, None, :], state

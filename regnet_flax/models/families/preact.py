@@ -33,7 +33,7 @@ class PreactBlock(Block):
         a = self.norm(name="bn1", relu=True).value(self.ops.array(x))
         y, state = self.branch(a, state, shared)
         y, state = self.rescale(y, state, shared)
-        y = self._around(x, a) + y
+        y = self._around(x, a) + self.ops.array(y)
         self.sow("intermediates", "output", y)
         return (y, state), None
 

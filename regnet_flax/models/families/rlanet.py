@@ -40,7 +40,7 @@ class RLABlock(BottleneckBlock):
         Returns:
           The next block's x and h.
         """
-        y, _ = self.branch(self.ops.concatenate(self.ops.array(x), h), (), None)
+        y = self.ops.array(self.branch(self.ops.concatenate(self.ops.array(x), h), (), None)[0])
         x = self.ops.add_relu(self._shortcut(x), y)
         self.sow("intermediates", "output", x)
         if self.strides > 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from regnet_flax.models.ops import cells, cpu, cpu_batch_norm, native, native_batch_norm, native_convolution, plain
+from regnet_flax.models.ops import cells, cpu, native, native_batch_norm, native_convolution, plain
 
 Array = jax.Array
 # An array, or what a back end hands from one of its functions to another in its place; `shape` and `dtype` are its own.
@@ -24,14 +24,15 @@ class Ops:
 
     Attributes:
       name: its name in messages.
-      conv: (x, kernel, strides, padding, **options) → (N, height, width, outputs). x is a Value of shape
-        (N, height, width, inputs), kernel (height, width, inputs, outputs); padding and options are those of
+      conv: (x, kernel, strides, padding, **options) → a Value of shape (N, height, width, outputs). x is a Value of
+        shape (N, height, width, inputs), kernel (height, width, inputs, outputs); padding and options are those of
         `jax.lax.conv_general_dilated`, in NHWC and HWIO unless they say otherwise.
-      batch_norm: (x, scale, bias, *, relu, epsilon, dtype, axis_name) → (y, mean, variance). y is a Value of x's shape
-        (N, height, width, n) in `dtype`, normalised over all axes but the last and over the devices of `axis_name`,
-        with a ReLU if `relu`; scale, bias, mean and the biased variance have the shape (n,), in float32 or wider.
+      batch_norm: (x, scale, bias, *, relu, epsilon, dtype, axis_name) → (y, mean, variance). x and y are Values of one
+        shape (N, height, width, n), y in `dtype`, normalised over all axes but the last and over the devices of
+        `axis_name`, with a ReLU if `relu`; scale, bias, mean and the biased variance have the shape (n,), in float32 or
+        wider.
       normalize: (x, mean, variance, scale, bias, *, relu, epsilon, dtype) → y, the same with given statistics.
-      add_relu: (x, y) → ReLU(x + y), two arrays of one shape.
+      add_relu: (x, y) → ReLU(x + y), two Values of one shape.
       concatenate: two Values → a Value, along the channels.
       array: a Value → the array.
       separable: (x, h, pointwise, depthwise) → (N, height, width, gates, n) in float32 or wider, from x and h
@@ -43,10 +44,10 @@ class Ops:
     """
 
     name: str
-    conv: Callable[..., Array] = dataclasses.field(repr=False)
+    conv: Callable[..., Value] = dataclasses.field(repr=False)
     batch_norm: Callable[..., tuple[Value, Array, Array]] = dataclasses.field(repr=False)
     normalize: Callable[..., Value] = dataclasses.field(repr=False)
-    add_relu: Callable[[Array, Array], Array] = dataclasses.field(repr=False)
+    add_relu: Callable[[Value, Value], Array] = dataclasses.field(repr=False)
     concatenate: Callable[[Value, Value], Value] = dataclasses.field(repr=False)
     array: Callable[[Value], Array] = dataclasses.field(repr=False)
     separable: cells.Separable = dataclasses.field(repr=False)
@@ -76,12 +77,12 @@ PLAIN = Ops(
 )
 CPU = Ops(
     name="cpu",
-    add_relu=cpu_batch_norm.add_relu,
     separable=cpu.separable,
     # C++ where there is a library, otherwise those of cpu.py and cpu_batch_norm.py.
     batch_norm=native_batch_norm.batch_norm,
     normalize=native_batch_norm.normalize,
     conv=native_convolution.conv,
+    add_relu=native_convolution.add_relu,
     concatenate=native_convolution.concatenate,
     array=native_convolution.array,
     rnn_step=native.rnn_step,

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from regnet_flax.models.ops import cpu, cpu_batch_norm, native_library, plain
+from regnet_flax.models.ops.native_convolution import Convolved, array
 from regnet_flax.models.ops.native_library import call, derivable
 from regnet_flax.models.ops.plain import over_devices
 from regnet_flax.models.ops.varying import undivided
@@ -20,8 +21,9 @@ from regnet_flax.models.ops.varying import undivided
 Array = jax.Array
 
 
-def batch_norm(x: Array, scale: Array, bias: Array, **options: Any) -> tuple[cpu.Remade, Array, Array]:
+def batch_norm(x: Array | Convolved, scale: Array, bias: Array, **options: Any) -> tuple[cpu.Remade, Array, Array]:
     """`cpu_batch_norm.batch_norm`, with native passes if they take these arrays."""
+    x = array(x)
     passes = PASSES if _takes(x, scale, bias, options.get("dtype")) else cpu_batch_norm.PASSES
     return cpu_batch_norm.batch_norm(x, scale, bias, **options, passes=passes)
 
@@ -32,14 +34,23 @@ def _takes(x, scale, bias, dtype):
 
 
 def normalize(
-    x: Array, mean: Array, variance: Array, scale: Array, bias: Array, *, epsilon: float = 1e-5, **options: Any
-) -> Array | cpu.Remade:
-    """`plain.normalize`, for a convolution that normalises X as it reads it."""
-    y = plain.normalize(x, mean, variance, scale, bias, epsilon=epsilon, **options)
+    x: Array | Convolved,
+    mean: Array,
+    variance: Array,
+    scale: Array,
+    bias: Array,
+    *,
+    epsilon: float = 1e-5,
+    **options: Any,
+) -> Array | cpu.Remade | Convolved:
+    """`plain.normalize`, by the convolution that makes X or by the next one as it reads X."""
+    vectors = mean, variance, scale, bias
     if not _takes(x, scale, bias, options.get("dtype")):
-        return y
-    normalizer = cpu_batch_norm.Normalizer(options.get("relu", False), y.dtype, epsilon)
-    return cpu.Remade(y, (x, mean, variance, scale, bias), normalizer)
+        return plain.normalize(array(x), *vectors, epsilon=epsilon, **options)
+    normalizer = cpu_batch_norm.Normalizer(options.get("relu", False), jnp.dtype(x.dtype), epsilon)
+    if isinstance(x, Convolved) and x.job and x.norm is None and mean.dtype == variance.dtype == jnp.float32:
+        return Convolved(x.job, (normalizer, vectors))
+    return cpu.Remade(plain.normalize(array(x), *vectors, epsilon=epsilon, **options), (array(x), *vectors), normalizer)
 
 
 def _statistics(x, axis_name):

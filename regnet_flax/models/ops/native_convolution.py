@@ -1,7 +1,8 @@
 """Convolutions as native operations: forward, and the gradients of inputs and kernel, implemented in cpp/convolution.h.
 
 A convolution normalises its input, applies the ReLU and joins the channels of two inputs while it reads them. So the
-results of batch normalisation and concatenation are never written to memory unless something else needs them.
+results of batch normalisation and concatenation are never written to memory unless something else needs them. With
+running statistics, it also normalises its outputs, adds the shortcut and applies the ReLU before it writes them.
 
 The operations take float32 and bfloat16 images, any kernel without groups or dilation, strides 1 and 2, and padding
 that is not negative. Everything else, and machines without the library, use the forms of `cpu`. Sums are float32. Under
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from regnet_flax.models.ops import cpu, native_library, plain
+from regnet_flax.models.ops import cpu, cpu_batch_norm, native_library, plain
 from regnet_flax.models.ops.cpu_batch_norm import Normalizer
 from regnet_flax.models.ops.native_library import DTYPES, call, derivable
 from regnet_flax.models.ops.varying import undivided, vary_together
@@ -34,7 +35,7 @@ Arrays = tuple[Array, ...]
 class Concatenated:
     """Two Values joined along the channels; a convolution reads each part in place."""
 
-    parts: tuple[Array | cpu.Remade, ...]
+    parts: tuple[Array | cpu.Remade | Convolved, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,15 +47,78 @@ class Concatenated:
         return self.parts[0].dtype
 
 
-def concatenate(x: Array | cpu.Remade, y: Array | cpu.Remade) -> Concatenated | cpu.Remade:
+@jax.tree_util.register_pytree_node_class
+class Convolved:
+    """A convolution that is computed when it is asked for, together with what follows it.
+
+    JAX's transformations and `nn.remat` see the array.
+
+    Attributes:
+      job: the arguments of `_conv`; None if there is only the array.
+      norm: how the outputs are normalised, with which mean, variance, scale and bias; None if they are not.
+    """
+
+    def __init__(self, job: Any, norm: tuple[Normalizer, Arrays] | None = None):
+        self.job, self.norm = job, norm
+
+    @functools.cached_property
+    def array(self) -> Array:
+        return _conv(*self.job) if self.norm is None else self._followed()
+
+    def plus(self, x: Array) -> Array:
+        """ReLU(x + the normalised outputs)."""
+        return self._followed(x)
+
+    def _followed(self, *added: Array) -> Array:
+        assert self.norm is not None
+        (form, *inputs), (normalizer, vectors) = self.job, self.norm
+        flat, structure = jax.tree.flatten((inputs, vectors, added))
+        return _followed(form, normalizer, *jax.tree.unflatten(structure, vary_together(*flat)))
+
+    @functools.cached_property
+    def _type(self) -> Any:
+        if self.job is None:
+            return self.array
+        form, _, operands, kernel = self.job
+        return _type(form, operands, kernel)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._type.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self._type.dtype
+
+    def tree_flatten(self) -> tuple[tuple[Array], None]:
+        return (self.array,), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, children: tuple[Array]) -> Convolved:
+        convolved = cls(None)
+        convolved.array = children[0]
+        return convolved
+
+
+def concatenate(x: Array | cpu.Remade | Convolved, y: Array | cpu.Remade) -> Concatenated | cpu.Remade:
     """Along the channels."""
     alike = x.dtype == y.dtype and x.dtype in DTYPES
     return Concatenated((x, y)) if alike and native_library.available() else cpu.concatenate(x, y)
 
 
-def array(x: Array | cpu.Remade | Concatenated) -> Array:
-    """What `batch_norm` and `concatenate` give, as an array."""
-    return plain.concatenate(*map(cpu.array, x.parts)) if isinstance(x, Concatenated) else cpu.array(x)
+def array(x: Array | cpu.Remade | Concatenated | Convolved) -> Array:
+    """What this module's and `native_batch_norm`'s functions give, as an array."""
+    if isinstance(x, Concatenated):
+        return plain.concatenate(*map(array, x.parts))
+    return x.array if isinstance(x, Convolved) else cpu.array(x)
+
+
+def add_relu(x: Any, y: Any) -> Array:
+    """`cpu_batch_norm.add_relu`; a convolution that ends in batch normalisation adds X before it writes."""
+    x = array(x)
+    if isinstance(y, Convolved) and y.norm and not y.norm[0].relu and (x.shape, x.dtype) == (y.shape, y.dtype):
+        return y.plus(x)
+    return cpu_batch_norm.add_relu(x, array(y))
 
 
 class _Form(NamedTuple):
@@ -75,31 +139,32 @@ class _Form(NamedTuple):
 
 
 def conv(
-    x: Array | cpu.Remade | Concatenated,
+    x: Array | cpu.Remade | Concatenated | Convolved,
     kernel: Array,
     strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     **options: Any,
-) -> Array:
+) -> Array | Convolved:
     """`cpu.conv`, with native operations if they take these arrays and options."""
+    if isinstance(x, Convolved):
+        x = x.array
     if not _takes(x, kernel, strides, padding, **options):
-        return cpu.conv(
-            cpu.concatenate(*x.parts) if isinstance(x, Concatenated) else x, kernel, strides, padding, **options
-        )
+        x = cpu.concatenate(*map(array, x.parts)) if isinstance(x, Concatenated) else x
+        return cpu.conv(x, kernel, strides, padding, **options)
     parts = x.parts if isinstance(x, Concatenated) else (x,)
     arrays, operands, makes = [], [], []
     for part in parts:
-        made_from, make = (cpu.array(part),), None
+        made_from, make = (array(part),), None
         if isinstance(part, cpu.Remade) and isinstance(part.make, Normalizer) and part.operands[0].dtype == part.dtype:
             made_from, make = part.operands, part.make
         first, *vectors = made_from
-        arrays.append(cpu.array(part))
+        arrays.append(array(part))
         operands.append((first, *(vector.astype(jnp.float32) for vector in vectors)))
         makes.append(make)
     form = _Form((strides[0], strides[1]), cpu.explicit(padding, x.shape, kernel.shape, strides), tuple(makes))
     flat, structure = jax.tree.flatten((arrays, operands, kernel))
     arrays, operands, kernel = jax.tree.unflatten(structure, vary_together(*flat))
-    return _conv(form, tuple(arrays), tuple(operands), kernel)
+    return Convolved((form, tuple(arrays), tuple(operands), kernel))
 
 
 def _takes(x, kernel, strides, padding, **options):
@@ -143,12 +208,40 @@ def _plain_outputs(form, operands, kernel):
 
 @derivable(_plain_outputs)
 def _outputs(form, operands, kernel):
+    return _call(form, operands, kernel)
+
+
+def _type(form, operands, kernel):
     x = jax.typeof(operands[0][0])
     sizes = zip(x.shape[1:3], kernel.shape, form.padding, form.strides, strict=False)
     height, width = (max(0, (size + sum(pads) - length) // stride + 1) for size, length, pads, stride in sizes)
-    outputs = x.update(shape=(x.shape[0], height, width, kernel.shape[3]))
-    attributes = form.geometry(kernel.shape) | form.kinds()
-    return call("regnet_flax_convolution", outputs, operands, kernel.astype(jnp.float32), **attributes)
+    return x.update(shape=(x.shape[0], height, width, kernel.shape[3]))
+
+
+def _call(form, operands, kernel, normalizer=None, vectors=(), added=()):
+    after = [normalizer is not None, len(added), bool(added) or (normalizer is not None and normalizer.relu)]
+    attributes = form.geometry(kernel.shape) | form.kinds() | {"after": np.array(after, np.int64)}
+    arrays = operands, kernel.astype(jnp.float32), vectors, added
+    epsilon = np.float64(normalizer.epsilon if normalizer else 0)
+    return call("regnet_flax_convolution", _type(form, operands, kernel), *arrays, **attributes, epsilon=epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _followed(form: _Form, normalizer: Normalizer, inputs: Any, vectors: Arrays, added: Arrays) -> Array:
+    """The outputs normalised; with `added`, added to that, and a ReLU."""
+    _, operands, kernel = inputs
+    return _call(form, operands, kernel, normalizer, vectors, added)
+
+
+def _one_by_one(form, normalizer, inputs, vectors, added):
+    y = normalizer(_conv(form, *inputs), *vectors)
+    return cpu_batch_norm.add_relu(*added, y) if added else y
+
+
+_followed.defvjp(
+    lambda form, normalizer, *args: jax.vjp(functools.partial(_one_by_one, form, normalizer), *args),
+    lambda form, normalizer, vjp, d: vjp(d),
+)
 
 
 def _plain_input_gradients(static, d, kernel):

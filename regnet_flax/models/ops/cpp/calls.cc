@@ -141,7 +141,8 @@ CUSTOM_CALL(regnet_flax_lstm_backward, LSTM, true);
                                 ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().RemainingArgs().RemainingRets() attributes)
 
 WITH_ATTRIBUTES(regnet_flax_convolution, convolution,
-                .Attr<Numbers>("geometry").Attr<Numbers>("kinds").Attr<Reals>("epsilons"));
+                .Attr<Numbers>("geometry").Attr<Numbers>("kinds").Attr<Reals>("epsilons")
+                .Attr<Numbers>("after").Attr<double>("epsilon"));
 WITH_ATTRIBUTES(regnet_flax_input_gradient, input_gradient, .Attr<Numbers>("geometry"));
 WITH_ATTRIBUTES(regnet_flax_filter_gradient, filter_gradient,
                 .Attr<Numbers>("geometry").Attr<Numbers>("kinds").Attr<Reals>("epsilons"));

@@ -3,14 +3,20 @@
 // Chunks of an image's channels are copied into planes, a vector per pixel with zeros around: so neighbours are at
 // constant distances, whatever the number of channels, and normalising while copying costs nothing.
 
+struct Norm {
+  V mean{}, factor{}, bias{};
+};
+
+INLINE void read(const Chunk& chunk, Norm& norm) {
+  if (chunk.norms) memcpy(&norm, chunk.norms, sizeof norm);
+}
+
+INLINE void relu(V& v) { v = v < 0.0f ? V{} : v; }  // NaN stays
+
 INLINE void fill_rows(const Operand& from, const Chunk& chunk, int64_t image, int64_t height, int64_t width,
                       int64_t first, int64_t rows, int64_t left, int64_t stride, V* to) {
-  V mean{}, factor{}, bias{};
-  if (chunk.norms) {
-    memcpy(&mean, chunk.norms, sizeof mean);
-    memcpy(&factor, chunk.norms + LANES, sizeof factor);
-    memcpy(&bias, chunk.norms + 2 * LANES, sizeof bias);
-  }
+  Norm norm;
+  read(chunk, norm);
   for (int64_t i = first; i < first + rows; i++, to += stride) {
     if (i < 0 || i >= height) {
       clear(to, to + stride);
@@ -26,14 +32,14 @@ INLINE void fill_rows(const Operand& from, const Chunk& chunk, int64_t image, in
         for (int64_t j = skipped; j < end; j++, index += from.channels) {
           V v;
           read(from.images, index, chunk.count, v);
-          v = (v - mean) * factor + bias;
-          here[j] = v < 0.0f ? V{} : v;  // NaN stays
+          here[j] = (v - norm.mean) * norm.factor + norm.bias;
+          relu(here[j]);
         }
       } else {
         for (int64_t j = skipped; j < end; j++, index += from.channels) {
           V v;
           read(from.images, index, chunk.count, v);
-          here[j] = (v - mean) * factor + bias;
+          here[j] = (v - norm.mean) * norm.factor + norm.bias;
         }
       }
     } else {
@@ -81,11 +87,22 @@ TARGET void convolve_tiles(const Convolution& job, int64_t image, int64_t first,
           ROLLED for (int c = 0; c < C; c++) {
             const Chunk& chunk = job.out_chunks[g * C + c];
             const Operand& to = job.out[chunk.operand];
+            Norm norm;
+            read(chunk, norm);
             ROLLED for (int p = 0; p < P; p++) {
               const int64_t column = job.spread * (j + p) + phase.column;
               if (column >= job.out_width) break;
               const int64_t pixel = (image * job.out_height + row) * job.out_width + column;
-              write(to.images, pixel * to.channels + chunk.channel, chunk.count, sums[p * C + c]);
+              const int64_t index = pixel * to.channels + chunk.channel;
+              V& v = sums[p * C + c];
+              if (chunk.norms) v = (v - norm.mean) * norm.factor + norm.bias;
+              if (job.added.images.data) {
+                V other;
+                read(job.added.images, index, chunk.count, other);
+                v += other;
+              }
+              if (to.relu) relu(v);
+              write(to.images, index, chunk.count, v);
             }
           }
         }

@@ -82,34 +82,37 @@ class Arrays {
   size_t placed_in_ = 0, placed_out_ = 0;
 };
 
+// Of all seeds: mean, factor and bias of an operand that is normalised, from its mean, variance, scale and bias.
+std::vector<float> norms_of(Arrays& arrays, int64_t channels, double epsilon, int lanes) {
+  const int64_t chunks = (channels + lanes - 1) / lanes, all = arrays.seeds * channels;
+  const float *mean = arrays.floats(false, all), *variance = arrays.floats(false, all);
+  const float *scale = arrays.floats(false, all), *bias = arrays.floats(false, all);
+  if (!mean || !variance || !scale || !bias) return {};
+  std::vector<float> norms(arrays.seeds * chunks * 3 * lanes, 0.0f);
+  for (int64_t index = 0; index < all; index++) {
+    const int64_t seed = index / channels, c = index % channels;
+    float* to = norms.data() + (seed * chunks + c / lanes) * 3 * lanes + c % lanes;
+    to[0] = mean[index], to[lanes] = factor_of(variance[index], scale[index], epsilon), to[2 * lanes] = bias[index];
+  }
+  return norms;
+}
+
 // Inputs by the codes of `kinds`: 0 an array; 1 an array and its mean, variance, scale and bias; 2 the same, and a ReLU.
-// `norms` holds the vectors of one seed after another.
 std::vector<Operand> inputs_of(Arrays& arrays, Numbers kinds, Reals epsilons, int lanes, int64_t& height,
                                int64_t& width, std::vector<std::vector<float>>& norms) {
   std::vector<Operand> operands;
   for (size_t k = 0; k < kinds.size(); k++) {
     operands.push_back(arrays.operand(false, height, width));
     Operand& operand = operands.back();
-    norms.emplace_back();
-    if (!kinds[k]) continue;
-    const int64_t channels = operand.channels, chunks = (channels + lanes - 1) / lanes, all = arrays.seeds * channels;
-    const float *mean = arrays.floats(false, all), *variance = arrays.floats(false, all);
-    const float *scale = arrays.floats(false, all), *bias = arrays.floats(false, all);
-    if (!mean || !variance || !scale || !bias) return operands;
-    norms.back().assign(arrays.seeds * chunks * 3 * lanes, 0.0f);
-    for (int64_t index = 0; index < all; index++) {
-      const int64_t seed = index / channels, c = index % channels;
-      float* to = norms.back().data() + (seed * chunks + c / lanes) * 3 * lanes + c % lanes;
-      to[0] = mean[index], to[lanes] = factor_of(variance[index], scale[index], epsilons[k]), to[2 * lanes] = bias[index];
-    }
+    norms.push_back(kinds[k] ? norms_of(arrays, operand.channels, epsilons[k], lanes) : std::vector<float>());
     operand.relu = kinds[k] == 2;
   }
   return operands;
 }
 
-// Of one seed, from where on `norms` holds its vectors.
+// Of one seed.
 void set_norms(std::vector<Operand>& operands, const std::vector<std::vector<float>>& norms, int64_t seed, int lanes) {
-  for (size_t k = 0; k < operands.size(); k++) {
+  for (size_t k = 0; k < norms.size(); k++) {
     const int64_t chunks = (operands[k].channels + lanes - 1) / lanes;
     operands[k].norms = norms[k].empty() ? nullptr : norms[k].data() + seed * chunks * 3 * lanes;
   }
@@ -124,7 +127,8 @@ int64_t channels_of(const std::vector<Operand>& operands) {
 // Runs `job` for each seed, where kernel (seeds, taps, inputs, outputs) has the convolution's own inputs and outputs, or
 // their places exchanged.
 ffi::Error convolve(ffi::ThreadPool& pool, const Library& library, Convolution job, int64_t seeds, int64_t images,
-                    const float* kernel, bool exchanged, const std::vector<std::vector<float>>& norms) {
+                    const float* kernel, bool exchanged, const std::vector<std::vector<float>>& norms,
+                    const std::vector<std::vector<float>>& out_norms) {
   const int lanes = library.lanes;
   const int64_t inputs = channels_of(job.in), outputs = channels_of(job.out);
   job.out_chunks = chunks_of(job.out, lanes);
@@ -156,6 +160,8 @@ ffi::Error convolve(ffi::ThreadPool& pool, const Library& library, Convolution j
   for (int64_t seed = 0; seed < seeds; seed++) {
     set_norms(job.in, norms, seed, lanes);
     job.in_chunks = chunks_of(job.in, lanes);
+    set_norms(job.out, out_norms, seed, lanes);
+    job.out_chunks = chunks_of(job.out, lanes);
     job.weights = weights + seed * size;
     jobs.push_back(job);
   }
@@ -196,10 +202,12 @@ ffi::Error convolve(ffi::ThreadPool& pool, const Library& library, Convolution j
   return exhausted ? out_of_memory() : ffi::Error::Success();
 }
 
-// Arguments are (inputs…, kernel), the result is the outputs. `geometry` is the kernel's height and width, the stride, and
-// the rows and columns of zeros above and left of the image.
+// Arguments are (inputs…, kernel), then what `after` asks for; the result is the outputs. `geometry` is the kernel's
+// height and width, the stride, and the rows and columns of zeros above and left of the image. `after` is what happens
+// before the outputs are written: whether they are normalised, with mean, variance, scale and bias; whether an array is
+// added; whether a ReLU follows.
 ffi::Error convolution(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::RemainingRets results, Numbers geometry,
-                       Numbers kinds, Reals epsilons) {
+                       Numbers kinds, Reals epsilons, Numbers after, double epsilon) {
   const Library& library = library_of(lanes());
   Arrays arrays(arguments, results);
   Convolution job{};
@@ -208,7 +216,13 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::
   job.out.push_back(arrays.operand(true, job.out_height, job.out_width));
   const int64_t height = geometry[0], width = geometry[1];
   job.taps = static_cast<int>(height * width);
-  const float* kernel = arrays.floats(false, arrays.seeds * job.taps * channels_of(job.in) * job.out[0].channels);
+  Operand& out = job.out[0];
+  const float* kernel = arrays.floats(false, arrays.seeds * job.taps * channels_of(job.in) * out.channels);
+  std::vector<float> out_norms;
+  if (after[0]) out_norms = norms_of(arrays, out.channels, epsilon, library.lanes);
+  if (after[1]) job.added = arrays.operand(false, job.out_height, job.out_width);
+  out.relu = after[2];
+  if (after[1] && job.added.channels != out.channels) return invalid("arrays do not fit each other");
   if (!arrays.done()) return invalid("arrays do not fit each other");
   job.step = static_cast<int>(geometry[2]), job.spread = 1;
   Phase phase{0, 0, {}};
@@ -216,7 +230,7 @@ ffi::Error convolution(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::
     phase.taps.push_back({static_cast<int>(tap / width - geometry[3]), static_cast<int>(tap % width - geometry[4]), tap});
   }
   job.phases.push_back(phase);
-  return convolve(pool, library, job, arrays.seeds, arrays.images, kernel, false, norms);
+  return convolve(pool, library, job, arrays.seeds, arrays.images, kernel, false, norms, {out_norms});
 }
 
 // Arguments are (gradient of the outputs, kernel), the results are those of the inputs.
@@ -244,7 +258,7 @@ ffi::Error input_gradient(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ff
       job.phases.push_back(phase);
     }
   }
-  return convolve(pool, library, job, arrays.seeds, arrays.images, kernel, true, {{}});
+  return convolve(pool, library, job, arrays.seeds, arrays.images, kernel, true, {{}}, {});
 }
 
 // Arguments are (inputs…, gradient of the outputs), the result is that of the kernel.

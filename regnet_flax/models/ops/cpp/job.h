@@ -52,8 +52,8 @@ typedef void (*Run)(const Job&, float* planes);
 // ---------------------------------------------------------------------------------------------------------------------
 // Convolutions and batch normalisations
 
-// Images (N, height, width, channels), normalised while they are read where `norms` is set: (x − mean)·factor + bias,
-// three vectors for each vector of channels, and a ReLU where asked for.
+// Images (N, height, width, channels), normalised while they are read or written where `norms` is set: (x − mean)·factor
+// + bias, three vectors for each vector of channels, and a ReLU where asked for.
 struct Operand {
   Images images;
   int64_t channels;
@@ -83,6 +83,7 @@ struct Phase {
 // A convolution: from `in` to `out`, both along the channels of one or two arrays.
 struct Convolution {
   std::vector<Operand> in, out;
+  Operand added;  // to the outputs, before their ReLU; without data, nothing
   std::vector<Chunk> in_chunks, out_chunks;
   int64_t height, width, out_height, out_width;
   int step, spread;
