@@ -1,16 +1,17 @@
-"""Where a training step's time goes: milliseconds of a step by part of the model and direction, from XLA's own trace.
+"""Where the time of training and inference goes: milliseconds of a step by part of the model, from XLA's own trace.
 
     python benchmarks/breakdown.py --out breakdown.json
 
-A traced operation counts for the part of the model in which its root was traced, including everything fused into it.
-On a CPU, convolutions and products run in Eigen's own threads and are not traced: they make up most of the remaining
-time, called "not traced".
+A native operation counts by its name. Any other traced operation counts for the part of the model in which its root
+was traced, including everything fused into it. On a CPU, XLA's convolutions and products run in Eigen's own threads and
+are not traced: without native operations, they make up most of the remaining time, called "not traced".
 """
 
 import argparse
 import collections
 import glob
 import gzip
+import itertools
 import json
 import re
 import tempfile
@@ -27,8 +28,20 @@ REGULATOR = re.compile(r"ConvLSTM|ConvGRU|ConvRNN|/regulator/")
 CONVOLUTION = re.compile(r"/(conv\d*|conv_fuse|shortcut_conv)/(jit\(\w+\)/)?\w+$")
 
 
-def part(where):
-    """Returns the part of the model of an operation traced in `where`."""
+NATIVE = {
+    "convolution": "convolutions, forward",
+    "input_gradient": "convolutions, gradients of inputs",
+    "filter_gradient": "convolutions, gradients of kernels",
+    "moments": "batch normalisation, statistics",
+    "norm_gradient_sums": "batch normalisation, gradients",
+    "norm_gradient": "batch normalisation, gradients",
+} | {f"{cell}_{way}": f"regulator, {way}" for cell in ("rnn", "gru", "lstm") for way in ("forward", "backward")}
+
+
+def part(where, native):
+    """Returns the part of the model of an operation traced in `where`, or of a native operation."""
+    if native:
+        return NATIVE[native]
     if "RegNet)" not in where:
         return "loss and SGD"
     direction = "backward" if "transpose(" in where else "forward"
@@ -39,12 +52,12 @@ def part(where):
     return f"batch normalisation, ReLU, shortcuts, {direction}"
 
 
-def traced(train, wait):
+def traced(run, wait):
     """Returns milliseconds per step of each operation, by its name in the compiled program."""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
             for _ in range(STEPS):
-                wait(train())
+                wait(run())
         (path,) = glob.glob(f"{directory}/**/*.trace.json.gz", recursive=True)
         with gzip.open(path) as file:
             events = json.load(file)["traceEvents"]
@@ -55,22 +68,25 @@ def traced(train, wait):
     return times
 
 
-def breakdown(model, batch, size, dtype):
+def breakdown(model, task, batch, size, dtype):
     """Returns milliseconds of a step by part, largest first, and those of the whole step without a trace."""
-    calls, wait, facts = versus_torch.our_calls(model, batch, size, dtype)
+    calls, wait, facts = versus_torch.our_calls(model, batch, size, dtype, (task,))
     times = []
     for _ in range(3 + 2 * STEPS):
         began = time.perf_counter()
-        wait(calls["train"]())
+        wait(calls[task]())
         times.append(1000 * (time.perf_counter() - began))
     step = float(np.median(times[3:]))
     lines = re.findall(r"^ *(?:ROOT )?%(\S+) = .*?([\w-]+)\((.*)$", facts.pop("program"), re.MULTILINE)
-    programs = {name: (opcode, re.search(r'op_name="([^"]*)"', rest)) for name, opcode, rest in lines}
+    programs = {
+        name: (opcode, re.search(r'op_name="([^"]*)"', rest), re.search(r'target="regnet_flax_(\w+)"', rest))
+        for name, opcode, rest in lines
+    }
     parts = collections.Counter()
-    for name, milliseconds in traced(calls["train"], wait).items():
-        opcode, where = programs.get(name, ("", None))
+    for name, milliseconds in traced(calls[task], wait).items():
+        opcode, where, native = programs.get(name, ("", None, None))
         if opcode not in ("call", "while", "conditional"):  # the operations that they call are counted
-            parts[part(where[1]) if where else "the rest"] += milliseconds
+            parts[part(where[1], native and native[1]) if where else "the rest"] += milliseconds
     facts.pop("environment")  # it is in the file once
     parts["not traced"] = step - sum(parts.values())
     return {"step_ms": round(step, 1), "parts_ms": {k: round(v, 1) for k, v in parts.most_common()}, "facts": facts}
@@ -79,15 +95,18 @@ def breakdown(model, batch, size, dtype):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["resnet20", "regnet20_convlstm"])
+    parser.add_argument("--tasks", nargs="+", default=list(versus_torch.TASKS), choices=versus_torch.TASKS)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32)
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", default="")
     arguments = parser.parse_args()
     results = {}
-    for model in arguments.models:
-        found = results[model] = breakdown(model, arguments.batch, arguments.size, arguments.dtype)
-        print(f"\n{model}: {found['step_ms']} ms per step\n\n| part | ms | share |\n| --- | --- | --- |")
+    for model, task in itertools.product(arguments.models, arguments.tasks):
+        found = breakdown(model, task, arguments.batch, arguments.size, arguments.dtype)
+        results.setdefault(model, {})[task] = found
+        head = "| part | ms | share |\n| --- | --- | --- |"
+        print(f"\n{model}, {versus_torch.TASKS[task]}: {found['step_ms']} ms per step\n\n{head}")
         for name, milliseconds in found["parts_ms"].items():
             print(f"| {name} | {milliseconds} | {milliseconds / found['step_ms']:.0%} |")
     if arguments.out:

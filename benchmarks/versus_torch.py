@@ -63,7 +63,9 @@ def our_calls(model, batch, size, dtype, tasks=("train",), **options):
     facts = {"device": jax.devices()[0].device_kind, "environment": environment(jax.local_devices()[:1])}
     calls = {}
     if "infer" in tasks:
-        infer, fixed = jax.jit(functools.partial(network.apply, train=False)), jax.tree.map(jnp.copy, variables)
+        fixed = jax.tree.map(jnp.copy, variables)
+        infer = jax.jit(functools.partial(network.apply, train=False)).lower(fixed, images).compile()
+        facts["program"] = infer.as_text()
         calls["infer"] = lambda: infer(fixed, images)
     if "train" in tasks:
         tx = optimizer.make_optimizer("sgd", lambda count: jnp.float32(0.1), weight_decay=1e-4)

@@ -34,16 +34,19 @@ def end_at_once() -> None:
 
 
 def use_huge_pages() -> None:
-    """Starts the process again, with huge pages for large arrays, where Linux leaves that to programs.
+    """Starts the process again so that the C library uses huge pages, where Linux leaves that to programs.
 
-    On a CPU, XLA allocates a step's arrays anew each time. Small pages make that slow, and so do pages that were given
-    back, because the kernel clears them again. The C library reads its settings only when a process starts.
+    It then also keeps freed memory. On a CPU, XLA allocates a step's arrays anew each time. Small pages make that slow,
+    and so do pages that were given back, because the kernel clears them again. The C library reads its settings only
+    when a process starts.
     GLIBC_TUNABLES=glibc.malloc.hugetlb=0 in the environment turns this off.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if HUGE_PAGES in tunables or not _can_have_huge_pages():
         return
-    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, TUNABLES]))
+    given = {setting.partition("=")[0] for setting in tunables.split(":")}
+    ours = [setting for setting in TUNABLES.split(":") if setting.partition("=")[0] not in given]
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, *ours]))
     try:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     except OSError:  # it is only slower

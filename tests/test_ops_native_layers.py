@@ -157,7 +157,7 @@ def test_batch_norm_far_from_zero(relu):
 
 @pytest.mark.parametrize("channels", [5, 16, 20, 32])
 def test_values_of_evaluation(channels):
-    """Without a gradient; one rounds them otherwise in bfloat16, where this rounds only what it writes."""
+    """Without a gradient, whose forward pass would round after each step in bfloat16; this rounds what it writes."""
     arrays = evaluated_arrays(channels)
     narrow = tuple(a.astype(jnp.bfloat16) if a.ndim == 4 else a for a in arrays)
     found, narrow_found = (jax.jit(functools.partial(evaluated, CPU))(*a) for a in (arrays, narrow))
@@ -170,7 +170,7 @@ def test_values_of_evaluation(channels):
 
 
 def test_evaluation_has_no_other_passes_over_the_images():
-    """Of all that follows a convolution, nothing is left to XLA; in a network, nn.remat included, neither."""
+    """XLA does nothing of what follows a convolution, nor in a network, nor with nn.remat."""
     arrays = evaluated_arrays()
     program = jax.jit(functools.partial(evaluated, CPU)).lower(*arrays).compile().as_text()
     assert program.count('custom_call_target="regnet_flax_convolution"') == 2 and "maximum(" not in program
@@ -183,11 +183,46 @@ def test_evaluation_has_no_other_passes_over_the_images():
 
 
 def test_evaluation_outside_a_compiled_program():
-    """Each convolution runs once, and what it gives can be used more than once."""
+    """Each convolution runs once, and what it gives can be used more than once, and in another trace."""
     arrays = evaluated_arrays()
     close(evaluated(CPU, *arrays), evaluated(PLAIN, *arrays), 1e-5)
+
+    def twice(ops, x, *arrays, read_first=False):
+        *vectors, first, _ = arrays[1:]
+        y = ops.normalize(ops.conv(x, first, (1, 1), "SAME"), *vectors)
+        if read_first:
+            x += ops.array(y)
+        inner, _ = jax.lax.scan(lambda carry, _: (carry + ops.array(y), None), x, length=2)
+        return inner + ops.add_relu(x, y) + ops.array(ops.conv(ops.concatenate(x, y), arrays[-1], (1, 1), "SAME"))
+
+    for read_first in (False, True):
+        found, expected = (
+            jax.jit(functools.partial(twice, ops, read_first=read_first))(*arrays) for ops in (CPU, PLAIN)
+        )
+        close(found, expected, 1e-5)
     x = CPU.conv(arrays[0], arrays[-2], (1, 1), "SAME")
     assert x.array is x.array and jax.tree.map(lambda a: a, x).array is x.array
+
+
+def test_flax_can_list_and_capture_the_layers():
+    model, images = create_model("resnet8", width=4, ops="cpu"), jnp.ones((2, 8, 8, 3))
+    assert "conv1" in model.tabulate(jax.random.key(0), images)
+    variables = jax.jit(model.init)(jax.random.key(0), images)
+    _, captured = model.apply(variables, images, capture_intermediates=True, mutable=["intermediates"])
+    assert "stage3" in captured["intermediates"]
+
+
+def test_frozen_statistics_in_training_keep_each_array_once():
+    """A gradient keeps what a convolution gives, not its normalisation beside it."""
+    model = create_model("resnet8", width=16, ops="cpu", frozen_batch_stats=True)
+    images = jnp.ones((16, 32, 32, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+
+    def memory(train):
+        loss = lambda v: model.apply(v, images, train=train).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(variables).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(True) < 0.9 * memory(False)
 
 
 def test_second_derivatives_and_transformations_of_evaluation():
@@ -271,6 +306,8 @@ def test_nan_stays_where_it_is():
         functools.partial(block, CPU), (x, x, *[np.ones(4, np.float32)] * 2, kernel[:, :, [0, 1, 2, 3] * 2])
     )
     assert np.isnan(value).all()
+    for a in (mean, variance):
+        np.testing.assert_array_equal(np.isnan(a), [False, False, True, False])
     _, *rest = evaluated_arrays()[1:]
     found, expected = (
         jax.jit(functools.partial(evaluated, ops))(np.pad(x[..., [0, 1, 2, 3, 3]], ((0, 1), *[(0, 0)] * 3)), *a)
@@ -278,8 +315,6 @@ def test_nan_stays_where_it_is():
     )
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
     assert np.isnan(found).any() and not np.isnan(found).all()
-    for a in (mean, variance):
-        np.testing.assert_array_equal(np.isnan(a), [False, False, True, False])
 
 
 def test_what_it_cannot_do_is_computed_by_the_plain_form():

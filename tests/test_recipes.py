@@ -40,6 +40,32 @@ def photographs(directory):
     return directory
 
 
+@pytest.mark.parametrize(
+    ("model", "start", "new_head", "epochs"),
+    [
+        ("regnet20_convlstm", "regnet20_convlstm.cifar10", True, 15),
+        ("resnet20", "resnet20.cifar10", True, 15),
+        ("resnet20,scratch", "", False, 100),
+        ("regnet50_convlstm", "", False, 100),  # no weights come with the package
+        ("resnet18,finetune", "", True, 15),  # the user names them
+    ],
+)
+def test_photographs_start_from_weights_where_there_are_some(model, start, new_head, epochs):
+    config = get_config("folder", model)
+    assert config.model.name == model.partition(",")[0]
+    assert (config.model.init_from, config.model.new_head, config.train.epochs) == (start, new_head, epochs)
+
+
+def test_the_photo_recipe_fine_tunes(tmp_path, capsys):
+    """One step of the whole model, on photographs of two classes."""
+    folder, workdir = photographs(tmp_path / "photographs"), tmp_path / "run"
+    options = ["--config.train.max_steps=1", "--config.dataset.image_size=16", "--config.train.batch_size=8"]
+    command = ["--config=configs/folder.py:resnet20", f"--config.dataset.data_dir={folder}", f"--workdir={workdir}"]
+    assert main.main([*command, *options]) == 0
+    assert "weights from resnet20.cifar10, all but the head" in capsys.readouterr().out
+    assert json.loads((workdir / "results.json").read_text())["step"] == 1
+
+
 # Those behind --thorough differ little from another one, or many other tests run them.
 @pytest.mark.parametrize(
     "recipe",
@@ -59,6 +85,8 @@ def test_runs_on_synthetic_images(recipe, tmp_path, monkeypatch):
         small += ["--config.dataset.name=folder", f"--config.dataset.data_dir={photographs(tmp_path / 'photographs')}"]
     else:
         small += ["--config.dataset.name=synthetic"]
+    if config.model.init_from:  # weights of the whole model
+        small += ["--config.model.init_from=", "--config.model.new_head=False"]
     held_out = 64 if config.dataset.validation else 0
     small += [f"--config.dataset.validation={held_out}"]
     imagenet = getattr(create_model(model), "stem", "imagenet") == "imagenet"

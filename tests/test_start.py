@@ -44,6 +44,10 @@ def test_other_settings_stay(machine, monkeypatch):
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
     start.use_huge_pages()
     assert started[0][2] == f"glibc.malloc.arena_max=1:{ON}"
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=9")
+    start.use_huge_pages()
+    assert started[1][2].split(":")[:2] == ["glibc.malloc.mmap_max=9", f"{start.HUGE_PAGES}=1"]
+    assert started[1][2].count("mmap_max") == 1 and "trim_threshold" in started[1][2]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from regnet_flax.models.blocks import Block
 from regnet_flax.models.families.rlanet import RLANet
-from regnet_flax.models.layers import Conv
+from regnet_flax.models.layers import BatchNorm, Conv
 from regnet_flax.models.regnet import RegNet
 from regnet_flax.models.regulators import Regulator
 
@@ -76,7 +76,7 @@ def _trace(model: nn.Module, image_shape: tuple[int, int, int]) -> dict[tuple[st
         # Before its blocks, a stage runs a shared regulator only to create its parameters and to check it.
         before_blocks = isinstance(module, Regulator) and not inside[1]
         # The layers that hand values to each other compute in `value`, which their `__call__` calls.
-        if context.method_name != ("value" if hasattr(module, "value") else "__call__") or before_blocks:
+        if context.method_name != ("value" if isinstance(module, (Conv, BatchNorm)) else "__call__") or before_blocks:
             return call(*args, **kwargs)
         of_the_model = isinstance(module.parent, type(model))
         if of_the_model:

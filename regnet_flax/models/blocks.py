@@ -134,8 +134,8 @@ class Block(nn.Module):
             y = SqueezeExcite(dtype=self.dtype, initial=self.initial, name="se")(self.ops.array(y))
         return y, state
 
-    def conv(self, *args: Any) -> Array:
-        return self.ops.array(self._conv(*args))
+    def conv(self, *args: Any, **options: Any) -> Array:
+        return self.ops.array(self._conv(*args, **options))
 
     def _conv(self, x: Value, features: int, size: int, strides: int, name: str, dilation: int = 1) -> Value:
         init, groups = INITIALIZERS[self.initial].conv, self.groups if size == 3 else 1
@@ -158,8 +158,8 @@ class Block(nn.Module):
     ) -> Value:
         return self.norm(name=bn, relu=relu).value(self._conv(x, features, size, strides, conv, dilation))
 
-    def conv_bn_relu(self, *args: Any) -> Value:
-        return self.conv_bn(*args, relu=True)
+    def conv_bn_relu(self, *args: Any, **options: Any) -> Value:
+        return self.conv_bn(*args, **options, relu=True)
 
     def run_cell(self, x: Array, state: State, shared: Any) -> tuple[Regulator, State, Gates]:
         """Runs one step of the block's own cell, or of the stage's cell with the parameters `shared`."""

@@ -79,6 +79,7 @@ class BatchNorm(nn.Module):
 
     Attributes:
       use_running_average: use the running statistics, and do not change them.
+      train: whether gradients follow, also with running statistics.
       relu: whether a ReLU follows.
       momentum: the share of the running statistics that a step keeps.
       epsilon: added to the variance.
@@ -88,6 +89,7 @@ class BatchNorm(nn.Module):
     """
 
     use_running_average: bool
+    train: bool = False
     relu: bool = False
     momentum: float = 0.9
     epsilon: float = 1e-5
@@ -101,7 +103,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def value(self, x: Value) -> Value:
-        """Computes the same as `__call__`, but as an input for a convolution of the same `ops`."""
+        """Computes the same as `__call__`, but as an input for a convolution, or for `add_relu`, of the same `ops`."""
         shape = x.shape[-1:]
         running = {
             "mean": self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32),
@@ -113,6 +115,8 @@ class BatchNorm(nn.Module):
         if self.is_initializing() and not self.use_running_average:  # init may run outside the axis
             return PLAIN.batch_norm(self.ops.array(x), scale, bias, **options)[0]
         if self.use_running_average:
+            if self.train:  # a gradient needs X, and would keep the result beside it
+                x = self.ops.array(x)
             return self.ops.normalize(x, running["mean"].value, running["var"].value, scale, bias, **options)
         y, mean, variance = self.ops.batch_norm(x, scale, bias, axis_name=self.axis_name, **options)
         for statistic, value in ((running["mean"], mean), (running["var"], variance)):
@@ -126,6 +130,7 @@ def norm_of(network: Any, train: bool) -> functools.partial[BatchNorm]:
     return functools.partial(
         BatchNorm,
         use_running_average=network.frozen_batch_stats or not train,
+        train=train,
         dtype=network.dtype,
         axis_name=network.axis_name,
         ops=network.ops,

@@ -60,7 +60,6 @@ class Block(nn.Module):
     def __call__(self, x: Value) -> Array:
         """Maps (N, height, width, channels) to (N, ⌈height/strides⌉, ⌈width/strides⌉, features)."""
         features, strides = self.features, self.strides
-        features, strides = self.features, self.strides
         options = {"norm": self.norm, "dtype": self.dtype, "ops": self.ops}
         y = conv_bn(x, features, 1, "a", **options, relu=True)
         y = conv_bn(y, features, 3, "b", **options, strides=strides, groups=features // self.group_width, relu=True)

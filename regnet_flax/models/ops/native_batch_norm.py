@@ -43,7 +43,7 @@ def normalize(
     epsilon: float = 1e-5,
     **options: Any,
 ) -> Array | cpu.Remade | Convolved:
-    """`plain.normalize`, by the convolution that makes X or by the next one as it reads X."""
+    """`plain.normalize`, computed by the convolution that makes X, or by the one that reads the result."""
     vectors = mean, variance, scale, bias
     if not _takes(x, scale, bias, options.get("dtype")):
         return plain.normalize(array(x), *vectors, epsilon=epsilon, **options)

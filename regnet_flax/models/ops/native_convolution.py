@@ -21,6 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import get_opaque_trace_state
 
 from regnet_flax.models.ops import cpu, cpu_batch_norm, native_library, plain
 from regnet_flax.models.ops.cpu_batch_norm import Normalizer
@@ -35,7 +36,7 @@ Arrays = tuple[Array, ...]
 class Concatenated:
     """Two Values joined along the channels; a convolution reads each part in place."""
 
-    parts: tuple[Array | cpu.Remade | Convolved, ...]
+    parts: tuple[Array | cpu.Remade, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -48,6 +49,7 @@ class Concatenated:
 
 
 @jax.tree_util.register_pytree_node_class
+@dataclasses.dataclass(eq=False)
 class Convolved:
     """A convolution that is computed when it is asked for, together with what follows it.
 
@@ -56,26 +58,37 @@ class Convolved:
     Attributes:
       job: the arguments of `_conv`; None if there is only the array.
       norm: how the outputs are normalised, with which mean, variance, scale and bias; None if they are not.
+      computed: the outputs, once they are computed where this object was made. An array of an inner trace, such as that
+        of a loop's body, would be of no use outside.
     """
 
-    def __init__(self, job: Any, norm: tuple[Normalizer, Arrays] | None = None):
-        self.job, self.norm = job, norm
+    job: Any
+    norm: tuple[Normalizer, Arrays] | None = None
+    computed: Array | None = None
 
-    @functools.cached_property
+    def __post_init__(self):
+        self._trace = get_opaque_trace_state()
+
+    @property
     def array(self) -> Array:
-        return _conv(*self.job) if self.norm is None else self._followed()
+        if self.computed is not None:
+            return self.computed
+        array: Any = _conv(*self.job) if self.norm is None else self._with()
+        if get_opaque_trace_state() == self._trace:
+            self.computed = array
+        return array
 
     def plus(self, x: Array) -> Array:
         """ReLU(x + the normalised outputs)."""
-        return self._followed(x)
+        return cpu_batch_norm.add_relu(x, self.computed) if self.computed is not None else self._with(x)
 
-    def _followed(self, *added: Array) -> Array:
+    def _with(self, *added: Array) -> Array:
         assert self.norm is not None
         (form, *inputs), (normalizer, vectors) = self.job, self.norm
         flat, structure = jax.tree.flatten((inputs, vectors, added))
         return _followed(form, normalizer, *jax.tree.unflatten(structure, vary_together(*flat)))
 
-    @functools.cached_property
+    @property
     def _type(self) -> Any:
         if self.job is None:
             return self.array
@@ -95,13 +108,12 @@ class Convolved:
 
     @classmethod
     def tree_unflatten(cls, _: None, children: tuple[Array]) -> Convolved:
-        convolved = cls(None)
-        convolved.array = children[0]
-        return convolved
+        return cls(None, computed=children[0])
 
 
-def concatenate(x: Array | cpu.Remade | Convolved, y: Array | cpu.Remade) -> Concatenated | cpu.Remade:
+def concatenate(x: Array | cpu.Remade | Convolved, y: Array | cpu.Remade | Convolved) -> Concatenated | cpu.Remade:
     """Along the channels."""
+    x, y = (value.array if isinstance(value, Convolved) else value for value in (x, y))
     alike = x.dtype == y.dtype and x.dtype in DTYPES
     return Concatenated((x, y)) if alike and native_library.available() else cpu.concatenate(x, y)
 
@@ -109,7 +121,7 @@ def concatenate(x: Array | cpu.Remade | Convolved, y: Array | cpu.Remade) -> Con
 def array(x: Array | cpu.Remade | Concatenated | Convolved) -> Array:
     """What this module's and `native_batch_norm`'s functions give, as an array."""
     if isinstance(x, Concatenated):
-        return plain.concatenate(*map(array, x.parts))
+        return plain.concatenate(*map(cpu.array, x.parts))
     return x.array if isinstance(x, Convolved) else cpu.array(x)
 
 
@@ -149,16 +161,16 @@ def conv(
     if isinstance(x, Convolved):
         x = x.array
     if not _takes(x, kernel, strides, padding, **options):
-        x = cpu.concatenate(*map(array, x.parts)) if isinstance(x, Concatenated) else x
+        x = cpu.concatenate(*x.parts) if isinstance(x, Concatenated) else x
         return cpu.conv(x, kernel, strides, padding, **options)
     parts = x.parts if isinstance(x, Concatenated) else (x,)
     arrays, operands, makes = [], [], []
     for part in parts:
-        made_from, make = (array(part),), None
+        made_from, make = (cpu.array(part),), None
         if isinstance(part, cpu.Remade) and isinstance(part.make, Normalizer) and part.operands[0].dtype == part.dtype:
             made_from, make = part.operands, part.make
         first, *vectors = made_from
-        arrays.append(array(part))
+        arrays.append(cpu.array(part))
         operands.append((first, *(vector.astype(jnp.float32) for vector in vectors)))
         makes.append(make)
     form = _Form((strides[0], strides[1]), cpu.explicit(padding, x.shape, kernel.shape, strides), tuple(makes))
@@ -228,14 +240,14 @@ def _call(form, operands, kernel, normalizer=None, vectors=(), added=()):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _followed(form: _Form, normalizer: Normalizer, inputs: Any, vectors: Arrays, added: Arrays) -> Array:
-    """The outputs normalised; with `added`, added to that, and a ReLU."""
+    """The normalised outputs; with `added`, ReLU(added + them)."""
     _, operands, kernel = inputs
     return _call(form, operands, kernel, normalizer, vectors, added)
 
 
 def _one_by_one(form, normalizer, inputs, vectors, added):
     y = normalizer(_conv(form, *inputs), *vectors)
-    return cpu_batch_norm.add_relu(*added, y) if added else y
+    return cpu_batch_norm.add_relu(added[0], y) if added else y
 
 
 _followed.defvjp(

@@ -83,7 +83,7 @@ struct Phase {
 // A convolution: from `in` to `out`, both along the channels of one or two arrays.
 struct Convolution {
   std::vector<Operand> in, out;
-  Operand added;  // to the outputs, before their ReLU; without data, nothing
+  Operand added;  // to the outputs, before the ReLU; nothing if it has no data
   std::vector<Chunk> in_chunks, out_chunks;
   int64_t height, width, out_height, out_width;
   int step, spread;
