@@ -11,6 +11,7 @@ from flax import nnx
 from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from helpers import close
 from regnet_flax import create_model
 from regnet_flax.models.regulators import Regulator
 
@@ -84,7 +85,7 @@ def test_frozen_statistics(name):
     run = functools.partial(model.apply, mutable=["batch_stats"])
     trained, updates = jax.jit(functools.partial(run, train=True))(variables, IMAGES)
     evaluated, _ = jax.jit(functools.partial(run, train=False))(variables, IMAGES)
-    np.testing.assert_array_equal(trained, evaluated)
+    close(trained, evaluated, 1e-5)  # on a CPU, evaluation rounds otherwise
     assert jax.tree.all(jax.tree.map(np.array_equal, updates["batch_stats"], variables["batch_stats"]))
 
 

@@ -98,7 +98,7 @@ def test_same_padding(monkeypatch):
     def same(self, x, features, size, strides, name, dilation=1):
         return nn.Conv(features, (size, size), strides, padding="SAME", use_bias=False, dtype=self.dtype, name=name)(x)
 
-    monkeypatch.setattr(Block, "conv", same)
+    monkeypatch.setattr(Block, "_conv", same)
     with pytest.raises(AssertionError, match="outputs, evaluation, float64: X is off"):
         block()
 
