@@ -26,8 +26,6 @@ from regnet_flax.environment import environment
 STEPS = 5
 REGULATOR = re.compile(r"ConvLSTM|ConvGRU|ConvRNN|/regulator/")
 CONVOLUTION = re.compile(r"/(conv\d*|conv_fuse|shortcut_conv)/(jit\(\w+\)/)?\w+$")
-
-
 NATIVE = {
     "convolution": "convolutions, forward",
     "input_gradient": "convolutions, gradients of inputs",

@@ -38,8 +38,7 @@ def use_huge_pages() -> None:
 
     It then also keeps freed memory. On a CPU, XLA allocates a step's arrays anew each time. Small pages make that slow,
     and so do pages that were given back, because the kernel clears them again. The C library reads its settings only
-    when a process starts.
-    GLIBC_TUNABLES=glibc.malloc.hugetlb=0 in the environment turns this off.
+    when a process starts. GLIBC_TUNABLES=glibc.malloc.hugetlb=0 in the environment turns this off.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if HUGE_PAGES in tunables or not _can_have_huge_pages():

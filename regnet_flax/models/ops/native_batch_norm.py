@@ -45,12 +45,13 @@ def normalize(
 ) -> Array | cpu.Remade | Convolved:
     """`plain.normalize`, computed by the convolution that makes X, or by the one that reads the result."""
     vectors = mean, variance, scale, bias
-    if not _takes(x, scale, bias, options.get("dtype")):
-        return plain.normalize(array(x), *vectors, epsilon=epsilon, **options)
+    takes = _takes(x, scale, bias, options.get("dtype"))
     normalizer = cpu_batch_norm.Normalizer(options.get("relu", False), jnp.dtype(x.dtype), epsilon)
-    if isinstance(x, Convolved) and x.job and x.norm is None and mean.dtype == variance.dtype == jnp.float32:
+    if isinstance(x, Convolved) and x.job and x.norm is None and takes and mean.dtype == variance.dtype == jnp.float32:
         return Convolved(x.job, (normalizer, vectors))
-    return cpu.Remade(plain.normalize(array(x), *vectors, epsilon=epsilon, **options), (array(x), *vectors), normalizer)
+    x = array(x)
+    y = plain.normalize(x, *vectors, epsilon=epsilon, **options)
+    return cpu.Remade(y, (x, *vectors), normalizer) if takes else y
 
 
 def _statistics(x, axis_name):

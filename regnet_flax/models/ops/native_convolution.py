@@ -73,16 +73,13 @@ class Convolved:
     def array(self) -> Array:
         if self.computed is not None:
             return self.computed
-        array: Any = _conv(*self.job) if self.norm is None else self._with()
+        array: Any = _conv(*self.job) if self.norm is None else self.followed()
         if get_opaque_trace_state() == self._trace:
             self.computed = array
         return array
 
-    def plus(self, x: Array) -> Array:
-        """ReLU(x + the normalised outputs)."""
-        return cpu_batch_norm.add_relu(x, self.computed) if self.computed is not None else self._with(x)
-
-    def _with(self, *added: Array) -> Array:
+    def followed(self, *added: Array) -> Array:
+        """The normalised outputs; with X, ReLU(X + them)."""
         assert self.norm is not None
         (form, *inputs), (normalizer, vectors) = self.job, self.norm
         flat, structure = jax.tree.flatten((inputs, vectors, added))
@@ -128,8 +125,9 @@ def array(x: Array | cpu.Remade | Concatenated | Convolved) -> Array:
 def add_relu(x: Any, y: Any) -> Array:
     """`cpu_batch_norm.add_relu`; a convolution that ends in batch normalisation adds X before it writes."""
     x = array(x)
-    if isinstance(y, Convolved) and y.norm and not y.norm[0].relu and (x.shape, x.dtype) == (y.shape, y.dtype):
-        return y.plus(x)
+    if isinstance(y, Convolved) and y.computed is None and y.norm and not y.norm[0].relu:
+        if (x.shape, x.dtype) == (y.shape, y.dtype):
+            return y.followed(x)
     return cpu_batch_norm.add_relu(x, array(y))
 
 
