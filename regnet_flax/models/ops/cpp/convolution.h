@@ -70,6 +70,36 @@ INLINE void tile(const Convolution& job, const Phase& phase, const V* planes, in
   UNROLL for (int p = 0; p < P; p++) UNROLL for (int c = 0; c < C; c++) out[p * C + c] = sums[p][c];
 }
 
+// Writes a chunk of `pixels` outputs, every `step`-th vector of `sums`, and does first what comes before.
+INLINE void finish(const Convolution& job, const Chunk& chunk, int64_t pixel, int64_t pixels, V* sums, int step) {
+  const Operand& to = job.out[chunk.operand];
+  const int64_t first = pixel * to.channels + chunk.channel, apart = job.spread * to.channels;
+  V* const end = sums + pixels * step;
+  if (chunk.norms) {
+    Norm norm;
+    read(chunk, norm);
+    ROLLED for (V* v = sums; v < end; v += step) *v = (*v - norm.mean) * norm.factor + norm.bias;
+  }
+  if (job.added.images.data) {
+    int64_t index = first;
+    ROLLED for (V* v = sums; v < end; v += step, index += apart) {
+      V other;
+      read(job.added.images, index, chunk.count, other);
+      *v += other;
+    }
+  }
+  if (to.relu) {
+    ROLLED for (V* v = sums; v < end; v += step) relu(*v);
+  }
+  int64_t index = first;
+  if (chunk.count == LANES && !to.images.narrow) {  // without conditions in the loop
+    float* out = reinterpret_cast<float*>(to.images.data) + first;
+    ROLLED for (V* v = sums; v < end; v += step, out += apart) memcpy(out, v, sizeof *v);
+  } else {
+    ROLLED for (V* v = sums; v < end; v += step, index += apart) write(to.images, index, chunk.count, *v);
+  }
+}
+
 template <int C, int P, int STEP>
 TARGET void convolve_tiles(const Convolution& job, int64_t image, int64_t first, int64_t last, const V* planes,
                            int64_t stride, int64_t plane) {
@@ -81,29 +111,14 @@ TARGET void convolve_tiles(const Convolution& job, int64_t image, int64_t first,
       for (int64_t i = first; i < last; i++) {
         const int64_t row = job.spread * i + phase.row;
         if (row >= job.out_height) break;
-        for (int64_t j = 0; job.spread * j + phase.column < job.out_width; j += P) {
+        const int64_t start = (image * job.out_height + row) * job.out_width;
+        int64_t column = phase.column;
+        for (int64_t j = 0; column < job.out_width; j += P, column += job.spread * P) {
           const V* here = planes + job.step * ((i - first) * stride + j);
           tile<C, P, STEP>(job, phase, here, stride, plane, weights, sums);
+          const int64_t there = std::min<int64_t>(P, (job.out_width - column + job.spread - 1) / job.spread);
           ROLLED for (int c = 0; c < C; c++) {
-            const Chunk& chunk = job.out_chunks[g * C + c];
-            const Operand& to = job.out[chunk.operand];
-            Norm norm;
-            read(chunk, norm);
-            ROLLED for (int p = 0; p < P; p++) {
-              const int64_t column = job.spread * (j + p) + phase.column;
-              if (column >= job.out_width) break;
-              const int64_t pixel = (image * job.out_height + row) * job.out_width + column;
-              const int64_t index = pixel * to.channels + chunk.channel;
-              V& v = sums[p * C + c];
-              if (chunk.norms) v = (v - norm.mean) * norm.factor + norm.bias;
-              if (job.added.images.data) {
-                V other;
-                read(job.added.images, index, chunk.count, other);
-                v += other;
-              }
-              if (to.relu) relu(v);
-              write(to.images, index, chunk.count, v);
-            }
+            finish(job, job.out_chunks[g * C + c], start + column, there, sums + c, C);
           }
         }
       }
@@ -157,15 +172,15 @@ TARGET void convolve_image(const Convolution& job, int64_t image, int64_t first,
 
 // Adds what `rows` rows give for a tap, CI channels of X and C chunks of the outputs.
 template <int C, int CI, int STEP>
-INLINE void outer_products(const float* x, int64_t x_stride, const V* d, int64_t d_stride, int64_t d_plane, int64_t rows,
-                           int64_t columns, float* sums, int64_t sums_stride) {
+INLINE void outer_products(const float* x, int64_t x_stride, const float* d, int64_t d_stride, int64_t d_plane,
+                           int64_t rows, int64_t columns, float* sums, int64_t sums_stride) {
   V products[CI][C] = {};
   for (int64_t i = 0; i < rows; i++) {
     const float* here = x + i * STEP * x_stride * LANES;
-    const V* there = d + i * d_stride;
-    ROLLED for (int64_t j = 0; j < columns; j++, here += STEP * LANES, there++) {
+    const float* there = d + i * d_stride * LANES;
+    ROLLED for (int64_t j = 0; j < columns; j++, here += STEP * LANES, there += LANES) {
       V v[C];
-      UNROLL for (int c = 0; c < C; c++) v[c] = there[c * d_plane];
+      UNROLL for (int c = 0; c < C; c++) memcpy(&v[c], there + c * d_plane * LANES, sizeof(V));
       UNROLL for (int lane = 0; lane < CI; lane++) {
         UNROLL for (int c = 0; c < C; c++) products[lane][c] += here[lane] * v[c];
       }
@@ -191,8 +206,8 @@ inline int64_t filter_planes(const FilterGradient& job) {
 }
 
 template <int C, int STEP>
-TARGET void filter_block(const FilterGradient& job, const V* x, const V* d, int64_t rows, int64_t d_plane, int lanes,
-                         float* sums) {
+TARGET void filter_block(const FilterGradient& job, const V* x, const float* d, int64_t rows, int64_t d_plane,
+                         int lanes, float* sums) {
   constexpr int CI = SUMS / C < LANES ? SUMS / C : LANES;
   const int64_t stride = filter_stride(job), channels = static_cast<int64_t>(job.d_chunks.size()) * LANES;
   // What these rows hold stays in the first cache while all taps see it.
@@ -204,8 +219,9 @@ TARGET void filter_block(const FilterGradient& job, const V* x, const V* d, int6
       const float* here = reinterpret_cast<const float*>(x + row * stride + tap % job.kernel_width);
       for (size_t g = 0; g < job.d_chunks.size() / C; g++) {
         for (int lane = 0; lane < lanes; lane += CI) {
-          outer_products<C, CI, STEP>(here + lane, stride, d + g * C * d_plane + first * job.d_width, job.d_width, d_plane,
-                                      some, job.d_width, sums + (tap * LANES + lane) * channels + g * C * LANES, channels);
+          outer_products<C, CI, STEP>(here + lane, stride, d + (g * C * d_plane + first * job.d_width) * LANES,
+                                      job.d_width, d_plane, some, job.d_width,
+                                      sums + (tap * LANES + lane) * channels + g * C * LANES, channels);
         }
       }
     }
@@ -215,16 +231,23 @@ TARGET void filter_block(const FilterGradient& job, const V* x, const V* d, int6
 TARGET void filter_images(const FilterGradient& job, int chunk, int64_t first, int64_t last, float* space, float* sums) {
   V* x = reinterpret_cast<V*>(space);
   const int64_t stride = filter_stride(job), block = filter_rows(job);
-  V* d = x + (job.step * (block - 1) + job.kernel_height) * stride;
+  V* copy = x + (job.step * (block - 1) + job.kernel_height) * stride;
   const Chunk& in = job.in_chunks[chunk];
   const bool pairs = job.d_chunks.size() % 2 == 0;
+  // A single whole chunk is read in place, since it lies in memory as it would in a plane.
+  const bool in_place = job.d.channels == LANES && !job.d.images.narrow;
   for (int64_t image = first; image < last; image++) {
     for (int64_t i = 0; i < job.d_height; i += block) {
       const int64_t rows = std::min(block, job.d_height - i), d_plane = rows * job.d_width;
       fill_rows(job.in[in.operand], in, image, job.height, job.width, job.step * i - job.top,
                 job.step * (rows - 1) + job.kernel_height, job.left, stride, x);
-      for (size_t k = 0; k < job.d_chunks.size(); k++) {
-        fill_rows(job.d, job.d_chunks[k], image, job.d_height, job.d_width, i, rows, 0, job.d_width, d + k * d_plane);
+      const float* d = reinterpret_cast<const float*>(copy);
+      if (in_place) {
+        d = reinterpret_cast<const float*>(job.d.images.data) + (image * job.d_height + i) * job.d_width * LANES;
+      } else {
+        for (size_t k = 0; k < job.d_chunks.size(); k++) {
+          fill_rows(job.d, job.d_chunks[k], image, job.d_height, job.d_width, i, rows, 0, job.d_width, copy + k * d_plane);
+        }
       }
       if (job.step == 1) {
         pairs ? filter_block<2, 1>(job, x, d, rows, d_plane, in.count, sums)
