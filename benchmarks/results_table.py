@@ -19,7 +19,7 @@ from regnet_flax.analysis import compare, report
 from regnet_flax.environment import describe_hardware
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
-HEAD = ("data", "recipe", "model", "parameters", "seeds", "test accuracy, %", "95 % interval", "hardware", "finished")
+HEAD = ("model", "test accuracy, %", "95 % interval", "seeds", "data", "recipe", "parameters", "hardware", "finished")
 
 
 def found():
@@ -47,20 +47,20 @@ def row(about, files):
     values = [100 - error for error in result.error]
     links = zip(result.seeds, (os.path.relpath(file, page_table.DOCS) for file in files), strict=True)
     return (
-        about["data"],
-        about["recipe"],
         label,
-        f"{result.parameters:,}",
-        ", ".join(f"[{seed}]({link})" for seed, link in links),
         report.percent(values),
         interval(values),
+        ", ".join(f"[{seed}]({link})" for seed, link in links),
+        about["data"],
+        about["recipe"],
+        f"{result.parameters:,}",
         describe_hardware(result.environment["hardware"]),
         max(result.dates),
     )
 
 
 def table():
-    lines = [HEAD, ["---"] * 3 + ["---:"] + ["---"] * 5, *(row(*each) for each in found())]
+    lines = [HEAD, ["---"] * 6 + ["---:"] + ["---"] * 2, *(row(*each) for each in found())]
     return [f"| {' | '.join(cells)} |" for cells in lines]
 
 

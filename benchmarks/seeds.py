@@ -17,7 +17,7 @@ from regnet_flax import xla_flags
 from regnet_flax.config.resolve import resolve
 from regnet_flax.data.sources import load_dataset
 from regnet_flax.environment import environment
-from regnet_flax.modes.setup import make_trainer
+from regnet_flax.modes.setup.trainers import make_trainer
 
 
 def programs(config, seeds):

@@ -24,7 +24,8 @@ from regnet_flax.data.augment import normalize
 from regnet_flax.data.photos import read_image
 from regnet_flax.errors import ConfigError, DataError, WeightsError, WorkdirError, one_line
 from regnet_flax.models.registry import check_model
-from regnet_flax.modes.setup import build_model, load_trained, load_weights, open_dataset
+from regnet_flax.modes.setup.datasets import open_dataset
+from regnet_flax.modes.setup.models import build_model, load_trained, load_weights
 from regnet_flax.places import fetch
 from regnet_flax.port import shipped
 from regnet_flax.port.torch import starts_from_plain

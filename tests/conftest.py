@@ -111,11 +111,11 @@ def _share_compiled():
         of_step = settings["train"], settings["optimizer"], data.augment, data.mean, data.std, data.num_classes
         of_step += dataset.size("train"), dataset.image_shape, devices
         # The model itself, since two tests may register a cell under one name.
-        model = setup.build_model(config, devices)
+        model = models.build_model(config, devices)
         step = "step", repr(of_step), model
         with pytest.MonkeyPatch.context() as patch:
             if step in _compiled:
-                patch.setattr(setup, "build_step", lambda *_, **__: _compiled[step][0])
+                patch.setattr(trainers, "build_step", lambda *_, **__: _compiled[step][0])
             trainer = setup_trainer(config, dataset, devices, seeds, start)
         trainer._step = _compiled.setdefault(step, (trainer._step,))[0]
         # Of one model initial values depend on which parts the optimiser's state has, not on its settings.
@@ -128,11 +128,11 @@ def _share_compiled():
         trainer._p_eval = _compiled.setdefault(("evaluation", repr(of_evaluation), model), trainer._p_eval)
         return trainer
 
-    from regnet_flax.modes import setup
+    from regnet_flax.modes.setup import models, trainers
 
-    setup_trainer = setup.make_trainer
+    setup_trainer = trainers.make_trainer
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("setup", "train", "evaluate"):
+        for module in ("setup.trainers", "train", "evaluate"):
             patch.setattr(f"regnet_flax.modes.{module}.make_trainer", make_trainer)
         yield
 

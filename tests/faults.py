@@ -17,7 +17,8 @@ import pytest
 from configs import digits
 from helpers import ROOT, environment, error_of, metrics  # noqa: F401
 from helpers import run_process as run
-from regnet_flax.modes.setup import build_model, build_step
+from regnet_flax.modes.setup.models import build_model
+from regnet_flax.modes.setup.trainers import build_step
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.optimizer import build_optimizer
 

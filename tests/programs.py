@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from regnet_flax.config.resolve import resolve
-from regnet_flax.modes import setup
+from regnet_flax.modes.setup import models, trainers
 
 
 class Program:
@@ -18,8 +18,8 @@ class Program:
 
     def __init__(self, config, dataset, devices, seeds=(), start=None):
         self.config, self.dataset, self.totals = resolve(config, dataset), dataset, None
-        self.trainer = setup.make_trainer(self.config, dataset, devices, seeds, start)
-        self.model = setup.build_model(self.config, devices)
+        self.trainer = trainers.make_trainer(self.config, dataset, devices, seeds, start)
+        self.model = models.build_model(self.config, devices)
 
     @property
     def like(self):

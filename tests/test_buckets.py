@@ -329,7 +329,7 @@ def test_the_network_goes_during_a_run(machine, monkeypatch, logger, caplog):
 
 
 def test_a_folder_of_images_in_a_bucket(machine, tmp_path):
-    from regnet_flax.modes.setup import open_dataset
+    from regnet_flax.modes.setup.datasets import open_dataset
 
     config = regnet_flax.main.parse(["--config=configs/folder.py", "--config.dataset.data_dir=memory://bucket/photos"])[
         0

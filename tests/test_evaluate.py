@@ -14,7 +14,7 @@ from regnet_flax.data.feeds import MemoryFeed
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import Dataset
 from regnet_flax.errors import ConfigError
-from regnet_flax.modes import setup
+from regnet_flax.modes.setup import datasets
 from regnet_flax.training.parallel import AXIS, Placement
 from regnet_flax.training.step import create_train_state, eval_step
 from regnet_flax.training.trainer import Step, Trainer, mean_metrics
@@ -95,14 +95,14 @@ def test_a_trained_model_is_measured_on_images_that_its_run_held_out(record, see
         opened.append((seed, names))
         return types.SimpleNamespace(name="photos", class_names=("ant", "bee", "café"))
 
-    monkeypatch.setattr(setup, "open_dataset", open_dataset)
+    monkeypatch.setattr(datasets, "open_dataset", open_dataset)
     config = default_config().lock()
     config.seed = 7
-    setup.open_trained_dataset(config, record, ("ant", "bee", "cafe\u0301"), "run")
-    setup.open_trained_dataset(config, record, (), "run")
+    datasets.open_trained_dataset(config, record, ("ant", "bee", "cafe\u0301"), "run")
+    datasets.open_trained_dataset(config, record, (), "run")
     assert opened == [(seed, ("ant", "bee", "café")), (seed, ())]
     with pytest.raises(ConfigError, match="classes ant, bee, café, but run was trained on bee, café, dog: use images"):
-        setup.open_trained_dataset(config, record, ("bee", "café", "dog"), "run")
+        datasets.open_trained_dataset(config, record, ("bee", "café", "dog"), "run")
 
 
 def test_many_batches_lose_no_example():

@@ -115,7 +115,7 @@ def test_a_stranger_runs_the_program_as_its_card_says(trained, tmp_path, monkeyp
     )
 
     config, _ = main.parse(["--mode=eval", "--workdir", str(trained), "--config.eval.checkpoint=last"])
-    from regnet_flax.modes.setup import load_trained
+    from regnet_flax.modes.setup.models import load_trained
 
     model, variables, step = load_trained(config, trained)
     images = normalize(given, config.dataset.mean, config.dataset.std)

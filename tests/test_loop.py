@@ -26,9 +26,9 @@ from regnet_flax.config.resolve import resolve
 from regnet_flax.data import sources
 from regnet_flax.data.folder import Split
 from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError, WorkdirError
-from regnet_flax.modes import setup
 from regnet_flax.modes import train as loop
 from regnet_flax.modes.evaluate import evaluate_only
+from regnet_flax.modes.setup import models
 from regnet_flax.training import run
 from regnet_flax.training.checkpoint import CHECKPOINTS
 from regnet_flax.training.run import Run
@@ -286,7 +286,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         Trainer.train = restore
     assert steps(tmp_path) == [2]
     config = tiny_config(**{"eval.checkpoint": "last", "dataset.num_classes": 10})
-    _, variables, step = setup.load_trained(config, tmp_path)
+    _, variables, step = models.load_trained(config, tmp_path)
     assert step == 2 and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
 
 

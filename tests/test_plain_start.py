@@ -13,7 +13,7 @@ from regnet_flax.config.fields import default_config
 from regnet_flax.data.augment import normalize
 from regnet_flax.data.sources import load_dataset
 from regnet_flax.errors import ConfigError
-from regnet_flax.modes import setup
+from regnet_flax.modes.setup import models
 from regnet_flax.port.torch import from_plain_torch, starts_from_plain, to_torch
 from regnet_flax.port.weights import write_weights
 from regnet_flax.trained import with_config
@@ -88,8 +88,8 @@ def test_the_program_starts_from_a_plain_networks_file(tmp_path):
 
 def test_another_place_of_the_stride_is_said(tmp_path, caplog, monkeypatch):
     """Names and shapes of torchvision's ResNet-50 fit, but its stride is in another convolution."""
-    build_model = setup.build_model
-    monkeypatch.setattr(setup, "build_model", lambda config: build_model(config).clone(stage_sizes=(1, 1)))
+    build_model = models.build_model
+    monkeypatch.setattr(models, "build_model", lambda config: build_model(config).clone(stage_sizes=(1, 1)))
     config = default_config()
     config.update_from_flattened_dict({"model.name": "regnet50_convrnn", "dataset.num_classes": 10})
     config.model.overrides.width = 4
@@ -105,7 +105,7 @@ def test_another_place_of_the_stride_is_said(tmp_path, caplog, monkeypatch):
         config.model.init_from = str(tmp_path / "w.safetensors")
         caplog.clear()
         with caplog.at_level("WARNING", "regnet_flax"):
-            assert "conv_fuse" in setup.load_weights(config, 3)["params"]["stage1"]["block1"]
+            assert "conv_fuse" in models.load_weights(config, 3)["params"]["stage1"]["block1"]
         assert words in caplog.text and bool(caplog.text) == bool(words)
     with pytest.raises(ConfigError, match="no regulators: regnet50_convrnn can be trained from it"):
         with_config(config, tmp_path)

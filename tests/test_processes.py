@@ -21,7 +21,7 @@ from PIL import Image
 from helpers import checksums, tiny_config
 from regnet_flax import main
 from regnet_flax.modes import train as loop
-from regnet_flax.modes.setup import load_trained
+from regnet_flax.modes.setup.models import load_trained
 from regnet_flax.training import parallel
 from regnet_flax.training.checkpoint import CHECKPOINTS
 from regnet_flax.training.parallel import AXIS

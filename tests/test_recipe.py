@@ -19,8 +19,9 @@ from configs import digits
 from helpers import checksums, small_dataset, tiny_config
 from programs import Program, relative
 from regnet_flax import create_model
-from regnet_flax.modes import evaluate, setup
+from regnet_flax.modes import evaluate
 from regnet_flax.modes import train as loop
+from regnet_flax.modes.setup import datasets, models
 from regnet_flax.training import step as steps
 from regnet_flax.training.checkpoint import Checkpoints
 from regnet_flax.training.optimizer import make_optimizer
@@ -107,14 +108,14 @@ def test_a_run_with_all_options_goes_on_to_the_same_end_and_gives_the_averages_a
     found = evaluate.evaluate_only(config, tmp_path / "parts", devices=jax.devices()[:1])
     assert found["accuracy"] == results["last"]["eval_accuracy"]
     config.dataset.num_classes = 10
-    _, variables, _ = setup.load_trained(config, tmp_path / "parts")
+    _, variables, _ = models.load_trained(config, tmp_path / "parts")
     latest = restored(config, tmp_path / "parts")
     jax.tree.map(np.testing.assert_array_equal, variables, latest.ema)
     assert max(jax.tree.leaves(jax.tree.map(relative, variables["params"], latest.params))) > 1e-3
 
 
 def restored(config, workdir):
-    like = Program(config, setup.open_dataset(config), jax.devices()[:1]).like
+    like = Program(config, datasets.open_dataset(config), jax.devices()[:1]).like
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
         found = checkpoints.restore(like)
     assert found is not None

@@ -21,8 +21,9 @@ from regnet_flax.analysis import report
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import Dataset
 from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError, WorkdirError
-from regnet_flax.modes import evaluate, setup
+from regnet_flax.modes import evaluate
 from regnet_flax.modes import train as loop
+from regnet_flax.modes.setup import models
 from regnet_flax.training.run import averaged
 from regnet_flax.training.trainer import Trainer, take_seed
 
@@ -252,7 +253,7 @@ def test_one_seed_of_several_is_evaluated_and_loaded(finished):
     config = tiny_config(**RUN, **{"seed": 4, "eval.checkpoint": "last", "dataset.num_classes": 10})
     found = evaluate.evaluate_only(config, workdir, jax.devices()[:1])
     assert found["loss"] == results["seeds"]["4"]["last"]["eval_loss"]
-    model, variables, _ = setup.load_trained(config, workdir)
+    model, variables, _ = models.load_trained(config, workdir)
     shape = jax.eval_shape(lambda: model.apply(variables, jnp.zeros((1, 8, 8, 1)), train=False)).shape
     assert shape == (1, 10)
     with pytest.raises(ConfigError, match="seed is 7: .* has the seeds 4, 1"):

@@ -27,7 +27,7 @@ from regnet_flax.data import tfds as tfds_prepared
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import Dataset, channel_statistics, hold_out, load_dataset
 from regnet_flax.errors import DataError
-from regnet_flax.modes import setup
+from regnet_flax.modes.setup import datasets
 
 ROOT = Path(__file__).parents[1]
 RED, GREEN, BLUE = (250, 0, 0), (0, 250, 0), (0, 0, 250)
@@ -169,7 +169,7 @@ def test_the_splits_are_said(folder, logger, caplog):
         config, _ = main.parse([f"--config.dataset.validation={value}", "--config.seed=5"])
         assert json.loads(config.to_json())["dataset"]["validation"] == float(value)
         expected = load_dataset("digits", validation=float(value), seed=5)
-        assert setup.open_dataset(config).fingerprint() == expected.fingerprint()
+        assert datasets.open_dataset(config).fingerprint() == expected.fingerprint()
         assert words in caplog.text
     arguments = [
         "--config=configs/rnn_photos.py",
@@ -177,11 +177,11 @@ def test_the_splits_are_said(folder, logger, caplog):
         "--config.dataset.image_size=8",
     ]
     config, _ = main.parse([*arguments, "--config.dataset.augment=()"])
-    setup.open_dataset(config)
+    datasets.open_dataset(config)
     assert f"{folder}: train on train/, test on test/\n" in caplog.text
     draw(folder / "Val/ant/d.png")
     config.dataset.in_memory = "never"
-    setup.open_dataset(config)
+    datasets.open_dataset(config)
     assert f"{folder}: train on train/, test on test/, validation on Val/\n" in caplog.text
     assert "folder: 4 training, 1 validation and 2 test images of 2" in caplog.text
 

@@ -9,9 +9,9 @@ import pytest
 from ml_collections import config_dict
 
 from configs import base
-from regnet_flax.modes import setup
 from regnet_flax.modes import train as loop
 from regnet_flax.modes.evaluate import evaluate_only
+from regnet_flax.modes.setup import models
 
 STORED = pathlib.Path(__file__).parent / "stored"
 EXPECTED = json.loads((STORED / "expected.json").read_text())
@@ -53,7 +53,7 @@ def test_a_workdir_of_before_is_evaluated_and_resumes_to_the_same_end(kind, tmp_
     config = config_of(workdir, **where, **({"seed": seeds[1]} if seeds else {}))
     found = evaluate_only(config, workdir, jax.devices()[:1])
     assert found["loss"] == pytest.approx(own["eval_loss"], rel=1e-4) and found["step"] == before["step"]
-    assert setup.load_trained(config, workdir)[2] == before["step"]
+    assert models.load_trained(config, workdir)[2] == before["step"]
 
     config = config_of(workdir, **where, **{"train.max_steps": before["step"] + 3})
     loop.train_and_evaluate(config, workdir, jax.devices()[:1], seeds=seeds)

@@ -18,8 +18,8 @@ from programs import Program, in_float64, relative
 from regnet_flax import main
 from regnet_flax.data import augment
 from regnet_flax.errors import ConfigError, DataError
-from regnet_flax.modes import setup
 from regnet_flax.modes import train as loop
+from regnet_flax.modes.setup import datasets
 from regnet_flax.training.trainer import take_seed
 
 OPTIONS = {
@@ -66,7 +66,7 @@ def program_on(folder):
 
     def make(devices=1, seeds=(), **overrides):
         config = config_of(folder, **overrides)
-        return Program(config, setup.open_dataset(config), jax.devices()[:devices], seeds=seeds)
+        return Program(config, datasets.open_dataset(config), jax.devices()[:devices], seeds=seeds)
 
     return make
 

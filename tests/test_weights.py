@@ -15,7 +15,7 @@ from regnet_flax.config.fields import default_config
 from regnet_flax.errors import WeightsError
 from regnet_flax.models.registry import MODELS
 from regnet_flax.models.regnet import RegNet
-from regnet_flax.modes import setup
+from regnet_flax.modes.setup import models
 from regnet_flax.port.torch import from_torch, to_torch
 from regnet_flax.port.weights import read_weights, write_weights
 
@@ -140,17 +140,17 @@ def test_regulators_that_group_channels_otherwise_are_refused(tmp_path):
     config = default_config().lock()
     config.model.name, config.dataset.num_classes = "regnet8_convgru", 10
     config.model.overrides.width, config.model.overrides.regulator_grouping = 4, "contiguous"
-    model = setup.build_model(config)
+    model = models.build_model(config)
     arrays = to_torch(random_variables(model, np.zeros((1, 8, 8, 3), np.float32)), model)
     config.model.init_from = str(tmp_path / "w.safetensors")
     write_weights(config.model.init_from, arrays, {"options": '{"regulator_grouping": "contiguous"}'})
-    setup.load_weights(config, 3)
+    models.load_weights(config, 3)
     config.model.overrides.regulator_grouping = None
     with pytest.raises(WeightsError, match=r"set model.overrides.regulator_grouping=contiguous$"):
-        setup.load_weights(config, 3)
+        models.load_weights(config, 3)
     for text in ("[", "[1]"):  # says nothing
         write_weights(config.model.init_from, arrays, {"options": text})
-        setup.load_weights(config, 3)
+        models.load_weights(config, 3)
 
 
 def test_only_text_is_read_from_the_facts_beside_a_file(tmp_path):

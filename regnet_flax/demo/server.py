@@ -143,7 +143,9 @@ def describe(trained: Trained) -> dict[str, str]:
     """Returns the page's text about a network: "model" and "about"."""
     height, width, channels = trained.image_shape
     of = "grey " if channels == 1 else ""
-    about = f"{trained.source} · {len(trained.class_names)} classes · sees {of}images of {width}×{height} pixels"
+    names = trained.class_names
+    known = f"{len(names)} classes" + (f" ({', '.join(names)})" if len(names) <= 20 else "")
+    about = f"{trained.source} · {known} · sees {of}images of {width}×{height} pixels"
     return {"model": trained.config.model.name, "about": about}
 
 

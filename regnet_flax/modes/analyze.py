@@ -18,7 +18,7 @@ from regnet_flax.data.augment import normalize
 from regnet_flax.data.stream import StreamedDataset
 from regnet_flax.errors import DataError
 from regnet_flax.files import write_json
-from regnet_flax.modes.setup import open_trained_dataset
+from regnet_flax.modes.setup.datasets import open_trained_dataset
 from regnet_flax.trained import Trained, with_config
 from regnet_flax.training import workdir
 

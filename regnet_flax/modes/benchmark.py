@@ -19,7 +19,8 @@ from regnet_flax.config.resolve import resolve
 from regnet_flax.data import stream
 from regnet_flax.data.folder import Split
 from regnet_flax.data.sources import Dataset
-from regnet_flax.modes.setup import build_model, make_trainer
+from regnet_flax.modes.setup.models import build_model
+from regnet_flax.modes.setup.trainers import make_trainer
 
 logger = logging.getLogger("regnet_flax")
 

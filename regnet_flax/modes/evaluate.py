@@ -14,7 +14,9 @@ from regnet_flax.command_line import Options
 from regnet_flax.config.check import check_config, eval_batch_size
 from regnet_flax.config.resolve import resolve
 from regnet_flax.files import dataset_title, write_json
-from regnet_flax.modes.setup import Dataset, load_weights, make_trainer, open_trained_dataset, read_trained
+from regnet_flax.modes.setup.datasets import Dataset, open_trained_dataset
+from regnet_flax.modes.setup.models import load_weights, read_trained
+from regnet_flax.modes.setup.trainers import make_trainer
 from regnet_flax.port.weights import read_weights
 from regnet_flax.trained import take_description
 from regnet_flax.training import parallel, workdir

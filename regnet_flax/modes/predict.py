@@ -169,7 +169,8 @@ def show(result: dict[str, Any], as_json: bool) -> None:
     predictions = result["predictions"]
     files = [prediction["file"] for prediction in predictions]
     folder = os.path.commonpath([os.path.dirname(file) for file in files])
-    print(shown(f"{result['model']}, {result['chosen']}: {len(files)} images in {folder or '.'}"))
+    count = f"{len(files)} images in {folder or '.'}" if len(files) > 1 else files[0]
+    print(shown(f"{result['model']}, {result['chosen']}: {count}"))
     table = Table()
     table.add_column("image", overflow="fold")
     for rank in range(1, len(predictions[0]["top"]) + 1):

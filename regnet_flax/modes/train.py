@@ -18,7 +18,9 @@ from regnet_flax.config.check import check_config, eval_batch_size, flatten
 from regnet_flax.config.resolve import resolve
 from regnet_flax.errors import ConfigError, WorkdirError
 from regnet_flax.files import dataset_title, write_json
-from regnet_flax.modes.setup import Dataset, load_weights, make_plan, make_trainer, open_dataset
+from regnet_flax.modes.setup.datasets import Dataset, open_dataset
+from regnet_flax.modes.setup.models import load_weights
+from regnet_flax.modes.setup.trainers import make_plan, make_trainer
 from regnet_flax.places import in_workdir
 from regnet_flax.results import collect_results, report
 from regnet_flax.trackers.registry import check_installed

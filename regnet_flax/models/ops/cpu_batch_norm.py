@@ -96,9 +96,14 @@ def _backward(passes, epsilon, relu, dtype, axis_name, saved, gradients):
     dx = passes.input_gradient(*values, *(over_devices(s, axis_name) for s in local), **options)
     if not all(isinstance(gradient, SymbolicZero) for gradient in by_statistics):
         # As in the gradient of a convolution's kernel gradient, which is computed from `Remade.operands`.
-        vjp = jax.vjp(lambda x: plain.statistics(x, axis_name), x)[1]
-        dx += vjp(tuple(map(_array, by_statistics, (mean, variance))))[0]
+        dx += through_statistics(x, axis_name, *by_statistics)
     return dx, by_scale.astype(scale.dtype), by_bias.astype(bias.dtype)
+
+
+def through_statistics(x, axis_name, *gradients):
+    """The gradient of X from those of its mean and its variance."""
+    statistics, vjp = jax.vjp(lambda x: plain.statistics(x, axis_name), x)
+    return vjp(tuple(map(_array, gradients, statistics)))[0]
 
 
 def _array(gradient, like):

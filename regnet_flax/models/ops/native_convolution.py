@@ -70,6 +70,11 @@ class Convolved:
         self._trace = get_opaque_trace_state()
 
     @property
+    def alone(self) -> bool:
+        """Whether it is a convolution, not yet computed, that nothing follows."""
+        return self.job is not None and self.norm is None and self.computed is None
+
+    @property
     def array(self) -> Array:
         if self.computed is not None:
             return self.computed
@@ -139,6 +144,7 @@ class _Form(NamedTuple):
     makes: tuple[Normalizer | None, ...]  # of each part, from its operands; None: it is the operand
 
     def geometry(self, kernel_shape: Sequence[int]) -> dict[str, Any]:
+        """What the native operations know of it; `kinds` has the rest, of those that read its inputs."""
         (top, _), (left, _) = self.padding
         return {"geometry": np.array([*kernel_shape[:2], self.strides[0], top, left], np.int64)}
 
@@ -202,10 +208,14 @@ def _forward(form, arrays, operands, kernel):
 
 
 def _backward(form, saved, d):
-    operands, kernel = saved
+    by_inputs, by_kernel = gradients_apart(form, *saved, d)
+    return by_inputs, None, by_kernel.astype(saved[1].dtype)
+
+
+def gradients_apart(form, operands, kernel, d):
+    """The gradients of a convolution's inputs, and that of its kernel in float32, from that of its outputs."""
     types = tuple(jax.typeof(part[0]) for part in operands)
-    by_kernel = _kernel_gradient((form, kernel.shape), operands, d)
-    return _input_gradients((form, types), d, kernel), None, by_kernel.astype(kernel.dtype)
+    return _input_gradients((form, types), d, kernel), _kernel_gradient((form, kernel.shape), operands, d)
 
 
 _conv.defvjp(_forward, _backward)
@@ -218,7 +228,19 @@ def _plain_outputs(form, operands, kernel):
 
 @derivable(_plain_outputs)
 def _outputs(form, operands, kernel):
-    return _call(form, operands, kernel)
+    return _call(form, _type(form, operands, kernel), operands, kernel)
+
+
+@derivable(lambda form, operands, kernel: _with_moments(_plain_outputs(form, operands, kernel)))
+def measured(form, operands, kernel):
+    """The outputs, and their means and biased variances on this device."""
+    type_ = _type(form, operands, kernel)
+    vector = undivided(operands[0][0], type_.shape[-1:])
+    return tuple(_call(form, [type_, vector, vector], operands, kernel))
+
+
+def _with_moments(x):
+    return x, *plain.statistics(x, None)
 
 
 def _type(form, operands, kernel):
@@ -228,19 +250,19 @@ def _type(form, operands, kernel):
     return x.update(shape=(x.shape[0], height, width, kernel.shape[3]))
 
 
-def _call(form, operands, kernel, normalizer=None, vectors=(), added=()):
+def _call(form, results, operands, kernel, normalizer=None, vectors=(), added=()):
     after = [normalizer is not None, len(added), bool(added) or (normalizer is not None and normalizer.relu)]
     attributes = form.geometry(kernel.shape) | form.kinds() | {"after": np.array(after, np.int64)}
     arrays = operands, kernel.astype(jnp.float32), vectors, added
     epsilon = np.float64(normalizer.epsilon if normalizer else 0)
-    return call("regnet_flax_convolution", _type(form, operands, kernel), *arrays, **attributes, epsilon=epsilon)
+    return call("regnet_flax_convolution", results, *arrays, **attributes, epsilon=epsilon)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _followed(form: _Form, normalizer: Normalizer, inputs: Any, vectors: Arrays, added: Arrays) -> Array:
     """The normalised outputs; with `added`, ReLU(added + them)."""
     _, operands, kernel = inputs
-    return _call(form, operands, kernel, normalizer, vectors, added)
+    return _call(form, _type(form, operands, kernel), operands, kernel, normalizer, vectors, added)
 
 
 def _one_by_one(form, normalizer, inputs, vectors, added):
@@ -280,3 +302,34 @@ def _plain_kernel_gradient(static, operands, d):
 def _kernel_gradient(static, operands, d):
     form, shape = static
     return call("regnet_flax_filter_gradient", undivided(d, shape), operands, d, **form.geometry(shape), **form.kinds())
+
+
+def _plain_gradients(static, operands, d, x, kernel, *vectors):
+    form, (relu, epsilon) = static
+    dx = cpu_batch_norm.input_gradient(d, x, *vectors, relu=relu, epsilon=epsilon)
+    types = tuple(jax.typeof(part[0]) for part in operands)
+    by_kernel = _plain_kernel_gradient((form, kernel.shape), operands, dx)
+    return _plain_input_gradients((form, types), dx, kernel), by_kernel
+
+
+@derivable(_plain_gradients)
+def gradients(static, operands, d, x, kernel, *vectors):
+    """All gradients of a convolution whose outputs X are normalised by their own statistics.
+
+    Args:
+      static: the convolution's form; and the normalisation's `relu` and `epsilon`.
+      operands: of the convolution.
+      d: the gradient of the normalised outputs.
+      x: the outputs.
+      kernel: the kernel.
+      *vectors: the arguments of `cpu_batch_norm.input_gradient` that follow X.
+
+    Returns:
+      The gradients of the convolution's inputs, and that of the kernel in float32.
+    """
+    form, (relu, epsilon) = static
+    results = [*(jax.typeof(part[0]) for part in operands), undivided(d, kernel.shape)]
+    attributes = form.geometry(kernel.shape) | form.kinds() | {"relu": relu, "epsilon": np.float64(epsilon)}
+    arrays = operands, d, x, kernel.astype(jnp.float32), vectors
+    *by_inputs, by_kernel = call("regnet_flax_convolution_gradients", results, *arrays, **attributes)
+    return tuple(by_inputs), by_kernel

@@ -40,7 +40,9 @@ logger = logging.getLogger("regnet_flax")
 
 SOURCES = pathlib.Path(__file__).parent / "cpp"
 TARGETS = [f"regnet_flax_{cell}_{way}" for cell in ("rnn", "gru", "lstm") for way in ("forward", "backward")]
-TARGETS += [f"regnet_flax_{name}" for name in ("convolution", "input_gradient", "filter_gradient")]
+TARGETS += [
+    f"regnet_flax_{name}" for name in ("convolution", "input_gradient", "filter_gradient", "convolution_gradients")
+]
 TARGETS += [f"regnet_flax_{name}" for name in ("moments", "norm_gradient_sums", "norm_gradient")]
 # NaN and infinities are kept. Products and sums are contracted, which -std=c++17 alone would turn off.
 FLAGS = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread", "-DNDEBUG", "-w"]
@@ -100,7 +102,7 @@ def _library() -> pathlib.Path:
         raise _OffError("REGNET_FLAX_NATIVE is 0")
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     flags = [*FLAGS, *_instructions(), *shlex.split(os.environ.get("CXXFLAGS", "")), *EXACT]
-    parts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.iterdir())]
+    parts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.rglob("*.*"))]
     parts += [*compiler, *flags, jaxlib.version.__version__, platform.system(), platform.machine()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = cache_directory() / f"{key}.so"

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "job.h"
-#include "threads.h"
+#include "calls/call.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Instruction sets. The processor's best is found when the library is loaded; ONLY_AVX512 and ONLY_AVX2 leave out the
@@ -116,9 +116,10 @@ int lanes() {
 
 }  // namespace
 
-#include "cell_calls.h"
-#include "convolution_calls.h"
-#include "batch_norm_calls.h"
+#include "calls/batch_norm.h"
+#include "calls/cells.h"
+#include "calls/convolution.h"
+#include "calls/gradients.h"
 
 #define CUSTOM_CALL(name, cell, backward)                                                                    \
   extern "C" __attribute__((visibility("default"))) XLA_FFI_Error* name(XLA_FFI_CallFrame*);                 \
@@ -146,6 +147,9 @@ WITH_ATTRIBUTES(regnet_flax_convolution, convolution,
 WITH_ATTRIBUTES(regnet_flax_input_gradient, input_gradient, .Attr<Numbers>("geometry"));
 WITH_ATTRIBUTES(regnet_flax_filter_gradient, filter_gradient,
                 .Attr<Numbers>("geometry").Attr<Numbers>("kinds").Attr<Reals>("epsilons"));
+WITH_ATTRIBUTES(regnet_flax_convolution_gradients, convolution_gradients,
+                .Attr<Numbers>("geometry").Attr<Numbers>("kinds").Attr<Reals>("epsilons")
+                .Attr<bool>("relu").Attr<double>("epsilon"));
 WITH_ATTRIBUTES(regnet_flax_moments, batch_moments, );
 WITH_ATTRIBUTES(regnet_flax_norm_gradient_sums, batch_gradient_sums, .Attr<bool>("relu").Attr<double>("epsilon"));
 WITH_ATTRIBUTES(regnet_flax_norm_gradient, batch_input_gradient, .Attr<bool>("relu").Attr<double>("epsilon"));

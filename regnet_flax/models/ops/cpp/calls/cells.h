@@ -1,6 +1,6 @@
 // The cells' steps as custom calls.
 
-#include "threads.h"
+#include "call.h"
 
 namespace {
 

@@ -1,9 +1,48 @@
 // Batch normalisation as custom calls. Vectors of n numbers have the leading dimensions that the images have.
 
-#include "job.h"
-#include "threads.h"
+#pragma once
+
+#include "call.h"
 
 namespace {
+
+// What batch normalisation multiplies x − mean by.
+float factor_of(float variance, float scale, double epsilon) {
+  return static_cast<float>(scale / std::sqrt(variance + epsilon));
+}
+
+// Mean and biased variance of n channels, from the moments (parts, 2, n) of parts with these counts, by Chan's formula.
+void combine(const double* moments, const std::vector<int64_t>& counts, int64_t n, float* means, float* variances) {
+  for (int64_t c = 0; c < n; c++) {
+    double before = 0, mean = 0, squares = 0;
+    for (size_t part = 0; part < counts.size(); part++) {
+      const double* of = moments + part * 2 * n;
+      const double here = counts[part], all = before + here;
+      if (!here) continue;
+      const double difference = of[c] - mean;
+      mean += difference * (here / all);
+      squares += of[n + c] + difference * difference * (before * here / all);
+      before = all;
+    }
+    means[c] = static_cast<float>(before ? mean : NAN);
+    variances[c] = static_cast<float>(squares / before);
+  }
+}
+
+// Of each seed (5, n), for the gradient of an input: mean, factor, bias, and what is subtracted for each pixel and for each
+// difference from the mean. `of` has (seeds, n) of mean, variance, scale and bias, and of the gradients of bias and scale.
+std::vector<float> gradient_norms(const float* const (&of)[6], int64_t seeds, int64_t pixels, int64_t n, double epsilon) {
+  std::vector<float> norms(seeds * 5 * n);
+  for (int64_t index = 0; index < seeds * n; index++) {
+    float* to = norms.data() + index / n * 5 * n + index % n;
+    const float factor = factor_of(of[1][index], of[2][index], epsilon);
+    const double shared = static_cast<double>(factor) / pixels;
+    to[0] = of[0][index], to[n] = factor, to[2 * n] = of[3][index];
+    to[3 * n] = static_cast<float>(of[4][index] * shared);
+    to[4 * n] = static_cast<float>(of[5][index] * shared / std::sqrt(of[1][index] + epsilon));
+  }
+  return norms;
+}
 
 // Pixels whose channels stay in the first cache, and parts that depend on the shape alone.
 struct Pixels {
@@ -51,14 +90,13 @@ class Normalization {
   // Value c of a vector, the argument at `place`.
   float at(size_t place, int64_t seed, int64_t c) const { return floats(in[place])[seed * pixels.n + c]; }
 
-  // Of arguments (d, x, mean, variance, scale, bias, …): mean, factor and bias, and `others` more, of one seed after
-  // another.
-  std::vector<float> norms(double epsilon, int others) const {
+  // Of arguments (d, x, mean, variance, scale, bias, …): mean, factor and bias, of one seed after another.
+  std::vector<float> norms(double epsilon) const {
     const int64_t n = pixels.n;
-    std::vector<float> all(pixels.seeds * (3 + others) * n);
+    std::vector<float> all(pixels.seeds * 3 * n);
     for (int64_t index = 0; index < pixels.seeds * n; index++) {
       const int64_t seed = index / n, c = index % n;
-      float* to = all.data() + seed * (3 + others) * n + c;
+      float* to = all.data() + seed * 3 * n + c;
       to[0] = at(2, seed, c), to[n] = factor_of(at(3, seed, c), at(4, seed, c), epsilon), to[2 * n] = at(5, seed, c);
     }
     return all;
@@ -82,21 +120,11 @@ ffi::Error batch_moments(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi
     library.moments(x, n, start + pixels.first(part), start + pixels.first(part + 1), pixels.block(),
                     partial.data() + item * 2 * n);
   });
-  float *means = call.floats(call.out[0]), *variances = call.floats(call.out[1]);
+  std::vector<int64_t> counts;
+  for (int64_t part = 0; part < parts; part++) counts.push_back(pixels.first(part + 1) - pixels.first(part));
   for (int64_t seed = 0; seed < pixels.seeds; seed++) {
-    for (int64_t c = 0; c < n; c++) {
-      double before = 0, mean = 0, squares = 0;
-      for (int64_t part = 0; part < parts; part++) {
-        const double* of = partial.data() + (seed * parts + part) * 2 * n;
-        const double here = pixels.first(part + 1) - pixels.first(part), all = before + here;
-        const double difference = of[c] - mean;
-        mean += difference * (here / all);
-        squares += of[n + c] + difference * difference * (before * here / all);
-        before = all;
-      }
-      means[seed * n + c] = static_cast<float>(pixels.count ? mean : NAN);
-      variances[seed * n + c] = static_cast<float>(squares / pixels.count);
-    }
+    combine(partial.data() + seed * parts * 2 * n, counts, n, call.floats(call.out[0]) + seed * n,
+            call.floats(call.out[1]) + seed * n);
   }
   return ffi::Error::Success();
 }
@@ -110,7 +138,7 @@ ffi::Error batch_gradient_sums(ffi::ThreadPool pool, ffi::RemainingArgs argument
   const Pixels& pixels = call.pixels;
   const int64_t parts = pixels.parts(), n = pixels.n;
   std::vector<double> partial(std::max<int64_t>(1, pixels.seeds * parts * 2 * n));
-  const std::vector<float> norms = call.norms(epsilon, 0);
+  const std::vector<float> norms = call.norms(epsilon);
   const Images d = call.images(call.in[0]), x = call.images(call.in[1]);
   parallel(pool, pixels.seeds * parts, [&](int64_t item) {
     const int64_t part = item % parts, seed = item / parts, start = seed * pixels.count;
@@ -136,14 +164,9 @@ ffi::Error batch_input_gradient(ffi::ThreadPool pool, ffi::RemainingArgs argumen
   if (!call.fits(2, 6, 1, 0)) return invalid("arrays do not fit each other");
   const Pixels& pixels = call.pixels;
   const int64_t parts = pixels.parts(), n = pixels.n;
-  std::vector<float> norms = call.norms(epsilon, 2);
-  for (int64_t index = 0; index < pixels.seeds * n; index++) {
-    const int64_t seed = index / n, c = index % n;
-    float* of = norms.data() + seed * 5 * n + c;
-    const double shared = static_cast<double>(of[n]) / pixels.count;
-    of[3 * n] = static_cast<float>(call.at(6, seed, c) * shared);
-    of[4 * n] = static_cast<float>(call.at(7, seed, c) * shared / std::sqrt(call.at(3, seed, c) + epsilon));
-  }
+  const float* vectors[6];
+  for (int k = 0; k < 6; k++) vectors[k] = call.floats(call.in[2 + k]);
+  const std::vector<float> norms = gradient_norms(vectors, pixels.seeds, pixels.count, n, epsilon);
   const Images d = call.images(call.in[0]), x = call.images(call.in[1]), to = call.images(call.out[0]);
   parallel(pool, pixels.seeds * parts, [&](int64_t item) {
     const int64_t part = item % parts, seed = item / parts, start = seed * pixels.count;
