@@ -65,7 +65,8 @@ def _after_convolution(job, scale, bias, *, relu=False, epsilon=1e-5, dtype=None
     normalizer = cpu_batch_norm.Normalizer(relu, jnp.dtype(dtype or inputs[-1].dtype), epsilon)
     flat, structure = jax.tree.flatten((*inputs, scale, bias))
     inputs = jax.tree.unflatten(structure, vary_together(*flat))
-    y, x, mean, variance = _convolution_and_norm((form, normalizer, axis_name), *inputs)
+    results: Any = _convolution_and_norm((form, normalizer, axis_name), *inputs)
+    y, x, mean, variance = results
     return cpu.Remade(y, (x, mean, variance, *inputs[-2:]), normalizer), mean, variance
 
 
@@ -109,7 +110,8 @@ _convolution_and_norm.defvjp(
 
 
 def _statistics(x, axis_name):
-    return _over_devices(*_moments(None, x), axis_name)
+    own_mean, own_variance = _moments(None, x)
+    return _over_devices(own_mean, own_variance, axis_name)
 
 
 def _over_devices(own_mean, own_variance, axis_name):

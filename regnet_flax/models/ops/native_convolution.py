@@ -208,8 +208,9 @@ def _forward(form, arrays, operands, kernel):
 
 
 def _backward(form, saved, d):
-    by_inputs, by_kernel = gradients_apart(form, *saved, d)
-    return by_inputs, None, by_kernel.astype(saved[1].dtype)
+    operands, kernel = saved
+    by_inputs, by_kernel = gradients_apart(form, operands, kernel, d)
+    return by_inputs, None, by_kernel.astype(kernel.dtype)
 
 
 def gradients_apart(form, operands, kernel, d):
