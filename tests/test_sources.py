@@ -422,6 +422,13 @@ def test_folder_laid_out_otherwise(folder, change, expected):
     assert expected.format(root=folder) in error_of("folder", data_dir=str(folder), image_size=5)
 
 
+def test_folder_one_level_too_high(folder, tmp_path):
+    inner = tmp_path / "outer" / "photos"
+    inner.parent.mkdir()
+    folder.rename(inner)
+    assert f"did you mean --config.dataset.data_dir={inner}?" in error_of("folder", data_dir=str(inner.parent))
+
+
 def test_test_split_may_lack_a_class(folder):
     shutil.rmtree(folder / "test/ant")
     assert load_dataset("folder", data_dir=str(folder)).test.labels.tolist() == [1]
