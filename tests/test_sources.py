@@ -423,7 +423,7 @@ def test_folder_laid_out_otherwise(folder, change, expected):
 
 
 def test_folder_one_level_too_high(folder, tmp_path):
-    inner = tmp_path / "outer" / "photos"
+    inner = tmp_path.parent / f"{tmp_path.name}_outer" / "photos"
     inner.parent.mkdir()
     folder.rename(inner)
     assert f"did you mean --config.dataset.data_dir={inner}?" in error_of("folder", data_dir=str(inner.parent))
