@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from regnet_flax.errors import Interrupted, WorkdirError
+from regnet_flax.training import signals
 from regnet_flax.training.signals import StopSignals
 from regnet_flax.training.workdir import workdir_lock
 
@@ -73,13 +74,17 @@ def test_a_workdir_that_cannot_be_made(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_noted_and_the_handlers_come_back(number):
+def test_a_signal_is_noted_and_said_and_the_handlers_come_back(number, monkeypatch):
+    said = []
+    monkeypatch.setattr(signals.logger, "info", lambda text, *values: said.append(text % values))
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with StopSignals() as stop:
         assert stop.received is None
         assert signal.getsignal(number) not in before
         os.kill(os.getpid(), number)
         assert stop.received == number
+    again = "; a second signal stops at once, without saving"
+    assert said == [f"{number.name}: stopping after this step, then saving{again}"]
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
     assert Interrupted(number, "stopped").exit_code == 128 + number
 

@@ -241,7 +241,7 @@ def test_a_dead_worker_ends_the_run_and_a_signal_stops_it_and_neither_leaves_a_p
         os.killpg(process.pid, number)  # to workers too, like a terminal or a batch system
         out, errors = process.communicate(timeout=100)
         assert process.returncode == 128 + number, errors
-        assert "resuming from the checkpoint" in out, out
+        assert "resuming from the checkpoint" in out and f"\n{number.name}: stopping after this step" in out, out
         assert errors.startswith(f"Stopped by {number.name}. Saved at step "), errors
         assert errors.count("\n") == 1
         assert len(workers) == 2 and not alive(workers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -10,6 +11,8 @@ import jax
 from jax.experimental import multihost_utils
 
 from regnet_flax.errors import Interrupted
+
+logger = logging.getLogger("regnet_flax")
 
 
 class StopSignals:
@@ -105,6 +108,9 @@ class StopSignals:
             if jax.process_count() == 1:
                 self.received = number
             self._counted.set()
+            # Only now: the main thread may hold the log's lock while it waits for `_counted`.
+            again = "" if number == signal.SIGHUP else "; a second signal stops at once, without saving"
+            logger.info("%s: stopping after this step, then saving%s", signal.Signals(number).name, again)
 
     def _handle(self, number: int, _: object) -> None:
         if number == signal.SIGUSR1 or (number == signal.SIGHUP and self._handled):
