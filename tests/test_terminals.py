@@ -178,6 +178,7 @@ def test_sigint_while_it_imports_ends_it_at_once(tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the tests may run in the background
     )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(signal.SIGINT)
