@@ -102,7 +102,7 @@ def _library() -> pathlib.Path:
         raise _OffError("REGNET_FLAX_NATIVE is 0")
     compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     flags = [*FLAGS, *_instructions(), *shlex.split(os.environ.get("CXXFLAGS", "")), *EXACT]
-    parts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.rglob("*.*"))]
+    parts = [path.read_text(encoding="utf-8") for path in sorted(SOURCES.rglob("*")) if path.is_file()]
     parts += [*compiler, *flags, jaxlib.version.__version__, platform.system(), platform.machine()]
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     path = cache_directory() / f"{key}.so"

@@ -40,6 +40,12 @@ class Space {
   int64_t count_ = 0;
 };
 
+// The planes of a thread, which it keeps: memory asked for anew comes as pages that the kernel has to clear.
+float* own_planes(int64_t count) {
+  thread_local Space space;
+  return space.get(count);
+}
+
 // Calls body(0) … body(count − 1) on XLA's threads and this one. It waits for bodies that have begun, never for a thread
 // to become free, so that calls which occupy all threads cannot wait for each other.
 template <typename Body>

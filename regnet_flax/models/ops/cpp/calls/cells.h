@@ -96,9 +96,7 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
   const Run run = run_of<CELL>(LANES);
   std::atomic<bool> exhausted{false};
   parallel(pool, size.seeds * blocks * parts, [&](int64_t item) {
-    // Each thread keeps its planes: memory asked for anew comes as pages that the kernel has to clear.
-    thread_local Space space;
-    float* planes = space.get(planes_of(CELL, BACKWARD) * size.plane() * LANES);
+    float* planes = own_planes(planes_of(CELL, BACKWARD) * size.plane() * LANES);
     if (!planes) {
       exhausted = true;
       return;

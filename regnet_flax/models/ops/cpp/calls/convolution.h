@@ -151,9 +151,8 @@ ffi::Error run(ffi::ThreadPool& pool, const Library& library, const Prepared& al
   const int64_t images = static_cast<int64_t>(all.jobs.size()) * all.images;
   std::atomic<bool> exhausted{false};
   parallel(pool, nothing ? 0 : images * all.blocks, [&](int64_t item) {
-    thread_local Space own;
     const int64_t image = item / all.blocks, first = item % all.blocks * all.block;
-    float* planes = own.get(library.planes(any, all.block) * library.lanes);
+    float* planes = own_planes(library.planes(any, all.block) * library.lanes);
     if (!planes) {
       exhausted = true;
       return;

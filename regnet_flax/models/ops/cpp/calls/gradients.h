@@ -96,11 +96,10 @@ ffi::Error run(ffi::ThreadPool& pool, const Library& library, KernelGradient& al
   const int64_t seeds = all.jobs.size();
   std::atomic<bool> exhausted{false};
   parallel(pool, seeds * all.in_chunks * all.parts, [&](int64_t item) {
-    thread_local Space own;
     const int64_t part = item % all.parts, chunk = item / all.parts % all.in_chunks;
     const int64_t seed = item / all.parts / all.in_chunks, start = seed * all.images;
     const FilterGradient& job = all.jobs[seed];
-    float* planes = own.get(library.filter_planes(job) * library.lanes);
+    float* planes = own_planes(library.filter_planes(job) * library.lanes);
     if (!planes) {
       exhausted = true;
       return;
@@ -149,7 +148,7 @@ ffi::Error filter_gradient(ffi::ThreadPool pool, ffi::RemainingArgs arguments, f
   KernelGradient all;
   if (!prepare(library, job, arrays.seeds, arrays.images, norms, all)) return out_of_memory();
   const ffi::Error error = run(pool, library, all);
-  add_up(pool, library.lanes, all, to);
+  if (error.success()) add_up(pool, library.lanes, all, to);
   return error;
 }
 
@@ -188,35 +187,22 @@ ffi::Error convolution_gradients(ffi::ThreadPool pool, ffi::RemainingArgs argume
   job.height = height, job.width = width, job.d_height = d_height, job.d_width = d_width;
   KernelGradient all;
   Prepared inward;
-  Space space;  // for the gradients of all outputs
-  if (!prepare(library, job, seeds, images, norms, all)) return out_of_memory();
+  if (!prepare(library, job, seeds, images, norms, all) ||
+      !prepare(pool, library, backward, seeds, images, kernel, true, {{}}, {}, inward)) {
+    return out_of_memory();
+  }
+  ffi::Error error = ffi::Error::Success();
   // A part is a thread's; if they do not occupy the threads, each of the three steps shares its images among all.
   const int64_t parts = seeds * all.parts, threads = pool.num_threads(), rounds = (parts + threads - 1) / threads;
-  const bool together = parts > 0 && 4 * parts >= 3 * rounds * threads;
-  if (!together) {
-    const Images whole{reinterpret_cast<char*>(space.get(std::max<int64_t>(1, seeds * images * size))), d.images.narrow};
-    if (!whole.data) return out_of_memory();
-    parallel(pool, seeds * images, [&](int64_t image) {
-      library.norm_gradient(d.images, x.images, n, of.data() + image / images * 5 * n, relu, image * pixels,
-                            (image + 1) * pixels, block, whole);
-    });
-    backward.in[0].images = whole;
-    for (FilterGradient& seed : all.jobs) seed.d.images = whole;
-  }
-  if (!prepare(pool, library, backward, seeds, images, kernel, true, {{}}, {}, inward)) return out_of_memory();
-  ffi::Error error = ffi::Error::Success();
-  if (!together) {
-    error = run(pool, library, inward);
-    if (error.success()) error = run(pool, library, all);
-  } else {
+  if (parts > 0 && 4 * parts >= 3 * rounds * threads) {
     std::atomic<bool> exhausted{false};
-    parallel(pool, seeds * all.parts, [&](int64_t item) {
-      thread_local Space gradient, own;
+    parallel(pool, parts, [&](int64_t item) {
+      thread_local Space gradient;
       const int64_t part = item % all.parts, seed = item / all.parts;
       Convolution to_inputs = inward.jobs[seed];
       FilterGradient to_kernel = all.jobs[seed];
       const int64_t room = std::max(library.planes(to_inputs, inward.block), library.filter_planes(to_kernel));
-      float* planes = own.get(room * library.lanes);
+      float* planes = own_planes(room * library.lanes);
       const Images here{reinterpret_cast<char*>(gradient.get(size)), d.images.narrow};
       if (!planes || !here.data) {
         exhausted = true;
@@ -239,8 +225,20 @@ ffi::Error convolution_gradients(ffi::ThreadPool pool, ffi::RemainingArgs argume
       }
     });
     if (exhausted) error = out_of_memory();
+  } else {
+    Space space;
+    const Images whole{reinterpret_cast<char*>(space.get(std::max<int64_t>(1, seeds * images * size))), d.images.narrow};
+    if (!whole.data) return out_of_memory();
+    parallel(pool, seeds * images, [&](int64_t image) {
+      library.norm_gradient(d.images, x.images, n, of.data() + image / images * 5 * n, relu, image * pixels,
+                            (image + 1) * pixels, block, whole);
+    });
+    for (Convolution& each : inward.jobs) each.in[0].images = whole;
+    for (FilterGradient& each : all.jobs) each.d.images = whole;
+    error = run(pool, library, inward);
+    if (error.success()) error = run(pool, library, all);
   }
-  add_up(pool, library.lanes, all, by_kernel);
+  if (error.success()) add_up(pool, library.lanes, all, by_kernel);
   return error;
 }
 
