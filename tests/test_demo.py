@@ -146,7 +146,10 @@ def test_what_else_is_asked_of_the_page(trained):
     app = server.build_app(lambda data: asked.append(data) or {}, server.describe(trained), "my-machine")
     client = TestClient(app, base_url=LOCAL)
     reply = client.get("/")
-    assert "regnet8_convlstm" in reply.text and "step 12 · 3 classes (" in reply.text
+    assert (
+        "regnet8_convlstm" in reply.text
+        and f"step 12 · 3 classes ({', '.join(trained.class_names)}) · sees images of 8×8 pixels" in reply.text
+    )
     assert "{{" not in reply.text
     policy = reply.headers["content-security-policy"]
     for kind in ("style", "script"):

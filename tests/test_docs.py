@@ -218,7 +218,7 @@ def test_quoted_code_is_that_of_the_package():
 
 def test_the_readmes_code_runs(files):
     space = run_snippets(README, SMALL)
-    assert space["logits"].shape == (8, 10)
+    assert space["logits"].shape == (8, 10) and "batch_stats" in space["updates"]
     assert space["probabilities"].shape == (1, 10)
     # The program accepts the cell that the README shows.
     done = run_program("--mode=summary", *commands(README)[-1], check=0)

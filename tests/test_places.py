@@ -106,7 +106,7 @@ def test_predict_says_which_checkpoint_it_uses_in_any_encoding(trained):
     assert {entry["class"] for entry in result["predictions"][0]["top"]} == {"abeille été", "guêpe"}
     assert result["chosen"] == "step 2, the best of 1 evaluations of the test split"
     done = run_program(*predict, "--config.eval.checkpoint=last", check=0)
-    assert "resnet8, step 2, the last checkpoint: " in done.stdout
+    assert f"resnet8, step 2, the last checkpoint: {image}\n" in done.stdout
 
 
 def test_home_directories(monkeypatch, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import regnet_flax
-from helpers import run_program
+from helpers import bomb, run_process, run_program
 from regnet_flax import main
 from regnet_flax.modes import model_card
 from regnet_flax.port import shipped
@@ -54,6 +54,15 @@ def test_the_command_line_predicts_with_them(tmp_path, monkeypatch):
     )  # fmt: skip
     found = {pathlib.Path(p["file"]).stem: p["top"][0]["class"] for p in json.loads(done.stdout)["predictions"]}
     assert len(found) == 10 and sum(name == best for name, best in found.items()) >= 8
+
+
+def test_a_photo_of_a_hundred_million_pixels_is_refused_without_a_warning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bomb(tmp_path / "huge.png", 10_000)
+    done = run_process(
+        "--mode=predict", "--config.model.init_from=resnet20.cifar10", "--config.predict.images=huge.png", check=2
+    )  # fmt: skip
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: none of the 1 files"), done.stderr
 
 
 @pytest.mark.thorough

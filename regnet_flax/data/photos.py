@@ -6,7 +6,6 @@ import functools
 import math
 import os
 import stat
-import warnings
 from collections.abc import Callable, Sequence
 from typing import IO
 
@@ -76,9 +75,7 @@ def open_image(file: str | os.PathLike | IO[bytes], formats: tuple[str, ...] | N
         if os.fspath(file).lower().endswith(HEIC):
             reads_heic()
     # Turning Pillow's warning into an error would affect the whole process.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image = Image.open(file, formats=formats)
+    image = Image.open(file, formats=formats)
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         image.close()

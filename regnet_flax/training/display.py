@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -198,6 +199,8 @@ def log_to_console(level: int = logging.INFO, stream: str = "stdout") -> None:
     # once more.
     absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # Such an image is refused, with a message of our own.
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
     sys.unraisablehook = _without_orbax(sys.unraisablehook)
     for handler in console_handlers():
         logger.removeHandler(handler)

@@ -99,8 +99,8 @@ def list_image_folder(
     known = class_names or tuple(splits["train"])
     if len(known) < 2:
         hint = "put each class in its own folder"
-        if inner := [folder for folder in map(root.joinpath, known) if (folder / "train").is_dir()]:
-            hint = f"did you mean --config.dataset.data_dir={inner[0]}?"
+        if known and split_directories(root / known[0]):
+            hint = f"did you mean --config.dataset.data_dir={root / known[0]}?"
         raise DataError(f"{root}: only one class ({', '.join(known)}) to train on; {hint}")
     notes = [f"{root}: {_say_ignored(ignored)}"] if ignored else []
     notes += _one_sided(splits, known, directories, root)
