@@ -17,8 +17,8 @@ pytestmark = [
 ]
 
 # Images, height, width, inputs, outputs, kernel, stride, zeros above and below: one pixel, no image, a stem, odd sizes,
-# groups of one, two and four vectors of outputs, several blocks of rows (of a copy, and in place), no padding, much of
-# it, an uneven one, less than the image, no channels.
+# groups of one, two and four vectors of outputs, several blocks of rows (of a copy, and in place), rows of long and of
+# short tiles, no padding, much of it, an uneven one, less than the image, no channels.
 CONVOLUTIONS = [
     (1, 1, 1, 1, 1, 3, 1, (1, 1)),
     (0, 4, 4, 3, 5, 3, 1, (1, 1)),
@@ -28,6 +28,8 @@ CONVOLUTIONS = [
     (2, 4, 4, 64, 64, 3, 1, (1, 1)),
     (1, 40, 70, 40, 24, 3, 1, (1, 1)),
     (2, 66, 68, 5, 16, 3, 1, (1, 1)),
+    (1, 3, 13, 8, 16, 3, 1, (1, 1)),
+    (2, 2, 20, 16, 32, 3, 1, (1, 1)),
     (1, 14, 15, 3, 64, 7, 2, (3, 3)),
     (2, 6, 6, 4, 4, 5, 1, (0, 0)),
     (2, 3, 3, 4, 4, 1, 1, (2, 2)),

@@ -41,9 +41,9 @@ def test_the_same_command_starts_again_with_huge_pages(machine):
 
 def test_other_settings_stay(machine, monkeypatch):
     started = machine()
-    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=9")
     start.use_huge_pages()
-    assert started[0][2] == f"glibc.malloc.arena_max=1:{ON}"
+    assert started[0][2] == f"glibc.malloc.tcache_count=9:{ON}"
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.mmap_max=9")
     start.use_huge_pages()
     assert started[1][2].split(":")[:2] == ["glibc.malloc.mmap_max=9", f"{start.HUGE_PAGES}=1"]

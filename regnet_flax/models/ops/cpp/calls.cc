@@ -32,8 +32,8 @@ namespace avx512 {
 #include "cells.h"
 #include "convolution.h"
 #include "batch_norm.h"
-constexpr Library LIBRARY{LANES,         pixels,       planes,  convolve_image, filter_planes,
-                          filter_images, moments, gradient_sums, input_gradient_of_norm};
+constexpr Library LIBRARY{LANES,   planes,        convolve_image, filter_planes, filter_images,
+                          moments, gradient_sums, input_gradient_of_norm};
 }  // namespace avx512
 #undef LANES
 #undef TARGET
@@ -46,8 +46,8 @@ namespace avx2 {
 #include "cells.h"
 #include "convolution.h"
 #include "batch_norm.h"
-constexpr Library LIBRARY{LANES,         pixels,       planes,  convolve_image, filter_planes,
-                          filter_images, moments, gradient_sums, input_gradient_of_norm};
+constexpr Library LIBRARY{LANES,   planes,        convolve_image, filter_planes, filter_images,
+                          moments, gradient_sums, input_gradient_of_norm};
 }  // namespace avx2
 #undef LANES
 #undef TARGET
@@ -90,8 +90,8 @@ namespace any {
 #include "cells.h"
 #include "convolution.h"
 #include "batch_norm.h"
-constexpr Library LIBRARY{LANES,         pixels,       planes,  convolve_image, filter_planes,
-                          filter_images, moments, gradient_sums, input_gradient_of_norm};
+constexpr Library LIBRARY{LANES,   planes,        convolve_image, filter_planes, filter_images,
+                          moments, gradient_sums, input_gradient_of_norm};
 }  // namespace any
 #undef LANES
 #undef TARGET

@@ -3,20 +3,17 @@
 // Chunks of an image's channels are copied into planes, a vector per pixel with zeros around: so neighbours are at
 // constant distances, whatever the number of channels, and normalising while copying costs nothing.
 
-struct Norm {
-  V mean{}, factor{}, bias{};
-};
-
 INLINE void read(const Chunk& chunk, Norm& norm) {
   if (chunk.norms) memcpy(&norm, chunk.norms, sizeof norm);
 }
 
-INLINE void relu(V& v) { v = v < 0.0f ? V{} : v; }  // NaN stays
-
-INLINE void fill_rows(const Operand& from, const Chunk& chunk, int64_t image, int64_t height, int64_t width,
-                      int64_t first, int64_t rows, int64_t left, int64_t stride, V* to) {
+template <bool WHOLE>
+TARGET void fill_rows_of(const Operand& from, const Chunk& chunk, int64_t image, int64_t height, int64_t width,
+                         int64_t first, int64_t rows, int64_t left, int64_t stride, V* to) {
   Norm norm;
   read(chunk, norm);
+  // Where no column lies left of the image, its first are not read.
+  const int64_t skipped = left < 0 ? -left : 0, end = std::min(width, stride - left);
   for (int64_t i = first; i < first + rows; i++, to += stride) {
     if (i < 0 || i >= height) {
       clear(to, to + stride);
@@ -24,29 +21,23 @@ INLINE void fill_rows(const Operand& from, const Chunk& chunk, int64_t image, in
     }
     clear(to, to + left);
     V* here = to + left;
-    // Where no column lies left of the image, its first are not read.
-    const int64_t skipped = left < 0 ? -left : 0, end = std::min(width, stride - left);
-    int64_t index = ((image * height + i) * width + skipped) * from.channels + chunk.channel;
-    if (chunk.norms) {
-      if (from.relu) {
-        for (int64_t j = skipped; j < end; j++, index += from.channels) {
-          V v;
-          read(from.images, index, chunk.count, v);
-          here[j] = (v - norm.mean) * norm.factor + norm.bias;
-          relu(here[j]);
-        }
-      } else {
-        for (int64_t j = skipped; j < end; j++, index += from.channels) {
-          V v;
-          read(from.images, index, chunk.count, v);
-          here[j] = (v - norm.mean) * norm.factor + norm.bias;
-        }
-      }
+    const int64_t index = ((image * height + i) * width + skipped) * from.channels + chunk.channel;
+    V *start = here + skipped, *stop = here + end;
+    if (!chunk.norms) {
+      read_row<WHOLE, false, false>(from.images, index, from.channels, chunk.count, norm, start, stop);
+    } else if (from.relu) {
+      read_row<WHOLE, true, true>(from.images, index, from.channels, chunk.count, norm, start, stop);
     } else {
-      for (int64_t j = skipped; j < end; j++, index += from.channels) read(from.images, index, chunk.count, here[j]);
+      read_row<WHOLE, true, false>(from.images, index, from.channels, chunk.count, norm, start, stop);
     }
-    if (end < stride - left) clear(here + end, to + stride);
+    if (end < stride - left) clear(stop, to + stride);
   }
+}
+
+INLINE void fill_rows(const Operand& from, const Chunk& chunk, int64_t image, int64_t height, int64_t width,
+                      int64_t first, int64_t rows, int64_t left, int64_t stride, V* to) {
+  const bool whole = chunk.count == LANES && !from.images.narrow;
+  (whole ? fill_rows_of<true> : fill_rows_of<false>)(from, chunk, image, height, width, first, rows, left, stride, to);
 }
 
 // The sums of C chunks of outputs at P pixels in a row.
@@ -91,34 +82,47 @@ INLINE void finish(const Convolution& job, const Chunk& chunk, int64_t pixel, in
   if (to.relu) {
     ROLLED for (V* v = sums; v < end; v += step) relu(*v);
   }
-  int64_t index = first;
-  if (chunk.count == LANES && !to.images.narrow) {  // without conditions in the loop
-    float* out = reinterpret_cast<float*>(to.images.data) + first;
-    ROLLED for (V* v = sums; v < end; v += step, out += apart) memcpy(out, v, sizeof *v);
-  } else {
-    ROLLED for (V* v = sums; v < end; v += step, index += apart) write(to.images, index, chunk.count, *v);
-  }
+  write_row(to.images, first, apart, chunk.count, sums, end, step);
+}
+
+// How many pixels in a row are computed together, of `left`: as many as the registers hold sums for, or fewer where
+// fewer would be computed in vain.
+template <int C>
+INLINE constexpr int64_t together(int64_t left) {
+  constexpr int most = LANES == 8 && C == 2 ? 6 : SUMS / C, fewer = most == 6 ? 4 : (most + 1) / 2;
+  return left <= fewer || (left > most && left <= 2 * fewer) ? fewer : most;
 }
 
 template <int C, int P, int STEP>
+INLINE void tile_of_row(const Convolution& job, const Phase& phase, const V* here, int64_t stride, int64_t plane,
+                        const V* weights, size_t first_chunk, int64_t pixel, int64_t pixels) {
+  V sums[P * C];
+  tile<C, P, STEP>(job, phase, here, stride, plane, weights, sums);
+  ROLLED for (int c = 0; c < C; c++) finish(job, job.out_chunks[first_chunk + c], pixel, pixels, sums + c, C);
+}
+
+template <int C, int STEP>
 TARGET void convolve_tiles(const Convolution& job, int64_t image, int64_t first, int64_t last, const V* planes,
                            int64_t stride, int64_t plane) {
   const int64_t group = C * job.in_chunks.size() * job.taps * LANES;
-  V sums[P * C];
+  constexpr int most = together<C>(1000), fewer = together<C>(1);
   for (size_t g = 0; g < job.out_chunks.size() / C; g++) {
     const V* weights = reinterpret_cast<const V*>(job.weights) + g * group;
     for (const Phase& phase : job.phases) {
+      const int64_t columns = (job.out_width - phase.column + job.spread - 1) / job.spread;
       for (int64_t i = first; i < last; i++) {
         const int64_t row = job.spread * i + phase.row;
         if (row >= job.out_height) break;
-        const int64_t start = (image * job.out_height + row) * job.out_width;
-        int64_t column = phase.column;
-        for (int64_t j = 0; column < job.out_width; j += P, column += job.spread * P) {
+        const int64_t start = (image * job.out_height + row) * job.out_width + phase.column;
+        int64_t p;
+        for (int64_t j = 0; j < columns; j += p) {
+          p = together<C>(columns - j);
           const V* here = planes + job.step * ((i - first) * stride + j);
-          tile<C, P, STEP>(job, phase, here, stride, plane, weights, sums);
-          const int64_t there = std::min<int64_t>(P, (job.out_width - column + job.spread - 1) / job.spread);
-          ROLLED for (int c = 0; c < C; c++) {
-            finish(job, job.out_chunks[g * C + c], start + column, there, sums + c, C);
+          const int64_t pixel = start + job.spread * j, there = std::min(p, columns - j);
+          if (p == most) {
+            tile_of_row<C, most, STEP>(job, phase, here, stride, plane, weights, g * C, pixel, there);
+          } else {
+            tile_of_row<C, fewer, STEP>(job, phase, here, stride, plane, weights, g * C, pixel, there);
           }
         }
       }
@@ -126,14 +130,17 @@ TARGET void convolve_tiles(const Convolution& job, int64_t image, int64_t first,
   }
 }
 
-inline int pixels(int group, int64_t columns) {
-  if (group > 1) return SUMS / group;
-  return columns > SUMS / 2 ? SUMS : SUMS / 2;
+inline int64_t computed_columns(const Convolution& job) {
+  const int64_t columns = job.columns();
+  int64_t j = 0;
+  while (j < columns) {
+    j += job.group == 4 ? together<4>(columns - j) : job.group == 2 ? together<2>(columns - j) : together<1>(columns - j);
+  }
+  return j;
 }
 
 inline int64_t plane_stride(const Convolution& job) {
-  const int64_t p = pixels(job.group, job.columns()), columns = (job.columns() + p - 1) / p * p;
-  return job.step * (columns - 1) + job.high_column - job.low_column + 1;
+  return job.step * (computed_columns(job) - 1) + job.high_column - job.low_column + 1;
 }
 
 inline int64_t plane_rows(const Convolution& job, int64_t rows) {
@@ -147,11 +154,9 @@ inline int64_t planes(const Convolution& job, int64_t rows) {
 template <int STEP>
 TARGET void convolve_step(const Convolution& job, int64_t image, int64_t first, int64_t last, const V* planes,
                           int64_t stride, int64_t plane) {
-  const int p = pixels(job.group, job.columns());
-  if (job.group == 4) return convolve_tiles<4, SUMS / 4, STEP>(job, image, first, last, planes, stride, plane);
-  if (job.group == 2) return convolve_tiles<2, SUMS / 2, STEP>(job, image, first, last, planes, stride, plane);
-  if (p == SUMS) return convolve_tiles<1, SUMS, STEP>(job, image, first, last, planes, stride, plane);
-  return convolve_tiles<1, SUMS / 2, STEP>(job, image, first, last, planes, stride, plane);
+  if (job.group == 4) return convolve_tiles<4, STEP>(job, image, first, last, planes, stride, plane);
+  if (job.group == 2) return convolve_tiles<2, STEP>(job, image, first, last, planes, stride, plane);
+  convolve_tiles<1, STEP>(job, image, first, last, planes, stride, plane);
 }
 
 // Rows `first` to `last` of the phases, of one image.
@@ -170,17 +175,22 @@ TARGET void convolve_image(const Convolution& job, int64_t image, int64_t first,
 // ---------------------------------------------------------------------------------------------------------------------
 // The gradient of a kernel
 
+// From a pixel of the outputs' gradient to the next, to the next row and to the next chunk, in floats.
+struct Strides {
+  int64_t pixel, row, chunk;
+};
+
 // Adds what `rows` rows give for a tap, CI channels of X and C chunks of the outputs.
 template <int C, int CI, int STEP>
-INLINE void outer_products(const float* x, int64_t x_stride, const float* d, int64_t d_stride, int64_t d_plane,
-                           int64_t rows, int64_t columns, float* sums, int64_t sums_stride) {
+INLINE void outer_products(const float* x, int64_t x_stride, const float* d, const Strides& by, int64_t rows,
+                           int64_t columns, float* sums, int64_t sums_stride) {
   V products[CI][C] = {};
   for (int64_t i = 0; i < rows; i++) {
     const float* here = x + i * STEP * x_stride * LANES;
-    const float* there = d + i * d_stride * LANES;
-    ROLLED for (int64_t j = 0; j < columns; j++, here += STEP * LANES, there += LANES) {
+    const float* there = d + i * by.row;
+    ROLLED for (int64_t j = 0; j < columns; j++, here += STEP * LANES, there += by.pixel) {
       V v[C];
-      UNROLL for (int c = 0; c < C; c++) memcpy(&v[c], there + c * d_plane * LANES, sizeof(V));
+      UNROLL for (int c = 0; c < C; c++) load(there + c * by.chunk, v[c]);
       UNROLL for (int lane = 0; lane < CI; lane++) {
         UNROLL for (int c = 0; c < C; c++) products[lane][c] += here[lane] * v[c];
       }
@@ -206,7 +216,7 @@ inline int64_t filter_planes(const FilterGradient& job) {
 }
 
 template <int C, int STEP>
-TARGET void filter_block(const FilterGradient& job, const V* x, const float* d, int64_t rows, int64_t d_plane,
+TARGET void filter_block(const FilterGradient& job, const V* x, const float* d, const Strides& by, int64_t rows,
                          int lanes, float* sums) {
   constexpr int CI = SUMS / C < LANES ? SUMS / C : LANES;
   const int64_t stride = filter_stride(job), channels = static_cast<int64_t>(job.d_chunks.size()) * LANES;
@@ -219,8 +229,7 @@ TARGET void filter_block(const FilterGradient& job, const V* x, const float* d, 
       const float* here = reinterpret_cast<const float*>(x + row * stride + tap % job.kernel_width);
       for (size_t g = 0; g < job.d_chunks.size() / C; g++) {
         for (int lane = 0; lane < lanes; lane += CI) {
-          outer_products<C, CI, STEP>(here + lane, stride, d + (g * C * d_plane + first * job.d_width) * LANES,
-                                      job.d_width, d_plane, some, job.d_width,
+          outer_products<C, CI, STEP>(here + lane, stride, d + g * C * by.chunk + first * by.row, by, some, job.d_width,
                                       sums + (tap * LANES + lane) * channels + g * C * LANES, channels);
         }
       }
@@ -234,27 +243,31 @@ TARGET void filter_images(const FilterGradient& job, int chunk, int64_t first, i
   V* copy = x + (job.step * (block - 1) + job.kernel_height) * stride;
   const Chunk& in = job.in_chunks[chunk];
   const bool pairs = job.d_chunks.size() % 2 == 0;
-  // A single whole chunk is read in place, since it lies in memory as it would in a plane.
-  const bool in_place = job.d.channels == LANES && !job.d.images.narrow;
+  // Where it lies in memory as in a plane, or with AVX2, the gradient is read in place; with AVX-512, several chunks are
+  // faster in planes.
+  const bool whole = job.d.channels % LANES == 0 && !job.d.images.narrow;
+  const bool in_place = whole && (LANES == 8 ? pairs : job.d_chunks.size() == 1);
   for (int64_t image = first; image < last; image++) {
     for (int64_t i = 0; i < job.d_height; i += block) {
       const int64_t rows = std::min(block, job.d_height - i), d_plane = rows * job.d_width;
       fill_rows(job.in[in.operand], in, image, job.height, job.width, job.step * i - job.top,
                 job.step * (rows - 1) + job.kernel_height, job.left, stride, x);
       const float* d = reinterpret_cast<const float*>(copy);
+      Strides by{LANES, job.d_width * LANES, d_plane * LANES};
       if (in_place) {
-        d = reinterpret_cast<const float*>(job.d.images.data) + (image * job.d_height + i) * job.d_width * LANES;
+        by = {job.d.channels, job.d_width * job.d.channels, LANES};
+        d = reinterpret_cast<const float*>(job.d.images.data) + (image * job.d_height + i) * by.row;
       } else {
         for (size_t k = 0; k < job.d_chunks.size(); k++) {
           fill_rows(job.d, job.d_chunks[k], image, job.d_height, job.d_width, i, rows, 0, job.d_width, copy + k * d_plane);
         }
       }
       if (job.step == 1) {
-        pairs ? filter_block<2, 1>(job, x, d, rows, d_plane, in.count, sums)
-              : filter_block<1, 1>(job, x, d, rows, d_plane, in.count, sums);
+        pairs ? filter_block<2, 1>(job, x, d, by, rows, in.count, sums)
+              : filter_block<1, 1>(job, x, d, by, rows, in.count, sums);
       } else {
-        pairs ? filter_block<2, 2>(job, x, d, rows, d_plane, in.count, sums)
-              : filter_block<1, 2>(job, x, d, rows, d_plane, in.count, sums);
+        pairs ? filter_block<2, 2>(job, x, d, by, rows, in.count, sums)
+              : filter_block<1, 2>(job, x, d, by, rows, in.count, sums);
       }
     }
   }

@@ -30,7 +30,7 @@ struct Images {
   bool narrow;
 };
 
-// As many channels as a vector holds, of some images.
+// As many channels as a vector holds, of one image.
 struct Job {
   Size size;
   bool backward;
@@ -38,11 +38,11 @@ struct Job {
   Images d_new_h, d_new_c, d_x, d_h, d_c;  // of the backward pass
   const float* weights;                    // a vector each: the groups of gates, one after another, then the bias
   float* d_weights;                        // likewise
-  int64_t first, last;                     // images
+  int64_t image;
   int64_t channel;
   int count;  // channels that there are; the rest of a vector is 0
 
-  int64_t at(int64_t image, int64_t row, int64_t column) const {
+  int64_t at(int64_t row, int64_t column) const {
     return ((image * size.height + row) * size.width + column) * size.n + channel;
   }
 };
@@ -108,8 +108,6 @@ struct FilterGradient {
 
 struct Library {
   int lanes;
-  // For the number of outputs together, and of pixels in a row that are computed together.
-  int (*pixels)(int group, int64_t columns);
   int64_t (*planes)(const Convolution&, int64_t rows);  // vectors
   void (*convolve)(const Convolution&, int64_t image, int64_t first, int64_t last, float* planes);
   int64_t (*filter_planes)(const FilterGradient&);

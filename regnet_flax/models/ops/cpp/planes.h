@@ -4,6 +4,7 @@
 // calling convention of vectors depends on the instruction set, which Clang takes for an error even where it inlines.
 
 typedef float V __attribute__((vector_size(4 * LANES), may_alias));
+typedef float Anywhere __attribute__((vector_size(4 * LANES), may_alias, aligned(4)));  // a vector in an array of floats
 typedef int32_t I __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t U __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES), may_alias));
@@ -53,12 +54,17 @@ INLINE void through_tanh(V& d, const V& t) { d = (d + d * t) * (1.0f - t); }
 // ---------------------------------------------------------------------------------------------------------------------
 // Memory
 
+// Whole vectors, each an instruction; memcpy would be two with AVX2.
+INLINE void load(const float* from, V& v) { v = *reinterpret_cast<const Anywhere*>(from); }
+
+INLINE void store(const V& v, float* to) { *reinterpret_cast<Anywhere*>(to) = v; }
+
 // `count` channels, the rest 0.
 INLINE void read(const Images& from, int64_t index, int count, V& v) {
   if (!from.narrow) {
     const float* p = reinterpret_cast<const float*>(from.data) + index;
     if (count == LANES) {
-      memcpy(&v, p, sizeof v);
+      load(p, v);
     } else {
       v = V{};
       memcpy(&v, p, 4 * count);
@@ -78,8 +84,8 @@ INLINE void read(const Images& from, int64_t index, int count, V& v) {
 INLINE void write(const Images& to, int64_t index, int count, const V& v) {
   if (!to.narrow) {
     float* p = reinterpret_cast<float*>(to.data) + index;
-    if (count == LANES) {  // of a length that the compiler knows, it is an instruction
-      memcpy(p, &v, sizeof v);
+    if (count == LANES) {
+      store(v, p);
     } else {
       memcpy(p, &v, 4 * count);
     }
@@ -94,6 +100,40 @@ INLINE void write(const Images& to, int64_t index, int count, const V& v) {
     } else {
       memcpy(p, &half, 2 * count);
     }
+  }
+}
+
+// How a chunk of channels is normalised.
+struct Norm {
+  V mean{}, factor{}, bias{};
+};
+
+INLINE void relu(V& v) { v = v < 0.0f ? V{} : v; }  // NaN stays
+
+// Pixels `channels` apart, normalised if asked for. WHOLE: float32, and as many channels as a vector holds, so that there
+// is no condition in the loop.
+template <bool WHOLE, bool NORM, bool RELU>
+INLINE void read_row(const Images& from, int64_t index, int64_t channels, int count, const Norm& norm, V* to, V* end) {
+  ROLLED for (; to < end; to++, index += channels) {
+    V v;
+    if (WHOLE) {
+      load(reinterpret_cast<const float*>(from.data) + index, v);
+    } else {
+      read(from, index, count, v);
+    }
+    if (NORM) v = (v - norm.mean) * norm.factor + norm.bias;
+    if (RELU) relu(v);
+    *to = v;
+  }
+}
+
+// Writes every `step`-th vector, to pixels `channels` apart.
+INLINE void write_row(const Images& to, int64_t index, int64_t channels, int count, const V* from, const V* end, int step) {
+  if (count == LANES && !to.narrow) {  // without conditions in the loop
+    float* at = reinterpret_cast<float*>(to.data) + index;
+    ROLLED for (; from < end; from += step, at += channels) store(*from, at);
+  } else {
+    ROLLED for (; from < end; from += step, index += channels) write(to, index, count, *from);
   }
 }
 

@@ -83,48 +83,57 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
   float* const d_weights = d_weights_space.get(std::max<int64_t>(1, partial * stride));
   if (!weights || !d_weights) return out_of_memory();
   std::fill(weights, weights + size.seeds * blocks * stride, 0.0f);
-  for (int64_t group = 0; group < size.seeds * blocks; group++) {
-    const int64_t seed = group / blocks, channel = group % blocks * LANES;
+  for (int64_t block = 0; block < size.seeds * blocks; block++) {  // of all seeds, here and below
+    const int64_t seed = block / blocks, channel = block % blocks * LANES;
     const float* from_taps = reinterpret_cast<const float*>(taps.untyped_data()) + seed * 18 * G * size.n;
     const float* from_bias = reinterpret_cast<const float*>(bias.untyped_data()) + seed * G * size.n;
     each_weight<CELL>(size, channel, [&](int64_t k, int64_t from, bool is_bias) {
       const int64_t count = std::min<int64_t>(LANES, size.n - channel);
-      memcpy(weights + group * stride + k * LANES, (is_bias ? from_bias : from_taps) + from, 4 * count);
+      memcpy(weights + block * stride + k * LANES, (is_bias ? from_bias : from_taps) + from, 4 * count);
     });
   }
 
   const Run run = run_of<CELL>(LANES);
   std::atomic<bool> exhausted{false};
-  parallel(pool, size.seeds * blocks * parts, [&](int64_t item) {
+  // A thread computes all blocks of an image that share cache lines, of 64 bytes.
+  const int64_t together = std::max(1, 16 / LANES), groups = (blocks + together - 1) / together;
+  parallel(pool, size.seeds * groups * parts, [&](int64_t item) {
     float* planes = own_planes(planes_of(CELL, BACKWARD) * size.plane() * LANES);
     if (!planes) {
       exhausted = true;
       return;
     }
-    Job job = common;
-    const int64_t part = item % parts, group = item / parts, seed = group / blocks;
-    job.weights = weights + group * stride;
+    const int64_t part = item % parts, group = item / parts % groups, seed = item / parts / groups;
+    const int64_t first = seed * blocks + group * together, last = std::min(first + together, (seed + 1) * blocks);
     if (BACKWARD) {
-      job.d_weights = d_weights + item * stride;
-      std::fill(job.d_weights, job.d_weights + stride, 0.0f);
+      for (int64_t block = first; block < last; block++) {
+        float* sums = d_weights + (block * parts + part) * stride;
+        std::fill(sums, sums + stride, 0.0f);
+      }
     }
-    job.channel = group % blocks * LANES;
-    job.count = static_cast<int>(std::min<int64_t>(LANES, size.n - job.channel));
-    job.first = seed * size.images + part * size.images / parts;
-    job.last = seed * size.images + (part + 1) * size.images / parts;
-    run(job, planes);
+    Job job = common;
+    job.image = seed * size.images + part * size.images / parts;
+    for (const int64_t end = seed * size.images + (part + 1) * size.images / parts; job.image < end; job.image++) {
+      for (int64_t block = first; block < last; block++) {
+        job.weights = weights + block * stride;
+        if (BACKWARD) job.d_weights = d_weights + (block * parts + part) * stride;
+        job.channel = block % blocks * LANES;
+        job.count = static_cast<int>(std::min<int64_t>(LANES, size.n - job.channel));
+        run(job, planes);
+      }
+    }
   });
   if (exhausted) return out_of_memory();
 
   if (BACKWARD) {
     float* taps_out = reinterpret_cast<float*>(out[inputs - 2].untyped_data());
     float* bias_out = reinterpret_cast<float*>(out[inputs - 1].untyped_data());
-    parallel(pool, size.seeds * blocks, [&](int64_t group) {
-      const int64_t seed = group / blocks, channel = group % blocks * LANES;
+    parallel(pool, size.seeds * blocks, [&](int64_t block) {
+      const int64_t seed = block / blocks, channel = block % blocks * LANES;
       each_weight<CELL>(size, channel, [&](int64_t k, int64_t to, bool is_bias) {
         double sums[MAX_LANES] = {};
         for (int64_t part = 0; part < parts; part++) {
-          const float* from = d_weights + (group * parts + part) * stride + k * LANES;
+          const float* from = d_weights + (block * parts + part) * stride + k * LANES;
           for (int lane = 0; lane < LANES; lane++) sums[lane] += from[lane];
         }
         float* at = (is_bias ? bias_out + seed * G * size.n : taps_out + seed * 18 * G * size.n) + to;

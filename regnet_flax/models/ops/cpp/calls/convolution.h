@@ -89,7 +89,7 @@ bool prepare(ffi::ThreadPool& pool, const Library& library, Convolution job, int
   const int64_t out_chunks = job.out_chunks.size();
   // Many outputs of few pixels, or few of many, as the image allows.
   job.group = out_chunks % 2 ? 1 : 2;
-  if (out_chunks % 4 == 0 && job.columns() <= library.pixels(4, job.columns())) job.group = 4;
+  if (out_chunks % 4 == 0 && job.columns() <= (lanes == 8 ? 2 : 4)) job.group = 4;
   job.low_row = job.low_column = INT32_MAX, job.high_row = job.high_column = INT32_MIN;
   for (const Phase& phase : job.phases) {
     for (const Tap& tap : phase.taps) {

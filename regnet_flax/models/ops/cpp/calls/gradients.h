@@ -119,15 +119,15 @@ void add_up(ffi::ThreadPool& pool, int lanes, KernelGradient& all, float* to) {
     const FilterGradient& job = all.jobs[seed];
     const Chunk& in = job.in_chunks[chunk];
     const int64_t first = offset_of(job.in, in);
+    std::vector<double> sums(all.outputs);
     for (int lane = 0; lane < in.count; lane++) {
-      float* row = to + ((seed * all.taps + tap) * all.inputs + first + lane) * all.outputs;
-      for (int64_t c = 0; c < all.outputs; c++) {
-        double sum = 0;
-        for (int64_t part = 0; part < all.parts; part++) {
-          sum += all.sums(seed, chunk, part)[(tap * lanes + lane) * all.channels + c];
-        }
-        row[c] = static_cast<float>(sum);
+      std::fill(sums.begin(), sums.end(), 0.0);
+      for (int64_t part = 0; part < all.parts; part++) {
+        const float* from = all.sums(seed, chunk, part) + (tap * lanes + lane) * all.channels;
+        for (int64_t c = 0; c < all.outputs; c++) sums[c] += from[c];
       }
+      float* row = to + ((seed * all.taps + tap) * all.inputs + first + lane) * all.outputs;
+      for (int64_t c = 0; c < all.outputs; c++) row[c] = static_cast<float>(sums[c]);
     }
   });
 }
