@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from helpers import ROOT, failures
 from regnet_flax.config.check import check_config, flatten, model_options
 from regnet_flax.config.fields import FIELDS
+from regnet_flax.config.files import find_config
 from regnet_flax.config.resolve import changed_fields
-from regnet_flax.errors import ConfigError
+from regnet_flax.errors import ConfigError, UsageError
 from regnet_flax.models.registry import list_models
 from regnet_flax.training.optimizer import boundary_steps
 
@@ -68,6 +69,17 @@ def test_the_shipped_configs_are_right():
                 # Tuples can be overridden on the command line, lists cannot.
                 sections = [section for section in config.to_dict().values() if isinstance(section, dict)]
                 assert not [value for section in sections for value in section.values() if isinstance(value, list)]
+
+
+def test_a_wrong_name_of_a_config_is_answered_with_the_nearest():
+    with pytest.raises(
+        UsageError, match=r"--config configs/imagnet.py is not a file: did you mean configs/imagenet.py\?"
+    ):
+        find_config("configs/imagnet.py:resnet50")
+    with pytest.raises(
+        UsageError, match=r"--config mine.py is not a file: shipped are .*configs/digits.py, configs/fold"
+    ):
+        find_config("mine.py")
 
 
 def test_configs_take_the_model_as_their_argument():

@@ -174,6 +174,8 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(finished, tmp_
             train(tmp_path)
     assert stopped.value.exit_code == 143
     assert read_lines(tmp_path) == []
+    log = (tmp_path / "train.log").read_text()
+    assert "INFO Stopped by SIGTERM. Saved at step" in log.splitlines()[-1] and "ERROR" not in log
 
     # The run ends in the middle of an epoch and of a logging interval.
     train(tmp_path, **{"train.max_steps": 7})

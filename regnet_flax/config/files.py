@@ -1,5 +1,6 @@
 """Finds config files and the `configs` package that they import."""
 
+import difflib
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -31,8 +32,11 @@ def find_config(name: str | None) -> str:
     for path in (shipped,) if name is None else (expanded(file, "--config"), shipped):
         if path.is_file():
             return f"{path.resolve()}{colon}{argument}"
-    names = ", ".join(sorted(f"configs/{path.name}" for path in SHIPPED.glob("*.py") if path.name != "__init__.py"))
-    raise UsageError(f"--config {file} is not a file: shipped are {names}")
+    names = sorted(path.stem for path in SHIPPED.glob("*.py") if path.name != "__init__.py")
+    close = difflib.get_close_matches(Path(file).stem, names, n=2, cutoff=0.7)
+    listed = (f"configs/{stem}.py" for stem in close or names)
+    hint = f"did you mean {' or '.join(listed)}?" if close else f"shipped are {', '.join(listed)}"
+    raise UsageError(f"--config {file} is not a file: {hint}")
 
 
 def provide_configs(config_file: str) -> None:

@@ -15,7 +15,7 @@ import jax
 from regnet_flax import files
 from regnet_flax.config.check import flatten
 from regnet_flax.config.fields import FIELDS
-from regnet_flax.errors import one_line
+from regnet_flax.errors import Interrupted, one_line
 from regnet_flax.trackers.registry import open_trackers
 from regnet_flax.training.workdir import LOG, METRICS, read_metrics, seed_line
 
@@ -81,7 +81,7 @@ def _tag(name: str) -> str:
 
 
 class RunLog(logging.Handler):
-    """A context manager that also writes log messages, and the error that ends the run, to train.log with the time.
+    """A context manager that also writes log messages, and what ends the run early, to train.log with the time.
 
     Messages wait in memory until the workdir is known to be valid.
     """
@@ -115,9 +115,11 @@ class RunLog(logging.Handler):
         logger.removeHandler(self)
         if self._file is not None:
             if error is not None:
-                message = f"{type(error).__name__}: {error}"
+                level, message = logging.ERROR, f"{type(error).__name__}: {error}"
+                if isinstance(error, Interrupted):
+                    level, message = logging.INFO, str(error)
                 with contextlib.suppress(OSError):  # The error itself may be a full disk.
-                    self._file.handle(logging.LogRecord(logger.name, logging.ERROR, "", 0, message, None, None))
+                    self._file.handle(logging.LogRecord(logger.name, level, "", 0, message, None, None))
             with contextlib.suppress(OSError):
                 self._file.close()
 
