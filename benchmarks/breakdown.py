@@ -30,6 +30,7 @@ NATIVE = {
     "convolution": "convolutions, forward",
     "input_gradient": "convolutions, gradients of inputs",
     "filter_gradient": "convolutions, gradients of kernels",
+    "convolution_gradients": "convolutions, all gradients and that of the normalisation after them",
     "moments": "batch normalisation, statistics",
     "norm_gradient_sums": "batch normalisation, gradients",
     "norm_gradient": "batch normalisation, gradients",

@@ -10,6 +10,7 @@ import pytest
 
 from helpers import ROOT, error_of, run_program, shallow
 from regnet_flax import start
+from regnet_flax.models.ops import native_library
 from regnet_flax.modes import benchmark
 
 TINY = ["--config.model.name=resnet8", "--config.model.overrides.width=4", "--config.train.batch_size=8"]
@@ -108,6 +109,21 @@ def test_versus_torch_keeps_the_two_fastest_for_the_rounds(versus_torch, tmp_pat
     run("--peers", "torch folded, eager, channels last")
     assert [name for name, _ in started] == ["ours", "torch folded, eager, channels last"]
     assert len(run("--huge-pages")) == 2 and started[-1] == (best[1], start.TUNABLES)
+
+
+def test_the_breakdown_names_every_native_operation(versus_torch):
+    breakdown = importlib.import_module("breakdown")
+    assert {f"regnet_flax_{name}" for name in breakdown.NATIVE} == set(native_library.TARGETS)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not native_library.available(), reason="there is no C++ compiler here")
+def test_the_breakdown_finds_the_parts_of_a_step(versus_torch):
+    found = importlib.import_module("breakdown").breakdown("regnet8_convgru", "train", 4, 8, "float32")
+    parts = found["parts_ms"]
+    assert {"regulator, forward", "regulator, backward", "convolutions, forward", "loss and SGD"} <= parts.keys()
+    assert parts["convolutions, forward"] > 0 and parts["regulator, backward"] > 0
+    assert parts.get("the rest", 0) < 0.2 * found["step_ms"]
 
 
 def test_the_accelerators_measurements_resume(versus_torch, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ TARGET void fill_rows_of(const Operand& from, const Chunk& chunk, int64_t image,
       clear(to, to + stride);
       continue;
     }
-    clear(to, to + left);
+    clear(to, to + std::min(left, stride));
     V* here = to + left;
     const int64_t index = ((image * height + i) * width + skipped) * from.channels + chunk.channel;
     V *start = here + skipped, *stop = here + end;
@@ -85,10 +85,10 @@ INLINE void finish(const Convolution& job, const Chunk& chunk, int64_t pixel, in
   write_row(to.images, first, apart, chunk.count, sums, end, step);
 }
 
-// How many pixels in a row are computed together, of `left`: as many as the registers hold sums for, or fewer where
-// fewer would be computed in vain.
+// How many pixels in a row are computed together, of `left`: fewer where fewer would be computed in vain. Two chunks have
+// room for 12 sums with AVX2, besides two weights and an input in 16 registers.
 template <int C>
-INLINE constexpr int64_t together(int64_t left) {
+INLINE constexpr int64_t tile_length(int64_t left) {
   constexpr int most = LANES == 8 && C == 2 ? 6 : SUMS / C, fewer = most == 6 ? 4 : (most + 1) / 2;
   return left <= fewer || (left > most && left <= 2 * fewer) ? fewer : most;
 }
@@ -105,7 +105,7 @@ template <int C, int STEP>
 TARGET void convolve_tiles(const Convolution& job, int64_t image, int64_t first, int64_t last, const V* planes,
                            int64_t stride, int64_t plane) {
   const int64_t group = C * job.in_chunks.size() * job.taps * LANES;
-  constexpr int most = together<C>(1000), fewer = together<C>(1);
+  constexpr int most = tile_length<C>(1000), fewer = tile_length<C>(1);
   for (size_t g = 0; g < job.out_chunks.size() / C; g++) {
     const V* weights = reinterpret_cast<const V*>(job.weights) + g * group;
     for (const Phase& phase : job.phases) {
@@ -116,7 +116,7 @@ TARGET void convolve_tiles(const Convolution& job, int64_t image, int64_t first,
         const int64_t start = (image * job.out_height + row) * job.out_width + phase.column;
         int64_t p;
         for (int64_t j = 0; j < columns; j += p) {
-          p = together<C>(columns - j);
+          p = tile_length<C>(columns - j);
           const V* here = planes + job.step * ((i - first) * stride + j);
           const int64_t pixel = start + job.spread * j, there = std::min(p, columns - j);
           if (p == most) {
@@ -134,7 +134,7 @@ inline int64_t computed_columns(const Convolution& job) {
   const int64_t columns = job.columns();
   int64_t j = 0;
   while (j < columns) {
-    j += job.group == 4 ? together<4>(columns - j) : job.group == 2 ? together<2>(columns - j) : together<1>(columns - j);
+    j += job.group == 4 ? tile_length<4>(columns - j) : job.group == 2 ? tile_length<2>(columns - j) : tile_length<1>(columns - j);
   }
   return j;
 }
@@ -243,10 +243,9 @@ TARGET void filter_images(const FilterGradient& job, int chunk, int64_t first, i
   V* copy = x + (job.step * (block - 1) + job.kernel_height) * stride;
   const Chunk& in = job.in_chunks[chunk];
   const bool pairs = job.d_chunks.size() % 2 == 0;
-  // Where it lies in memory as in a plane, or with AVX2, the gradient is read in place; with AVX-512, several chunks are
-  // faster in planes.
+  // A single chunk lies in memory as in a plane. Pairs are read in place with AVX2; with AVX-512 they are faster in planes.
   const bool whole = job.d.channels % LANES == 0 && !job.d.images.narrow;
-  const bool in_place = whole && (LANES == 8 ? pairs : job.d_chunks.size() == 1);
+  const bool in_place = whole && (job.d_chunks.size() == 1 || (LANES == 8 && pairs));
   for (int64_t image = first; image < last; image++) {
     for (int64_t i = 0; i < job.d_height; i += block) {
       const int64_t rows = std::min(block, job.d_height - i), d_plane = rows * job.d_width;

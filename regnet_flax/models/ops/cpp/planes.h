@@ -9,7 +9,7 @@ typedef int32_t I __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint32_t U __attribute__((vector_size(4 * LANES), may_alias));
 typedef uint16_t Half __attribute__((vector_size(2 * LANES), may_alias));
 
-constexpr int SUMS = LANES == 8 ? 8 : 16;  // that are held in registers at once, of 16 or 32
+constexpr int SUMS = LANES == 8 ? 8 : 16;  // that are usually held in registers at once, of 16 or 32
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Sigmoid and tanh, within 2.5 units in the last place; neither overflows, NaN stays NaN.
@@ -114,10 +114,11 @@ INLINE void relu(V& v) { v = v < 0.0f ? V{} : v; }  // NaN stays
 // is no condition in the loop.
 template <bool WHOLE, bool NORM, bool RELU>
 INLINE void read_row(const Images& from, int64_t index, int64_t channels, int count, const Norm& norm, V* to, V* end) {
-  ROLLED for (; to < end; to++, index += channels) {
+  const float* here = reinterpret_cast<const float*>(from.data) + index;
+  ROLLED for (; to < end; to++, here += channels, index += channels) {
     V v;
     if (WHOLE) {
-      load(reinterpret_cast<const float*>(from.data) + index, v);
+      load(here, v);
     } else {
       read(from, index, count, v);
     }

@@ -95,8 +95,9 @@ ffi::Error call(ffi::ThreadPool pool, ffi::RemainingArgs arguments, ffi::Remaini
 
   const Run run = run_of<CELL>(LANES);
   std::atomic<bool> exhausted{false};
-  // A thread computes all blocks of an image that share cache lines, of 64 bytes.
-  const int64_t together = std::max(1, 16 / LANES), groups = (blocks + together - 1) / together;
+  // Blocks of an image share its cache lines, of 16 floats: a thread computes them together if others have work too.
+  const int64_t together = size.seeds * parts < pool.num_threads() ? 1 : 16 / LANES;
+  const int64_t groups = (blocks + together - 1) / together;
   parallel(pool, size.seeds * groups * parts, [&](int64_t item) {
     float* planes = own_planes(planes_of(CELL, BACKWARD) * size.plane() * LANES);
     if (!planes) {

@@ -87,7 +87,7 @@ bool prepare(ffi::ThreadPool& pool, const Library& library, Convolution job, int
   const int64_t inputs = channels_of(job.in), outputs = channels_of(job.out);
   job.out_chunks = chunks_of(job.out, lanes);
   const int64_t out_chunks = job.out_chunks.size();
-  // Many outputs of few pixels, or few of many, as the image allows.
+  // Many outputs of few pixels, or few of many, as the image and the registers allow.
   job.group = out_chunks % 2 ? 1 : 2;
   if (out_chunks % 4 == 0 && job.columns() <= (lanes == 8 ? 2 : 4)) job.group = 4;
   job.low_row = job.low_column = INT32_MAX, job.high_row = job.high_column = INT32_MIN;
@@ -146,6 +146,7 @@ bool prepare(ffi::ThreadPool& pool, const Library& library, Convolution job, int
 // Computes all images; calls then(image), if there is such a function, when an image is complete.
 ffi::Error run(ffi::ThreadPool& pool, const Library& library, const Prepared& all,
                const std::function<void(int64_t)>& then = nullptr) {
+  if (all.jobs.empty()) return ffi::Error::Success();
   const Convolution& any = all.jobs.front();
   const bool nothing = !channels_of(any.out) || !any.out_width;
   const int64_t images = static_cast<int64_t>(all.jobs.size()) * all.images;
