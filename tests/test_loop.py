@@ -151,6 +151,21 @@ def test_a_finished_run_is_only_reported(finished, caplog):
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
+def test_a_finished_run_whose_checkpoints_were_deleted_is_reported_and_not_trained_again(finished, tmp_path):
+    workdir, results = finished
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns(CHECKPOINTS))
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    assert train(tmp_path) == results
+    with pytest.raises(ConfigError, match="holds a run with another config"):
+        train(tmp_path, **{"seed": 7})
+    with pytest.raises(WorkdirError, match="without checkpoints, so it cannot be trained longer"):
+        train(tmp_path, **{"train.epochs": 30})
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(WorkdirError, match="has results but no config.json"):
+        train(tmp_path)
+
+
 def steps(path):
     return sorted(int(p.name) for p in (path / CHECKPOINTS).iterdir() if p.name.isdigit())
 

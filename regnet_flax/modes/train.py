@@ -131,6 +131,11 @@ def _stored_run(config: Any, path: pathlib.Path, seeds: tuple[int, ...]) -> tupl
     parallel.check_same("config", here)
     parallel.check_same("workdir", [str(path.resolve()), stored, results])
     if stored and results and any(stored["train"][name] != config.train[name] for name in ("max_steps", "epochs")):
+        if not workdir.saved_steps(path):
+            raise WorkdirError(
+                f"{path} holds a finished run without checkpoints, so it cannot be trained longer: restore its "
+                f"{workdir.CHECKPOINTS}/, name another --workdir, or undo the change of train.epochs or train.max_steps"
+            )
         results = None
     return stored, results
 

@@ -199,16 +199,18 @@ def saved_steps(path: pathlib.Path) -> list[int]:
 
 
 def stored_config(path: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the config.json of the run to resume; None if nothing was saved yet.
+    """Returns the config.json of the run to resume, or of the finished run; None if nothing was saved yet.
 
     Raises:
-      WorkdirError: there are checkpoints, but no config.json.
+      WorkdirError: there are checkpoints or results, but no config.json.
     """
-    if not saved_steps(path):
+    # A finished run's checkpoints may have been deleted to save space.
+    kept = "checkpoints" if saved_steps(path) else "results" if read_results(path) else None
+    if kept is None:
         return None
     if stored := read_config(path):
         return stored
-    raise WorkdirError(f"{path} has checkpoints but no {CONFIG}: restore it, or name another --workdir")
+    raise WorkdirError(f"{path} has {kept} but no {CONFIG}: restore it, or name another --workdir")
 
 
 def check_has_checkpoints(path: pathlib.Path) -> None:
