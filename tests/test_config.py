@@ -188,7 +188,7 @@ WRONG = {
     "train.cutmix": [-1, math.inf, None],
     "optimizer.name": ["adam", "", None],
     "optimizer.betas": [0.9, (1.5, 0.9), (0.9, math.nan), ("0.9", 0.9), None],
-    "optimizer.decayed": ["biases", True, None],
+    "optimizer.decayed": ["biases", "regulators", True, None],
     "optimizer.learning_rate": [0, -0.1, math.nan, math.inf, -math.inf, "0.1", True, 1e7, 10**400],
     "optimizer.momentum": [-0.1, 1.1, math.nan, None],
     "optimizer.nesterov": [0, "True"],

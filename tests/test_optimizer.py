@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from comparison import check
+from regnet_flax import create_model
 from regnet_flax.models.regnet import unstack_blocks
 from regnet_flax.training.optimizer import make_optimizer, make_schedule
 from regnet_flax.training.step import cross_entropy
@@ -200,6 +201,19 @@ def test_decay_can_be_for_kernels_alone():
             assert (updates["conv"]["kernel"] < 0).all(), name
             assert bool((updates["blocks"]["bn"]["scale"] < 0).all()) == (decayed == "all"), name
             assert bool((updates["blocks"]["bn"]["bias"] < 0).all()) == (decayed == "all"), name
+
+
+def test_decay_can_spare_the_regulators():
+    model = create_model("regnet8_convlstm", num_classes=3, width=4)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    tx = make_optimizer("sgd", lambda count: 0.1, weight_decay=0.5, decayed="outside_regulators")
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    for stage in ("stage1", "stage2", "stage3"):
+        regulator = updates[stage].pop("regulator")
+        assert not any(update.any() for update in jax.tree.leaves(regulator))
+    decayed = jax.tree_util.tree_leaves_with_path(updates)
+    assert all((update != 0).any() for path, update in decayed if path[-1].key == "kernel")
+    assert all((update != 0).any() for path, update in decayed if path[-1].key == "scale")
 
 
 def test_lamb_takes_the_same_step_of_stacked_blocks_and_of_single_ones(float64):

@@ -234,7 +234,10 @@ FIELDS: dict[str, Field] = {
         1e-4, _number(0, 1e6), 'L2 for "sgd"; decoupled, times the learning rate, for "adamw" and "lamb"'
     ),
     "optimizer.decayed": Field(
-        "all", _choice("all", "kernels"), 'which weights decay; "kernels": neither biases nor normalisation parameters'
+        "all",
+        _choice("all", "kernels", "outside_regulators"),
+        'which weights decay; "kernels": neither biases nor normalisation parameters; "outside_regulators": all others '
+        "than the regulators' own",
     ),
     "optimizer.schedule": Field("step", _choice(*SCHEDULES), f"learning-rate schedule: {', '.join(SCHEDULES)}"),
     "optimizer.boundaries": Field(

@@ -86,14 +86,15 @@ def make_optimizer(
       nesterov: whether to use Nesterov momentum, for "sgd".
       betas: decay rates of the averages of the gradient and its square, for "adamw" and "lamb".
       weight_decay: the coefficient of weight decay.
-      decayed: which parameters decay: "all", or "kernels", neither biases nor a batch normalisation's scale.
+      decayed: which parameters decay: "all", "kernels" (neither biases nor a batch normalisation's scale), or
+        "outside_regulators" (all but the weights of the ConvRNN, ConvGRU or ConvLSTM).
       clip_norm: the gradient's largest global norm, before weight decay; 0 for no limit.
 
     Raises:
       ValueError: the name is unknown.
     """
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
-    mask = kernels if decayed == "kernels" else None
+    mask = {"all": None, "kernels": kernels, "outside_regulators": outside_regulators}[decayed]
     if name == "sgd":
         if weight_decay:
             parts.append(optax.add_decayed_weights(weight_decay, mask))
@@ -124,6 +125,11 @@ def _by_trust_ratio(updates: Any, params: Any) -> Any:
 def kernels(params: Any) -> Any:
     """Returns a tree like `params`, True for kernels: found by name, because stacked biases have two axes too."""
     return jax.tree_util.tree_map_with_path(lambda path, leaf: path[-1].key not in ("bias", "scale"), params)
+
+
+def outside_regulators(params: Any) -> Any:
+    """Returns a tree like `params`, False for the weights of regulators."""
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: all(key.key != "regulator" for key in path), params)
 
 
 def build_optimizer(config: Any, steps_per_epoch: int) -> tuple[Schedule, optax.GradientTransformation]:
