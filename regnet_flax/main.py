@@ -58,7 +58,7 @@ def run(argv: Sequence[str]) -> None:
 
         print(fields.describe(), end="")
         return
-    working("starting")
+    working("starting", log=False)
     xla_flags.set_defaults()
     xla_flags.keep_compiled()
     config, options = parse(argv)

@@ -64,6 +64,24 @@ def test_nothing_live_is_written_to_a_file(logger, monkeypatch):
     assert out.getvalue() == "epoch 1/10 · step 10/100\nwarning: look\n"
 
 
+def test_a_file_hears_of_what_takes_long_before_the_first_step(logger, monkeypatch):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(progress, "PATIENCE", 0.1)
+    progress.log_to_console()
+    progress.working("starting", log=False)
+    time.sleep(0.3)
+    progress.working("reading digits")
+    progress.working("reading cifar10")
+    deadline = time.monotonic() + 60
+    while not out.getvalue() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    progress.working("compiling")
+    progress.working("")
+    time.sleep(0.3)
+    assert out.getvalue() == "reading cifar10\n"
+
+
 def test_the_tracebacks_of_orbax_are_not_shown(logger, monkeypatch):
     from absl import logging as absl_logging
 

@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from regnet_flax.files import duration
 
 COLUMNS = 100
+PATIENCE = 5.0  # seconds
 
 logger = logging.getLogger("regnet_flax")
 
@@ -63,22 +65,32 @@ def outlive_output(error: OSError, stream: Any = None) -> None:
         os.dup2(nowhere.fileno(), (stream or sys.stdout).fileno())
 
 
-_started: list[Progress] = []
+_stops: list[Callable[[], None]] = []
 
 
-def working(what: str) -> None:
-    """Shows on a terminal, until the next call, what the program does before its first step; "" clears it."""
-    if _started:
+def working(what: str, *, log: bool = True) -> None:
+    """Shows on a terminal, until the next call, what the program does before its first step; "" clears it.
+
+    Elsewhere it is logged, with `log`, if it takes longer than PATIENCE.
+    """
+    if _stops:
         try:
-            _started.pop().stop()
+            _stops.pop()()
         except OSError as error:  # the terminal was closed
             outlive_output(error)
-    if what and sys.stdout.isatty():
+    if not what:
+        return
+    if sys.stdout.isatty():
         console = Console(file=sys.stdout)
         progress = Progress(TextColumn("{task.description}"), TimeElapsedColumn(), console=console, transient=True)
         progress.add_task(what, total=None)
         progress.start()
-        _started.append(progress)
+        _stops.append(progress.stop)
+    elif log:
+        timer = threading.Timer(PATIENCE, logger.info, (what,))
+        timer.daemon = True
+        timer.start()
+        _stops.append(timer.cancel)
 
 
 class _AboveTheBar(logging.Handler):
