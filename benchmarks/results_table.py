@@ -54,7 +54,7 @@ def row(about, files):
         about["data"],
         about["recipe"],
         f"{result.parameters:,}",
-        describe_hardware(result.environment["hardware"]),
+        ", ".join(dict.fromkeys(describe_hardware(environment["hardware"]) for environment in result.environments)),
         max(result.dates),
     )
 

@@ -98,6 +98,10 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
         raise UsageError(f"{left[1]!r} is not understood: options are written --name=value")
 
     config, workdir = values.config, values.workdir
+    overrides = config_flags.get_override_values(values["config"])
+    if values.mode not in BEGIN:  # what a config starts training from is not what its run has become
+        for field, none in (("init_from", ""), ("new_head", False), ("adapt_stem", False)):
+            config.model[field] = overrides.get(f"model.{field}", none)
     if workdir:
         workdir = located(workdir, "--workdir")
         if values.distributed and in_bucket(workdir):
@@ -118,7 +122,7 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
             parts += [config.model.name, str(config.seed)]
         workdir = str(pathlib.Path("runs") / "-".join(filter(None, parts)))
     if values.mode not in BEGIN:
-        _take_stored(config, workdir, config_flags.get_override_values(values["config"]))
+        _take_stored(config, workdir, overrides)
     for name in ("dataset.data_dir", "model.init_from", "export.path"):
         section, _, field = name.partition(".")
         if str(config[section][field]).startswith("~"):

@@ -27,6 +27,8 @@ def collect_results(run: Run, config: Any, path: pathlib.Path, test: dict[str, A
       test: metrics of the test split, named "step" and "test_…", if a validation split chose the checkpoint.
     """
     lines = workdir.read_metrics(path)
+    if run.failed:
+        lines = [workdir.mean_line(line, run.left) for line in lines]
     rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
     return {
         "model": config.model.name,
@@ -60,7 +62,7 @@ def _of_seeds(lines: list[dict[str, Any]], run: Run, test: dict[str, Any] | None
     if len(run.seeds) < 2:
         return {}
     found = {}
-    for seed in map(str, (seed for seed in run.seeds if seed not in run.failed)):
+    for seed in map(str, run.left):
         found[seed] = _last_and_best([workdir.seed_line(line, seed) for line in lines])
         if test is not None:
             found[seed]["test"] = {k: v for k, v in test.items() if k != "seeds"} | test["seeds"][seed]

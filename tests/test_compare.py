@@ -258,6 +258,30 @@ def test_one_seed_has_no_spread(tmp_path):
     assert "±" not in text.partition("![")[0] and "seed 7" in text and "may be chance" in text
 
 
+def test_a_model_that_lost_seeds_is_reported_with_those_that_are_left(tmp_path):
+    runs = {v: write_run(tmp_path / mode.folder(v), v, a[:2], (0, 1)) for v, a in list(ACCURACY.items())[:2]}
+    path = next(iter(runs.values())) / "results.json"
+    results = json.loads(path.read_text())
+    del results["seeds"]["0"]
+    path.write_text(json.dumps(results | {"failed": {"0": "the loss is not finite at step 3 of seed 0"}}))
+    (runs["regnet8_convlstm kernel=dense"] / "metrics.jsonl").write_text('{"step": 1, "epo')
+    report.write(tmp_path, runs)
+    text = (tmp_path / "report.md").read_text()
+    assert "# 2 models on digits, 1 to 2 seeds each" in text and "time, 1 to 2 seeds" in text
+    assert "One seed (resnet8) says nothing" in text and "contains 0" not in text
+    assert "over the seeds of each model (resnet8: 1; regnet8_convlstm kernel=dense: 0, 1)" in text
+
+
+def test_the_commands_of_all_runs_are_said(tmp_path):
+    paths = [write_run(tmp_path / f"seed{seed}", "resnet8", [0.9], (seed,)) for seed in (0, 1)]
+    for seed, path in enumerate(paths):
+        results = json.loads((path / "results.json").read_text())
+        (path / "results.json").write_text(json.dumps(results | {"command": f"train --seed={seed}"}))
+    report.write(tmp_path, {"resnet8": paths})
+    text = (tmp_path / "report.md").read_text()
+    assert "train --seed=0" in text and "train --seed=1" in text
+
+
 def test_the_curves_are_those_of_each_seed(written):
     result = compare.read("resnet8", written / "resnet8")
     epochs, values = result.curves["error"]

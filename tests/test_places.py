@@ -109,6 +109,17 @@ def test_predict_says_which_checkpoint_it_uses_in_any_encoding(trained):
     assert f"resnet8, step 2, the last checkpoint: {image}\n" in done.stdout
 
 
+def test_other_modes_use_the_run_of_a_config_that_starts_from_weights():
+    folder = ["--config=configs/folder.py", "--config.dataset.data_dir=photos"]
+    config, begun = main.parse(folder)
+    assert config.model.init_from == "regnet20_convlstm.cifar10" and config.model.new_head
+    for mode in ("eval", "predict", "export", "analyze"):
+        config, options = main.parse([*folder, f"--mode={mode}"])
+        assert options.workdir == begun.workdir and (config.model.init_from, config.model.new_head) == ("", False)
+        config, options = main.parse([*folder, f"--mode={mode}", "--config.model.init_from=w.pth"])
+        assert options.workdir == "runs/w" and (config.model.init_from, config.model.new_head) == ("w.pth", False)
+
+
 def test_home_directories(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text("from configs.digits import get_config\n")

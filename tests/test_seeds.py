@@ -271,12 +271,12 @@ def test_seeds_that_are_wrong_are_refused(tmp_path):
         run(tmp_path, seeds=(1, 1))
 
 
-def spoil(monkeypatch, spoiled):
-    """Makes the weights of these seeds, given by index, infinite from the third step on."""
+def spoil(monkeypatch, spoiled, after=2):
+    """Makes the weights of these seeds, given by index, infinite after so many steps."""
     train = Trainer.train
 
     def spoil(self, state, totals, step, count):
-        if step == 2:
+        if step == after:
             places = jnp.array(spoiled)
             state = state.replace(params=jax.tree.map(lambda a: a.at[places].multiply(np.inf), state.params))
         return train(self, state, totals, step, count)
@@ -301,6 +301,23 @@ def test_a_seed_that_diverges_is_marked_and_the_others_go_on(tmp_path, monkeypat
     text = (tmp_path / "report.md").read_text()
     assert "resnet8: the loss or a gradient is not finite at step 3 of seed 1" in text
     assert "for the single seed 4" in text
+
+
+def test_the_best_checkpoint_is_that_of_the_seeds_that_are_left(tmp_path, monkeypatch):
+    evaluate_ = Trainer.evaluate
+    accuracies = iter([[0.2, 0.9], [0.3, 0.1], *[[0.25, 0.1]] * 2])
+
+    def better(self, *args):
+        return evaluate_(self, *args) | {"accuracy": np.array(next(accuracies))}
+
+    spoil(monkeypatch, [1], after=STEPS_PER_EPOCH)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "evaluate", better)
+        results = run(tmp_path, **{"train.max_steps": 0, "checkpoint.keep": 99})
+    assert list(results["seeds"]) == ["4"] and results["best"]["step"] == 2 * STEPS_PER_EPOCH
+    assert results["best"] == results["seeds"]["4"]["best"] and results["best"]["eval_accuracy"] == 0.3
+    found = evaluate.evaluate_only(tiny_config(**RUN, seed=4), tmp_path, jax.devices()[:1])
+    assert found["step"] == 2 * STEPS_PER_EPOCH
 
 
 @pytest.mark.thorough

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from regnet_flax.analysis import summary
+from regnet_flax.files import read_json_lines
 from regnet_flax.models.ops import current_options
 from regnet_flax.models.plugins import import_plugins
 from regnet_flax.models.registry import create_model
@@ -50,7 +51,7 @@ class Result:
       claim: the published error of this model on this data set, "" for none.
       curves: maps "train_loss" and "error" (percent, on the evaluated split) to epochs (k,) and values (seeds, k).
       config: config.json.
-      environment: "hardware", "versions" and "command" of results.json.
+      environments: "hardware", "versions" and "command" of each run's results.json.
       dates: the days on which its runs finished, as ISO 8601 in UTC; empty for results of versions before 0.2.
     """
 
@@ -67,7 +68,7 @@ class Result:
     claim: str
     curves: dict[str, tuple[np.ndarray, np.ndarray]]
     config: dict[str, Any]
-    environment: dict[str, Any]
+    environments: tuple[dict[str, Any], ...]
     dates: tuple[str, ...] = ()
 
 
@@ -77,6 +78,8 @@ def read(label: str, *workdirs: pathlib.Path) -> Result:
     Args:
       label: model and options.
       workdirs: one run of one or several seeds, or several runs that differ in their seeds only.
+
+    Lines that are missing or damaged in metrics.jsonl are missing in the curves.
     """
     runs = [_read_run(workdir) for workdir in workdirs]
     config, results = runs[0].config, runs[0].results
@@ -108,7 +111,7 @@ def read(label: str, *workdirs: pathlib.Path) -> Result:
             "error": _curve(runs, "eval_accuracy", lambda accuracy: 100 * (1 - accuracy)),
         },
         config=config,
-        environment={name: results[name] for name in ("hardware", "versions", "command")},
+        environments=tuple({name: run.results[name] for name in ("hardware", "versions", "command")} for run in runs),
         dates=tuple(run.results["finished"][:10] for run in runs if "finished" in run.results),
     )
 
@@ -125,7 +128,7 @@ def _read_run(workdir: pathlib.Path) -> _Run:
     config, results = (
         json.loads((workdir / f"{name}.json").read_text(encoding="utf-8")) for name in ("config", "results")
     )
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_json_lines(workdir / "metrics.jsonl")
     failed = results.get("failed", {})
     seeds = tuple(seed for seed in config.get("seeds", [config["seed"]]) if str(seed) not in failed)
     own = results.get("seeds") or {str(config["seed"]): results}

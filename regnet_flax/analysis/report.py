@@ -62,8 +62,10 @@ def write(
 
 
 def _seeds(results: Sequence[Result]) -> str:
-    n = len(results[0].seeds)
-    return f"{n} seeds" if n > 1 else "1 seed"
+    least, most = min(len(r.seeds) for r in results), max(len(r.seeds) for r in results)
+    if least < most:
+        return f"{least} to {most} seeds"
+    return f"{most} seeds" if most > 1 else "1 seed"
 
 
 def _title(results: Sequence[Result]) -> str:
@@ -116,18 +118,24 @@ def table(results: Sequence[Result]) -> list[list[str]]:
 
 
 def _summary(results: Sequence[Result]) -> str:
-    """Summarises the table in one or two sentences."""
+    """Summarises the table in a few sentences."""
     best = min(results, key=lambda r: np.mean(r.error))
-    said = f"The lowest mean test error is that of {best.label}: {percent(best.error)} %."
+    said = [f"The lowest mean test error is that of {best.label}: {percent(best.error)} %."]
     if len(results) == 1:
-        return said
-    if len(results[0].seeds) < 2:
-        return f"{said} One seed says nothing about the spread: a difference may be chance."
-    others = [r for r in results[1:] if _differs(r, results[0])]
-    if not others:
-        return f"{said} None differs clearly from the baseline, {results[0].label}: each interval contains 0."
-    names = ", ".join(r.label for r in others)
-    return f"{said} Clearly different from the baseline, {results[0].label} (the interval excludes 0): {names}."
+        return said[0]
+    single = [r.label for r in results if len(r.seeds) < 2]
+    compared = [r for r in results[1:] if r.label not in single and results[0].label not in single]
+    differing = ", ".join(r.label for r in compared if _differs(r, results[0]))
+    if differing:
+        said.append(
+            f"Clearly different from the baseline, {results[0].label} (the interval excludes 0): {differing}."
+        )
+    elif compared:
+        said.append(f"None differs clearly from the baseline, {results[0].label}: each interval contains 0.")
+    if single:
+        whose = "" if len(single) == len(results) else f" ({', '.join(single)})"
+        said.append(f"One seed{whose} says nothing about the spread: a difference may be chance.")
+    return " ".join(said)
 
 
 def _notes(results: Sequence[Result], failed: Mapping[str, str]) -> list[str]:
@@ -137,17 +145,19 @@ def _notes(results: Sequence[Result], failed: Mapping[str, str]) -> list[str]:
     errors = "Errors are measured on the whole test split at the end of training, not at the best epoch"
     if results[0].chosen:
         errors = "Errors are measured once, on the whole test split, with the checkpoint that a validation split chose"
-    if len(results[0].seeds) > 1:
-        seeds = ", ".join(map(str, results[0].seeds))
+    own = {r.label: ", ".join(map(str, r.seeds)) for r in results}
+    seeds = own[results[0].label]
+    if len(set(own.values())) > 1:
+        seeds = f"of each model ({'; '.join(f'{label}: {numbers}' for label, numbers in own.items())})"
+    if any(len(r.seeds) > 1 for r in results):
         notes.append(
             f"{errors}: mean ± standard deviation (n − 1) over the seeds {seeds}. Below 0 "
             "the difference is in the model's favour. Its interval is the 95 % interval of Welch's t, for two unpaired "
-            "samples of unequal variance, not corrected for the number of models. It covers other seeds, not other "
-            "test images."
+            "samples of unequal variance, not corrected for multiple comparisons. It describes the variation between "
+            "seeds, not between test sets."
         )
     else:
-        seed = results[0].config["seed"]
-        notes.append(f"{errors}, for the single seed {seed}, and so without a spread or an interval.")
+        notes.append(f"{errors}, for the single seed {seeds}, and so without a spread or an interval.")
     notes.append(
         "Multiply-adds count convolutions, dense layers and regulators for one image. The time covers all seeds "
         "together, with compilation and evaluation."
@@ -183,7 +193,7 @@ def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
         facts.append(("finished", " to ".join(dict.fromkeys((min(days), max(days))))))
     show = {"hardware": describe_hardware, "versions": lambda v: ", ".join(map(" ".join, v.items())), "command": str}
     for name in show:
-        said = [r.environment[name] for r in results]
+        said = [environment[name] for r in results for environment in r.environments]
         facts += [(name, text) for text in dict.fromkeys(map(show[name], said))]
     return facts
 

@@ -218,7 +218,7 @@ def _finish(run: Run, config: Any, dataset: Dataset, checkpoints: Checkpoints, p
         results = collect_results(run, config, path, test)
         figures, title = path / workdir.FIGURES, f"{config.model.name} on {dataset_title(config.dataset)}"
         if len(run.seeds) > 1:
-            title += f", seed {next(seed for seed in run.seeds if seed not in run.failed)}"
+            title += f", seed {run.left[0]}"
         figures.mkdir(exist_ok=True)
         if outcomes is not None:
             results["per_class"] = write_figures(figures, dataset, outcomes, title, config.seed)

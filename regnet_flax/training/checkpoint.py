@@ -167,7 +167,7 @@ class Checkpoints:
         """
         if self.steps()[-1:] == [step]:
             if metrics is not None and parallel.from_primary(self._manager.metrics(step) is None):
-                self._add_metrics(step, metrics)
+                self.set_metrics(step, metrics)
             return
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -178,8 +178,14 @@ class Checkpoints:
         if not saved:
             raise CheckpointError(f"no checkpoint was saved at step {step}: {self.directory} holds a later one")
 
-    def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        # A signal interrupted this step's evaluation, so it was saved without metrics. Orbax cannot add them.
+    def set_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Sets or replaces the metrics of a saved step, which Orbax cannot do.
+
+        A step whose evaluation a signal interrupted was saved without; those of several seeds change when one fails.
+
+        Raises:
+          CheckpointError: they cannot be written.
+        """
         self.wait()
         folder = self.directory / str(step) / METRICS
         with self._writing(), parallel.together():

@@ -102,6 +102,11 @@ class Run:
         self._check_finite()
 
     @property
+    def left(self) -> list[int]:
+        """The seeds that have not failed."""
+        return [seed for seed in self.seeds if seed not in self.failed]
+
+    @property
     def seconds(self) -> float:
         """Wall time of the run, including that of earlier processes."""
         return self._seconds_before + time.monotonic() - self._began
@@ -256,8 +261,8 @@ class Run:
 
     def _check_finite(self) -> None:
         """Ends the run if its loss or gradient was not finite; with several seeds, once all have failed."""
-        found = np.ravel(jax.device_get(self.state.nonfinite_step)).tolist()
-        failed = {seed: step for seed, step in zip(self.seeds, found, strict=True) if step >= 0}
+        stopped = np.ravel(jax.device_get(self.state.nonfinite_step)).tolist()
+        failed = {seed: step for seed, step in zip(self.seeds, stopped, strict=True) if step >= 0}
         advice = (
             "try a lower optimizer.learning_rate, optimizer.warmup_epochs or optimizer.clip_norm in a new --workdir"
         )
@@ -272,10 +277,21 @@ class Run:
             last = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
             first = min(failed, key=lambda seed: failed[seed])
             raise NonFiniteError(f"{reasons[first]}; {last}; {advice}")
-        for seed, reason in reasons.items():
-            if seed not in self.failed:
-                logger.warning("%s: this seed stops here, the others continue; %s", reason, advice)
-                self.failed[seed] = reason
+        found = {seed: reason for seed, reason in reasons.items() if seed not in self.failed}
+        for reason in found.values():
+            logger.warning("%s: this seed stops here, the others continue; %s", reason, advice)
+        self.failed |= found
+        if found:
+            self._average_again()
+
+    def _average_again(self) -> None:
+        """Gives the saved checkpoints the means of the seeds that are left, which decide which one is the best."""
+        saved = self._checkpoints.steps()
+        for line in workdir.read_metrics(self._path):
+            if line["step"] in saved and "eval_accuracy" in line:
+                means = workdir.mean_line(line, self.left)
+                metrics = {name: value for name, value in means.items() if name.startswith("eval_")}
+                self._checkpoints.set_metrics(line["step"], metrics)
 
     def _save(self, metrics: dict[str, float] | None = None) -> None:
         self._check_finite()

@@ -8,8 +8,10 @@ import logging
 import os
 import pathlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from regnet_flax.config.resolve import changed_fields
 from regnet_flax.data import sources, stream
@@ -88,6 +90,13 @@ def seed_line(line: dict[str, Any], seed: int | str) -> dict[str, Any]:
     seeds = line.get("seeds", {})
     means = {name for values in seeds.values() for name in values}
     return {name: value for name, value in line.items() if name not in means} | seeds.get(str(seed), {})
+
+
+def mean_line(line: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
+    """Returns a line of metrics.jsonl with the means over these seeds only, such as those that did not fail later."""
+    own = [line["seeds"][str(seed)] for seed in seeds if str(seed) in line.get("seeds", {})]
+    names = set.intersection(*map(set, own)) if own else set()
+    return line | {name: float(np.mean([values[name] for values in own])) for name in names}
 
 
 def plain(value: Any) -> Any:

@@ -46,7 +46,8 @@ def compared_curves(
     """Plots learning curves of several models: the mean over the seeds, in a band from the lowest to the highest.
 
     Args:
-      runs: maps a model's name to "train_loss" and "error" (percent), each epochs (k,) and values (seeds, k).
+      runs: maps a model's name to "train_loss" and "error" (percent), each epochs (k,) and values (seeds, k); without
+        epochs, no curve.
       path: the picture to write.
       dark: whether it is for a dark page.
       split: the split of the error.
@@ -60,20 +61,23 @@ def compared_curves(
             color, dash = palette[number % len(palette)], _DASHES[number // len(palette) % len(_DASHES)]
             for axes, metric in ((loss, "train_loss"), (error, "error")):
                 epochs, values = curves[metric]
+                if not len(epochs):
+                    continue
                 options = {"color": color, "linestyle": dash, "label": name, "linewidth": 1.6}
                 axes.plot(epochs, values.mean(0), marker=marker(epochs), **options)
                 if len(values) > 1 and len(epochs) == 1:
                     axes.vlines(epochs, values.min(0), values.max(0), color=color, alpha=0.3, linewidth=4)
                 elif len(values) > 1:
                     axes.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-            mean = curves["error"][1].mean(0)
-            ends.append(mean[len(mean) // 2 :].max())
-            starts.append(mean.max())
+            if len(curves["error"][0]):
+                mean = curves["error"][1].mean(0)
+                ends.append(mean[len(mean) // 2 :].max())
+                starts.append(mean.max())
         log_scale(loss)
         loss.set_ylabel("training loss (cross-entropy, nats)")
         error.set_ylabel(f"{split} error (%)")
         # The first epochs are far above the range in which the models differ.
-        error.set_ylim(0, min(max(starts), 2.5 * max(ends)) * 1.05 or 1)
+        error.set_ylim(0, min(max(starts, default=0), 2.5 * max(ends, default=0)) * 1.05 or 1)
         for axes in (loss, error):
             axes.set_xlabel("epoch")
             whole_epochs(axes)
