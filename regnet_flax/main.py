@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import logging
@@ -64,6 +65,8 @@ def run(argv: Sequence[str]) -> None:
     config, options = parse(argv)
 
     level = logging.INFO
+    if options.profile and options.mode != "train":
+        raise UsageError(f"--profile is for --mode train: leave it out with {options.mode}")
     if options.distributed:
         if options.mode not in _DISTRIBUTED:
             raise UsageError(
@@ -123,6 +126,9 @@ def _exit_code(argv: Sequence[str] | None) -> int:
         if error.errno is None:
             raise
         place = f" ({error.filename})" if error.filename else ""
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+            _say(f"error: {error.strerror}{place}: name another place, or move what is there")
+            return 2
         _say(f"error: {error.strerror}{place}: make room or fix it, and run the same command again")
         return 1
     return 0

@@ -26,9 +26,7 @@ def collect_results(run: Run, config: Any, path: pathlib.Path, test: dict[str, A
       path: the workdir.
       test: metrics of the test split, named "step" and "test_…", if a validation split chose the checkpoint.
     """
-    lines = workdir.read_metrics(path)
-    if run.failed:
-        lines = [workdir.mean_line(line, run.left) for line in lines]
+    lines = [workdir.mean_line(line, run.failed) for line in workdir.read_metrics(path)]
     rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
     return {
         "model": config.model.name,
@@ -50,11 +48,7 @@ def _last_and_best(lines: list[dict[str, Any]]) -> dict[str, Any]:
     """Returns the last evaluation and the one with the highest accuracy, from lines of metrics.jsonl."""
     evals = [{k: v for k, v in line.items() if k in ("step", "epoch") or k.startswith("eval_")} for line in lines]
     evals = [line for line in evals if "eval_accuracy" in line]
-    return {
-        "last": evals[-1] if evals else None,
-        # The later of two equal ones, because Orbax keeps that one.
-        "best": max(reversed(evals), key=lambda line: line["eval_accuracy"]) if evals else None,
-    }
+    return {"last": evals[-1] if evals else None, "best": workdir.best_line(evals)}
 
 
 def _of_seeds(lines: list[dict[str, Any]], run: Run, test: dict[str, Any] | None) -> dict[str, Any]:

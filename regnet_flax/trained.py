@@ -133,7 +133,7 @@ def load(workdir: Path, checkpoint: str | int = "best", *, seed: int | None = No
         )
     seeds = stored.get("seeds", [stored.get("seed", 0)])
     if seed is not None and seed not in seeds:
-        raise ConfigError(f"seed is {seed}: {path} has {', '.join(map(str, seeds))}")
+        raise ConfigError(f"seed is {seed}: {path} has the seeds {', '.join(map(str, seeds))}")
     config = default_config().lock()
     fill_in(config, stored)
     left = [one for one in seeds if one not in failed_seeds(path)]

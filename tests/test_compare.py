@@ -379,6 +379,20 @@ def test_stopped_in_its_second_model_it_goes_on_from_there(tmp_path, monkeypatch
     assert Page((path / "report.html").read_text()).rows == [head, *rows]
 
 
+def test_apart_needs_a_divided_folder_and_a_folder_of_its_own(tmp_path):
+    config = compare_digits.get_config()
+    config.compare.models, config.compare.seeds, config.compare.together = ("resnet8",), (0, 1), "apart"
+    (tmp_path / "c" / "resnet8").mkdir(parents=True)
+    (tmp_path / "c" / "resnet8" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="compare.together is apart, and .* holds seeds that were trained together"):
+        mode.compare(config, tmp_path / "c", lambda *_, **__: pytest.fail("trained"))
+    config.dataset.name, config.dataset.data_dir = "folder", str(tmp_path / "photos")
+    for name in ("ant", "bee"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+    with pytest.raises(ConfigError, match="has no train/ and test/, so each seed would be tested on other images"):
+        mode.compare(config, tmp_path / "d", lambda *_, **__: pytest.fail("trained"))
+
+
 def test_apart_every_seed_is_a_run_of_its_own(tmp_path):
     config = compare_digits.get_config()
     config.compare.models, config.compare.seeds, config.compare.together = tuple(ACCURACY)[:2], (0, 1), "apart"

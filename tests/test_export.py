@@ -219,3 +219,12 @@ def test_a_program_in_a_file_of_weights_is_refused(trained, tmp_path, capsys):
     command = ["--mode=export", "--workdir", str(trained), f"--config.export.path={path}"]
     assert main.main([*command, "--config.export.format=stablehlo"]) == 2
     assert "must end in .stablehlo" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert main.main([*command, "--config.export.format=torch"]) == 2
+    assert "ends in .safetensors: name a .pth file" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    command[-1] = f"--config.export.path={tmp_path / 'w.h5'}"
+    assert main.main(command) == 2
+    assert capsys.readouterr().err.rstrip().endswith(".bin") and not list(tmp_path.iterdir())
+    path.mkdir()
+    command[-1] = f"--config.export.path={path}"
+    assert main.main(command) == 2
+    assert f"{path} cannot be written (Is a directory): name another place" in capsys.readouterr().err

@@ -161,9 +161,34 @@ def test_a_finished_run_whose_checkpoints_were_deleted_is_reported_and_not_train
     with pytest.raises(WorkdirError, match="without checkpoints, so it cannot be trained longer"):
         train(tmp_path, **{"train.epochs": 30})
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").unlink()
     with pytest.raises(WorkdirError, match="has results but no config.json"):
         train(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    (tmp_path / "results.json").write_text("{")
+    with pytest.raises(WorkdirError, match="results.json is damaged, and there are no checkpoints"):
+        train(tmp_path)
+
+
+def test_files_that_are_not_a_runs_are_left_alone(tmp_path):
+    for name in ("config.json", "metrics.jsonl"):
+        (tmp_path / name).write_text('{"a": 1}')
+    with pytest.raises(WorkdirError, match="config.json is not what a run writes"):
+        train(tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
+        "config.json": '{"a": 1}',
+        "metrics.jsonl": '{"a": 1}',
+    }
+
+
+def test_a_finished_run_is_not_made_shorter(finished, tmp_path):
+    workdir, _ = finished
+    shutil.copytree(workdir, tmp_path, dirs_exist_ok=True)
+    before = {path: path.read_bytes() for path in (tmp_path / "config.json", tmp_path / "results.json")}
+    with pytest.raises(ConfigError, match="has taken 12 steps, and .* would now end it at step 5"):
+        train(tmp_path, **{"train.max_steps": 5})
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def steps(path):
@@ -174,7 +199,8 @@ def steps(path):
 def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(finished, tmp_path, monkeypatch):
     workdir, _ = finished
     # Before the first checkpoint another config does no harm.
-    (tmp_path / "config.json").write_text(json.dumps({"train": {"batch_size": 7}}))
+    stored = json.loads((workdir / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(stored | {"seed": 7}))
 
     # A run stopped during an evaluation evaluates when it resumes.
     evaluate = Trainer.evaluate

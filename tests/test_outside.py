@@ -276,7 +276,7 @@ def test_one_of_several_seeds_is_loaded(stored):
     assert (first.config.seed, other.config.seed) == (3, 0)
     kernels = [trained.variables["params"]["conv1"]["kernel"] for trained in (first, other)]
     assert kernels[0].shape == (3, 3, 1, 4) and not np.array_equal(*kernels)
-    with pytest.raises(ConfigError, match="seed is 5: .* has 3, 0"):
+    with pytest.raises(ConfigError, match="seed is 5: .* has the seeds 3, 0"):
         regnet_flax.load(stored / "seeds", seed=5)
 
 

@@ -109,6 +109,17 @@ def test_predict_says_which_checkpoint_it_uses_in_any_encoding(trained):
     assert f"resnet8, step 2, the last checkpoint: {image}\n" in done.stdout
 
 
+def test_a_best_checkpoint_that_is_gone_is_not_said_to_be_the_best(trained, tmp_path):
+    workdir = shutil.copytree(trained / "runs/rnn_photos-bees-resnet8-0", tmp_path / "run")
+    with open(workdir / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 1, "epoch": 0.5, "eval_accuracy": 1.0, "eval_loss": 0.1}\n')
+    image = next(trained.rglob("*.png"))
+    done = run_program("--mode=predict", "--workdir", workdir, f"--config.predict.images={image}", check=0)
+    assert "step 2, the best of the checkpoints that are left, by the test split" in done.stdout
+    run_program("--mode=export", "--workdir", workdir, check=0)
+    assert "the best of the run's" not in (workdir / "README.md").read_text()
+
+
 def test_other_modes_use_the_run_of_a_config_that_starts_from_weights():
     folder = ["--config=configs/folder.py", "--config.dataset.data_dir=photos"]
     config, begun = main.parse(folder)

@@ -116,18 +116,33 @@ def test_all_models_are_listed():
         ("--config.dataset.data_dir=az://bucket/data", "data_dir is 'az://bucket/data': it must be a local path"),
         ("--config.export.path=hdfs://bucket/w.pth", "export.path is 'hdfs://bucket/w.pth': it must be a local path"),
         ("--config.model.init_from=https://host/w.pth", "init_from is 'https://host/w.pth': it must be a local path"),
+        ("--mode=compare --profile", "--profile is for --mode train: leave it out with compare"),
         ("--workdir=https://host/run", "--workdir is 'https://host/run': it must be a local path"),
         ("--workdir=~nobody-of-this-name/run", "there is no such home directory"),
     ],
 )
 def test_what_is_mistyped_or_far_away_is_one_line(argument, words, tmp_path):
-    assert words in error_of(run_program(argument, cwd=tmp_path), 2)
+    assert words in error_of(run_program(*argument.split(), cwd=tmp_path), 2)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_option_of_a_model_that_is_mistyped():
     with pytest.raises(ValueError, match="no option 'num_class': did you mean num_classes"):
         regnet_flax.create_model("resnet20", num_class=10)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"regulated_stages": 1}, "regulated_stages is 1: it must be a tuple"),
+        ({"features": 5}, "features is 5: it must be True or names"),
+        ({"share_regulator": "False"}, "share_regulator is 'False': it must be True or False"),
+        ({"frozen_batch_stats": "x"}, "frozen_batch_stats is 'x': it must be True or False"),
+    ],
+)
+def test_an_option_of_another_type(options, words):
+    with pytest.raises(ValueError, match=words):
+        regnet_flax.create_model("regnet20_convlstm", **options)
 
 
 def signalled(*numbers):

@@ -131,6 +131,8 @@ def test_exported_and_evaluated_again(kind, suffix, trained, capsys, tmp_path, m
     evaluate += ["--config.dataset.mean=(0.1,)", "--config.dataset.std=(0.5,)"]
     assert main.main(evaluate) == 0
     assert last_line(capsys, "test loss").partition(":")[2] == expected.partition(":")[2]
+    assert main.main([*evaluate, "--config.model.new_head=True"]) == 2
+    assert "there is nothing to evaluate" in capsys.readouterr().err
     _, metadata = read_weights(file)
     assert metadata["model"] == "regnet8_convrnn" and metadata["num_classes"] == "10"
     assert [path.name for path in tmp_path.iterdir()] == ["evaluated"]

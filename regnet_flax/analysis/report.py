@@ -127,9 +127,7 @@ def _summary(results: Sequence[Result]) -> str:
     compared = [r for r in results[1:] if r.label not in single and results[0].label not in single]
     differing = ", ".join(r.label for r in compared if _differs(r, results[0]))
     if differing:
-        said.append(
-            f"Clearly different from the baseline, {results[0].label} (the interval excludes 0): {differing}."
-        )
+        said.append(f"Clearly different from the baseline, {results[0].label} (the interval excludes 0): {differing}.")
     elif compared:
         said.append(f"None differs clearly from the baseline, {results[0].label}: each interval contains 0.")
     if single:
@@ -145,6 +143,8 @@ def _notes(results: Sequence[Result], failed: Mapping[str, str]) -> list[str]:
     errors = "Errors are measured on the whole test split at the end of training, not at the best epoch"
     if results[0].chosen:
         errors = "Errors are measured once, on the whole test split, with the checkpoint that a validation split chose"
+        if len(results[0].environments) > 1 and results[0].config["dataset"]["validation"]:
+            errors += ", which each seed draws for itself"
     own = {r.label: ", ".join(map(str, r.seeds)) for r in results}
     seeds = own[results[0].label]
     if len(set(own.values())) > 1:

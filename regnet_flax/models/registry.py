@@ -57,7 +57,9 @@ OPTIONS = {
     "regulated_stages": Option(tuple, "such as (1, 2); None: all"),
     "shortcut": Option(str, '"B", a 1×1 convolution, or "A", without parameters', ("A", "B")),
     "width": Option(int, "channels of the first stage"),
-    "bottleneck_stride": Option(str, '"1x1", or "3x3" as in torchvision (ResNets only)', ("1x1", "3x3")),
+    "bottleneck_stride": Option(
+        str, '"1x1", or "3x3" as in torchvision (not for regnet50_… and regnet101_…)', ("1x1", "3x3")
+    ),
     "init": Option(str, 'initial values: "paper" or "torch"', ("paper", "torch")),
     "fuse_init": Option(
         str,
@@ -226,6 +228,13 @@ def check_model(
         choices = OPTIONS[key].choices if key in OPTIONS else ()
         if choices and value not in choices:
             raise ValueError(f"{key} is {value!r}: it must be one of {', '.join(map(repr, choices))}")
+        kind = bool if key == "frozen_batch_stats" else OPTIONS[key].kind if key in OPTIONS else None
+        if kind is bool and not isinstance(value, bool):
+            raise ValueError(f"{key} is {value!r}: it must be True or False")
+        if kind is tuple and not isinstance(value, (tuple, list)):
+            raise ValueError(f"{key} is {value!r}: it must be a tuple, such as (1, 2)")
+        if key == "features" and not isinstance(value, (tuple, list, bool, str)):
+            raise ValueError(f"features is {value!r}: it must be True or names, such as ('stage2', 'stage3')")
         if key in ("width", "unroll", "output_stride") and (
             not isinstance(value, int) or isinstance(value, bool) or value < 1
         ):
@@ -245,7 +254,7 @@ def check_model(
     if fields.get("bottleneck_stride", "1x1") == "3x3" != make.keywords.get("bottleneck_stride") and fields.get(
         "regulator", "dia"
     ) not in (None, "dia"):
-        raise ValueError(f"bottleneck_stride '3x3' is for ResNets: in {name}, X2 must have the size of H; use '1x1'")
+        raise ValueError(f"bottleneck_stride is '3x3': in {name}, X2 must have the size of H; use '1x1'")
     if fields.get("share_state_norm") and fields.get("normalize_state") == "none":
         raise ValueError("share_state_norm is True: with normalize_state 'none' there is nothing to share")
     if fields.get("replace") and fields.get("fuse_init") == "identity":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import logging
+import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +17,14 @@ from rich.table import Table
 from regnet_flax.analysis import report
 from regnet_flax.command_line import Options
 from regnet_flax.config.check import check_config
+from regnet_flax.data.folder.listing import is_divided
 from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError
 from regnet_flax.models.registry import parse_variant
 from regnet_flax.modes.train import train_and_evaluate
 from regnet_flax.trackers.registry import check_installed
 from regnet_flax.training.display import say_table
 from regnet_flax.training.signals import StopSignals
-from regnet_flax.training.workdir import workdir_lock
+from regnet_flax.training.workdir import CONFIG, workdir_lock
 
 logger = logging.getLogger("regnet_flax")
 
@@ -70,6 +72,12 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
         raise ConfigError(f"compare.{field} is (): name some, such as {example}, or take configs/compare_digits.py")
     if not config.eval.every_epochs:
         raise ConfigError("eval.every_epochs is 0: models are compared by their test error, so it must be at least 1")
+    apart, data = config.compare.together == "apart", config.dataset
+    if apart and data.name == "folder" and os.path.isdir(data.data_dir) and not is_divided(data.data_dir):
+        raise ConfigError(
+            f"compare.together is apart: {data.data_dir} has no train/ and test/, so each seed would be tested on "
+            "other images; divide it, or leave compare.together as it is by default"
+        )
     check_installed(config.log.trackers)
     runs: dict[str, list[pathlib.Path]] = {}
     failed: dict[str, str] = {}
@@ -102,7 +110,13 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
 def _runs(config: Any, variant: str, path: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, tuple[int, ...]]]:
     """Yields the label, workdir and seeds of each run of a variant."""
     workdir, seeds = path / folder(variant), config.compare.seeds
-    if config.compare.together == "apart":
+    apart = config.compare.together == "apart"
+    if (workdir / CONFIG).is_file() if apart else any(workdir.glob(f"seed*/{CONFIG}")):
+        raise ConfigError(
+            f"compare.together is {config.compare.together}, and {workdir} holds seeds that were trained "
+            f"{'together' if apart else 'apart'}: undo the change, or name another --workdir"
+        )
+    if apart:
         yield from ((f"{label(variant)}, seed {seed}", workdir / f"seed{seed}", (seed,)) for seed in seeds)
     else:
         yield label(variant), workdir, seeds

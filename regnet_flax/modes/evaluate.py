@@ -13,6 +13,7 @@ from regnet_flax.analysis.by_class import write_figures
 from regnet_flax.command_line import Options
 from regnet_flax.config.check import check_config, eval_batch_size
 from regnet_flax.config.resolve import resolve
+from regnet_flax.errors import ConfigError
 from regnet_flax.files import dataset_title, write_json
 from regnet_flax.modes.setup.datasets import Dataset, open_trained_dataset
 from regnet_flax.modes.setup.models import load_weights, read_trained
@@ -46,6 +47,8 @@ def evaluate_only(config: Any, path: str | pathlib.Path, devices: list[Any] | No
         check_config(config)
         file, record, found = config.model.init_from, {}, None
         if file:
+            if config.model.new_head:
+                raise ConfigError(f"model.new_head is True: without the head of {file} there is nothing to evaluate")
             found = read_weights(file)
             known = take_description(config, found[1]) or {}
             check_config(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -70,6 +71,10 @@ def _write(trained: Trained, workdir: pathlib.Path, path: pathlib.Path) -> None:
         write_json(path.with_name(path.name + ".json"), beside)
         said = f"for {', '.join(PLATFORMS)}"
     else:
+        if kind == "torch" and path.suffix == ".safetensors":
+            raise WeightsError(
+                f"export.format is torch, and {path} ends in .safetensors: name a .pth file, or leave export.format out"
+            )
         arrays = to_torch(variables, model)
         write_weights(path, arrays, metadata)
         said = f"{len(arrays)} arrays"
@@ -114,7 +119,9 @@ def run(config: Any, options: Options) -> None:
     trained = with_config(config, options.workdir)
     try:
         export_model(trained, options.workdir)
-    except PermissionError as error:
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, None):
+            raise
         raise WorkdirError(
-            f"{error.filename} cannot be written ({error.strerror}): name another place with --config.export.path=FILE"
+            f"{error.filename2 or error.filename} cannot be written ({error.strerror}): name another place with --config.export.path=FILE"
         ) from error

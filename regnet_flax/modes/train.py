@@ -76,6 +76,8 @@ def train_and_evaluate(
     if results:
         _open_dataset(config, stored, path)  # checks that the results belong to this data set
         logger.info("%s holds a finished run", path)
+        if profile:
+            logger.warning("there is no trace: --profile traces steps, and this run has none left")
         report(results, path)
         return results
     check_config(config, len(devices))
@@ -166,6 +168,12 @@ def _complete_config(config: Any, dataset: Dataset, stored: Stored, path: pathli
             raise ConfigError(
                 f"{path} holds a run of train.epochs={epochs}, now {config.train.epochs}: {rate}; "
                 "name another --workdir, or undo the change"
+            )
+        taken, total = workdir.saved_steps(path)[-1], make_plan(config, dataset.size("train")).total_steps
+        if total < taken:
+            raise ConfigError(
+                f"{path} holds a run that has taken {taken} steps, and train.epochs and train.max_steps would now end "
+                f"it at step {total}: undo the change, or name another --workdir"
             )
     return config
 

@@ -41,10 +41,10 @@ def _import_torch(path: pathlib.Path) -> Any:
     return torch
 
 
-def _check_suffix(path: pathlib.Path) -> str:
+def _check_suffix(path: pathlib.Path, otherwise: str = "") -> str:
     kind = next((kind for suffix, kind in SUFFIXES.items() if path.name.endswith(suffix)), None)
     if kind is None:
-        raise WeightsError(f"{path} must end in {', '.join(SUFFIXES)}{shipped.alternatives('be')}")
+        raise WeightsError(f"{path} must end in {', '.join(SUFFIXES)}{otherwise}")
     return kind
 
 
@@ -64,7 +64,7 @@ def read_weights(file: str | pathlib.Path) -> tuple[dict[str, np.ndarray], dict[
       WeightsError: there is no such file, it is damaged, or the library that reads it is not installed.
     """
     file = shipped.find(file) or file
-    kind = _check_suffix(pathlib.Path(file))
+    kind = _check_suffix(pathlib.Path(file), shipped.alternatives("be"))
     path = fetch(file)
     if not path.is_file():
         raise WeightsError(f"{path} is not a file: name a file of weights")

@@ -252,7 +252,11 @@ class Checkpoints:
             with self._reading():
                 variables = self._read_variables(step, sharding)
         except _DamagedError as error:
-            raise CheckpointError(f"checkpoint {step} in {self.directory} cannot be read: {error}") from error
+            others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
+            raise CheckpointError(
+                f"checkpoint {step} in {self.directory} is damaged ({error}): restore it from a copy, or name another "
+                f"step with --config.eval.checkpoint ({others})"
+            ) from error
         return step, variables
 
     def _choose(self, which: str) -> int:
@@ -267,7 +271,7 @@ class Checkpoints:
         step = int(which)
         if step not in steps:
             known = ", ".join(map(str, steps))
-            raise WorkdirError(f"eval.checkpoint is {which}: {self.directory} has {known}")
+            raise WorkdirError(f"eval.checkpoint is {which}: {self.directory} has the steps {known}")
         return step
 
     def _read_variables(self, step: int, sharding: Any) -> dict[str, Any]:

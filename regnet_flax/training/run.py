@@ -289,7 +289,7 @@ class Run:
         saved = self._checkpoints.steps()
         for line in workdir.read_metrics(self._path):
             if line["step"] in saved and "eval_accuracy" in line:
-                means = workdir.mean_line(line, self.left)
+                means = workdir.mean_line(line, self.failed)
                 metrics = {name: value for name, value in means.items() if name.startswith("eval_")}
                 self._checkpoints.set_metrics(line["step"], metrics)
 

@@ -8,7 +8,7 @@ import logging
 import os
 import pathlib
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -92,11 +92,18 @@ def seed_line(line: dict[str, Any], seed: int | str) -> dict[str, Any]:
     return {name: value for name, value in line.items() if name not in means} | seeds.get(str(seed), {})
 
 
-def mean_line(line: dict[str, Any], seeds: Sequence[int]) -> dict[str, Any]:
-    """Returns a line of metrics.jsonl with the means over these seeds only, such as those that did not fail later."""
-    own = [line["seeds"][str(seed)] for seed in seeds if str(seed) in line.get("seeds", {})]
-    names = set.intersection(*map(set, own)) if own else set()
+def mean_line(line: dict[str, Any], failed: Collection[int]) -> dict[str, Any]:
+    """Returns a line of metrics.jsonl with the means over the seeds that did not fail, then or later."""
+    own = [values for seed, values in line.get("seeds", {}).items() if int(seed) not in failed]
+    names = set.intersection(*map(set, own)) if own and failed else set()
     return line | {name: float(np.mean([values[name] for values in own])) for name in names}
+
+
+def best_line(lines: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns the evaluation with the highest accuracy, the later of equal ones; None if there is none."""
+    evaluations = [line for line in lines if "eval_accuracy" in line]
+    # Orbax keeps the later one too.
+    return max(reversed(evaluations), key=lambda line: line["eval_accuracy"], default=None)
 
 
 def plain(value: Any) -> Any:
@@ -211,14 +218,21 @@ def stored_config(path: pathlib.Path) -> dict[str, Any] | None:
     """Returns the config.json of the run to resume, or of the finished run; None if nothing was saved yet.
 
     Raises:
-      WorkdirError: there are checkpoints or results, but no config.json.
+      WorkdirError: there are checkpoints or results, but no config.json, or one that is not a run's; or the results of
+        a run without checkpoints are damaged.
     """
-    # A finished run's checkpoints may have been deleted to save space.
-    kept = "checkpoints" if saved_steps(path) else "results" if read_results(path) else None
-    if kept is None:
+    steps, results = saved_steps(path), (path / RESULTS).is_file()
+    stored = read_config(path)  # refuses one that is not a run's
+    if not steps and not results:
         return None
-    if stored := read_config(path):
+    # A finished run's checkpoints may have been deleted to save space.
+    if not steps and read_results(path) is None:
+        raise WorkdirError(
+            f"{path / RESULTS} is damaged, and there are no checkpoints: restore it, or name another --workdir"
+        )
+    if stored:
         return stored
+    kept = "checkpoints" if steps else "results"
     raise WorkdirError(f"{path} has {kept} but no {CONFIG}: restore it, or name another --workdir")
 
 
