@@ -1,4 +1,4 @@
-"""CIFAR-10 in 15 epochs instead of 200, for two CPU cores: RegNet-20 and ResNet-20, three seeds each.
+"""CIFAR-10 in 15 epochs instead of 200, for a CPU: five models, three seeds each.
 
     python -m regnet_flax.main --config configs/cifar10_short.py:resnet20
     python -m regnet_flax.main --mode compare --config configs/cifar10_short.py

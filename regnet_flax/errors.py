@@ -47,7 +47,7 @@ class PlaceError(InputError):
 
 
 class ProcessError(InputError):
-    """The processes do not fit together, or another one failed; the message is one line."""
+    """The processes disagree about config, workdir or data, or another one failed; the message is one line."""
 
 
 class RunError(Error, RuntimeError):

@@ -75,6 +75,18 @@ def test_the_use_of_h_is_what_the_network_computes_without_it(monkeypatch):
         state_use.state_use(model, variables, images)
 
 
+def test_the_ranges_of_gates_by_hand():
+    gates = {"f": np.arange(101.0).reshape(1, 101, 1, 1) / 100, "g": np.full((2, 1, 1, 3), -0.5)}
+    output = np.zeros((2, 1, 1, 3))
+    blocks = [
+        features.BlockFeatures(1, 1, output, {}, {}),
+        features.BlockFeatures(1, 2, output, {"H": output}, gates, output),
+    ]
+    found = features.gate_ranges(blocks)
+    assert list(found) == ["1.2"] and found["1.2"]["f"] == pytest.approx((0.01, 0.5, 0.99))
+    assert found["1.2"]["g"] == (-0.5, -0.5, -0.5)
+
+
 def test_grad_cam_of_any_block_in_any_family():
     # If the head reads a block's pooled output directly, the gradient is the head's kernel / the number of positions.
     model, variables, images = made("regnet8_convrnn")
@@ -151,6 +163,8 @@ def test_mode_analyze(tmp_path, capsys):
     run_program("--mode=analyze", *workdir)
     found = json.loads((tmp_path / "run" / "analysis.json").read_text())
     assert found["images"] == 360 and list(found["readouts"]) == ["3.1"] and len(found["state_use"]) == 3
+    assert list(found["gates"]) == ["1.1", "2.1", "3.1"]
+    assert all(0 <= low <= middle <= high <= 1 for low, middle, high in (found["gates"]["1.1"][n] for n in "ifo"))
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert found["readouts"]["3.1"] == pytest.approx(results["last"]["eval_accuracy"])
     pictures = {path.name for path in (tmp_path / "run" / "figures" / "analysis").iterdir()}

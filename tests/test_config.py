@@ -292,7 +292,7 @@ CONTRADICTIONS = [
     ({"model.overrides.width": 0}, "model", ["width is 0", "at least 1"]),
     ({"model.overrides.unroll": 1.5}, "model", ["unroll is 1.5", "at least 1"]),
     ({"model.overrides.regulated_stages": (4,)}, "model", ["regulated_stages", "4", "1 to 3"]),
-    ({"model.overrides.bottleneck_stride": "3x3"}, "model", ["bottleneck_stride '3x3'", "use '1x1'"]),
+    ({"model.overrides.bottleneck_stride": "3x3"}, "model", ["bottleneck_stride is '3x3'", "use '1x1'"]),
     (
         {"optimizer.schedule": "step", "optimizer.boundaries": (20, 10)},
         "optimizer.boundaries is (20, 10):",

@@ -199,7 +199,7 @@ def spoil(root, how):
     path.unlink()
     if how == "zero bytes":
         path.write_bytes(b"")
-    elif how == "no image":
+    elif how == "not an image":
         path.write_bytes(b"#!/bin/sh\n" * 99)
     elif how == "20,000 × 20,000 pixels":
         bomb(path, 20_000)
@@ -217,14 +217,14 @@ def spoil(root, how):
     elif how == "a name with a newline":
         path = path.with_name("3\n4.png")
         path.write_bytes(b"no image")
-    elif how == "a name that is no UTF-8":
+    elif how == "a name that is not UTF-8":
         path = pathlib.Path(os.fsdecode(os.fsencode(path.parent) + b"/caf\xe9.png"))
         path.write_bytes(b"no image")
     return path
 
 
-SPOILT = ["zero bytes", "no image", "20,000 × 20,000 pixels", "10,000 × 10,000 pixels", "a symbolic link to itself"]
-SPOILT += ["a dangling symbolic link", "a named pipe", "a name with a newline", "a name that is no UTF-8"]
+SPOILT = ["zero bytes", "not an image", "20,000 × 20,000 pixels", "10,000 × 10,000 pixels", "a symbolic link to itself"]
+SPOILT += ["a dangling symbolic link", "a named pipe", "a name with a newline", "a name that is not UTF-8"]
 
 
 @pytest.mark.parametrize("how", SPOILT)
@@ -260,7 +260,7 @@ def test_a_run_on_a_strange_folder(folder, tmp_path, fault):
         spoilt = spoil(folder, how)
         spoilt.rename(spoilt.with_name(f"x{number}-{spoilt.name}"))
         fault(f"training on a folder with an image file: {how}")
-    fault("training on classes whose names have newlines or are no UTF-8")
+    fault("training on classes whose names have newlines or are not UTF-8")
     workdir = tmp_path / "run"
     command = [*TRAIN, f"--config.dataset.data_dir={folder}", "--workdir", workdir]
     done = run(*command, before=POWERLESS, check=0, env={"PYTHONUTF8": "1"})

@@ -80,8 +80,8 @@ def test_classes_of_one_split_only_are_said(folder):
     assert listing.uses.endswith(": train on train/, test on test/, validation on valid/; not used: old/")
     assert listing.notes == (
         f"{folder}: cat, dog in test/ are not trained on: 2 images left out",
-        f"{folder}: no images in test/ of eel, which is not evaluated there",
-        f"{folder}: no images in valid/ of bee, eel, which is not evaluated there",
+        f"{folder}: test/ has no images of eel, so it does not evaluate this class",
+        f"{folder}: valid/ has no images of bee, eel, so it does not evaluate them",
     )
     dataset = read(folder)
     assert dataset.class_names == ("ant", "bee", "eel") and dataset.test.labels.tolist() == [0, 1]
@@ -96,7 +96,7 @@ def test_a_folder_that_is_not_divided_is_divided(tmp_path):
     assert np.bincount(dataset.train.labels).tolist() == [8, 4] and np.bincount(dataset.test.labels).tolist() == [2, 1]
     seen = np.concatenate([split.images[:, 0, 0, 0] for split in (dataset.train, dataset.test)])
     assert sorted(seen) == sorted([*range(10), *range(5)])
-    assert "has no train/ and test/: 0.2 of each class is the test split (dataset.validation)" in dataset.notes[0]
+    assert "has no train/ and test/: 0.2 of each class for testing (dataset.validation)" in dataset.notes[0]
     assert read(tmp_path).fingerprint() == dataset.fingerprint() != read(tmp_path, seed=1).fingerprint()
     half = read(tmp_path, validation=0.5)
     assert half.validation is None and np.bincount(half.test.labels).tolist() == [5, 2]

@@ -242,7 +242,7 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(finished, tmp_
     with monkeypatch.context() as patch:
         patch.setattr(run, "environment", elsewhere)
         assert train(tmp_path)["step"] == TOTAL
-    assert "cpu_cores" in (tmp_path / "train.log").read_text().partition("the run began elsewhere")[2]
+    assert "cpu_cores" in (tmp_path / "train.log").read_text().partition("the run began with other hardware")[2]
     assert checksums(tmp_path, TOTAL) == checksums(workdir, TOTAL)
     by_step = {line["step"]: line for line in read_lines(tmp_path)}
     expected = {line["step"]: line for line in read_lines(workdir)}

@@ -92,6 +92,26 @@ def _float32(array: Any) -> Array:
     return np.asarray(array, np.float32)
 
 
+def gate_ranges(blocks: Sequence[BlockFeatures]) -> dict[str, dict[str, tuple[float, float, float]]]:
+    """Computes where most values of each gate lie; a sigmoid that stays near 0.5 decides nothing.
+
+    Args:
+      blocks: from `inspect`.
+
+    Returns:
+      Maps "1.1" and so on, stage and block, and each activation's name to the 1st, 50th and 99th percentile over all
+      images, positions and channels. Blocks without a regulator are left out.
+    """
+    return {
+        block.name: {
+            name: tuple(float(value) for value in np.percentile(values, (1, 50, 99)))  # pyright: ignore
+            for name, values in block.gates.items()
+        }
+        for block in blocks
+        if block.gates
+    }
+
+
 def linear_cka(x: Array, y: Array) -> float:
     """Linear centred kernel alignment (Kornblith et al., arXiv 1905.00414, section 3).
 

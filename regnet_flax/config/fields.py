@@ -223,7 +223,8 @@ FIELDS: dict[str, Field] = {
     "train.cutmix": Field(
         0.0,
         _number(0, 1000),
-        "swap boxes within pairs, with an area drawn likewise, such as 1.0; with mixup too, one of the two at random",
+        "paste a box from the pair's other image, with an area from Beta(cutmix, cutmix), such as 1.0; 0: none. With "
+        "mixup too, each step uses one of the two at random",
     ),
     "optimizer.name": Field("sgd", _choice(*OPTIMIZERS), f"one of {', '.join(OPTIMIZERS)}"),
     "optimizer.learning_rate": Field(0.1, _number(0, 1e6, above=True), "after the warm-up, before any decay"),
@@ -236,8 +237,8 @@ FIELDS: dict[str, Field] = {
     "optimizer.decayed": Field(
         "all",
         _choice("all", "kernels", "outside_regulators"),
-        'which weights decay; "kernels": neither biases nor normalisation parameters; "outside_regulators": all others '
-        "than the regulators' own",
+        'which weights decay; "kernels": neither biases nor normalisation parameters; "outside_regulators": all except '
+        "the regulators' weights",
     ),
     "optimizer.schedule": Field("step", _choice(*SCHEDULES), f"learning-rate schedule: {', '.join(SCHEDULES)}"),
     "optimizer.boundaries": Field(

@@ -23,7 +23,8 @@ from regnet_flax.trained import Trained, with_config
 from regnet_flax.training import workdir
 
 ANALYSIS = "analysis.json"
-IMAGES, SHOWN = 500, 6
+# All activations of the inspected images are in memory at once.
+IMAGES, INSPECTED, SHOWN = 500, 20, 6
 
 logger = logging.getLogger("regnet_flax")
 
@@ -42,7 +43,8 @@ def analyze(trained: Trained, path: pathlib.Path) -> dict[str, Any]:
 
     Returns:
       The contents of analysis.json: "model", "step", "images" (how many of the test split were used), "readouts", which
-      maps a block to an accuracy, and "state_use", one dict per stage.
+      maps a block to an accuracy, "state_use", one dict per stage, and "gates", the range of each gate in each block,
+      see features.gate_ranges.
 
     Raises:
       ConfigError, DataError: the data set is not available, or has other classes.
@@ -69,6 +71,8 @@ def analyze(trained: Trained, path: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         logger.info("no use of a state: %s", error)
 
+    if ranges := features.gate_ranges(features.inspect(model, variables, inputs[:INSPECTED])):
+        result["gates"] = ranges
     blocks = features.inspect(model, variables, inputs[:SHOWN])
     probes.consecutive_blocks({config.model.name: blocks}, pixels[0], figures / "blocks.png")
     last = {block.stage: block.name for block in blocks}
@@ -108,4 +112,7 @@ def run(config: Any, options: Options) -> None:
             100 * stage["predictions_change"],
             *(100 * value for value in stage["accuracy"]),
         )
+    for name, ranges in result.get("gates", {}).items():
+        said = ", ".join(f"{gate} {low:.2f} to {high:.2f}" for gate, (low, _, high) in ranges.items())
+        logger.info("98 %% of the values in block %s: %s", name, said)
     logger.info("results: %s, pictures: %s", path / ANALYSIS, path / workdir.FIGURES / "analysis")

@@ -122,6 +122,7 @@ def run(config: Any, options: Options) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, None):
             raise
+        place = error.filename2 or error.filename
         raise WorkdirError(
-            f"{error.filename2 or error.filename} cannot be written ({error.strerror}): name another place with --config.export.path=FILE"
+            f"{place} cannot be written ({error.strerror}): name another place with --config.export.path=FILE"
         ) from error

@@ -16,8 +16,8 @@ from regnet_flax.errors import PlaceError, WorkdirError
 from regnet_flax.files import runs
 from regnet_flax.places.bucket import Bucket
 
-LEASE = 60.0  # a run that gives no sign of life for this many seconds has ended
-RENEWALS = 4  # signs of life in that time
+LEASE = 60.0  # a run without a heartbeat for this many seconds has ended
+RENEWALS = 4  # heartbeats in that time
 
 LOCK = ".lock"
 _HELD: set[str] = set()  # the places of this process's leases
@@ -27,7 +27,7 @@ logger = logging.getLogger("regnet_flax.places")
 
 
 class Lease:
-    """The right to write a run into a bucket, until its holder releases it or gives no sign of life.
+    """The right to write a run into a bucket, until its holder releases it or its heartbeats end.
 
     Each holder creates the next object in the sequence. A bucket lets only one caller create it, and the last object
     stays when the lease is released, so there are never two holders, even if one has an outdated view of the bucket.
@@ -70,9 +70,9 @@ class Lease:
         return json.dumps(who | {"held": held, "sign": self._sign, "time": time.time()}).encode()
 
     def _wait_for(self, number: int, owner: dict[str, Any]) -> None:
-        """Returns once the holder has released the lease, or given no sign of life for LEASE seconds."""
+        """Returns once the holder has released the lease, or sent no heartbeat for LEASE seconds."""
         who = f"machine {owner.get('host')}, process {owner.get('process')}"
-        logger.info("%s: waiting %d s for a sign of life of its run on %s", self._url, LEASE, who)
+        logger.info("%s: waiting %d s for a heartbeat from the run on %s", self._url, LEASE, who)
         until = time.monotonic() + LEASE
         while time.monotonic() < until:
             time.sleep(LEASE / 4 / RENEWALS)
@@ -96,7 +96,7 @@ class Lease:
         return not self.lost
 
     def release(self, *, tell: bool = True) -> None:
-        """Releases the lease. Unless it tells the bucket, the next run waits for a sign of life."""
+        """Releases the lease. Unless it tells the bucket, the next run waits for a heartbeat."""
         self._released.set()
         _HELD.discard(self._place)
         if not tell:

@@ -93,7 +93,7 @@ class Mirror:
     def _send(self) -> None:
         if not self._lease.holds():
             raise _TakenOverError(
-                f"another run took over {self._bucket.url}, because this one gave no sign of life for a while: "
+                f"another run took over {self._bucket.url}, because this one sent no heartbeat for a while: "
                 f"the files of this one are in {self._local}"
             )
         # Results mark a run as finished, so they are listed before all other files, and sent after them.

@@ -119,7 +119,10 @@ class Run:
             if (before[part].get(name) or False) != (value or False)  # earlier versions did not store all of them
         ]
         if changes:
-            logger.warning("the run began elsewhere (%s): it resumes up to rounding, not bitwise", "; ".join(changes))
+            logger.warning(
+                "the run began with other hardware or versions (%s): it resumes up to rounding, not bitwise",
+                "; ".join(changes),
+            )
 
     def run(self) -> None:
         """Trains to the end, or until a signal arrives."""

@@ -157,8 +157,8 @@ def _divide(classes: Files, share: float, seed: int, root: Path) -> dict[str, Fi
 def _say_uses(root: Path, directories: dict[str, Path], validation: float) -> str:
     if not directories:
         share = validation or TEST_SHARE
-        part = f"{share:.10g} images, evenly of all classes," if share >= 1 else f"{share:.3g} of each class"
-        return f"{root} has no train/ and test/: {part} is the test split (dataset.validation), train on the rest"
+        part = f"{share:.10g} images, the same share of each class," if share >= 1 else f"{share:.3g} of each class"
+        return f"{root} has no train/ and test/: {part} for testing (dataset.validation), the rest for training"
     uses = ", ".join(f"{split} on {directory.name}/" for split, directory in directories.items())
     unused = [
         f"{entry.name}/"
@@ -185,7 +185,8 @@ def _one_sided(splits: dict[str, Files], known: tuple[str, ...], directories: di
     for split in splits.keys() - {"train"}:
         place = f"{directories[split].name}/" if directories else "the test split"
         if missing := [name for name in known if name not in splits[split]]:
-            notes.append(f"{root}: no images in {place} of {', '.join(missing)}, which is not evaluated there")
+            them = "them" if len(missing) > 1 else "this class"
+            notes.append(f"{root}: {place} has no images of {', '.join(missing)}, so it does not evaluate {them}")
         if unknown := {name: len(files) for name, files in splits[split].items() if name not in known}:
             images = sum(unknown.values())
             notes.append(
