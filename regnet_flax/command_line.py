@@ -101,7 +101,8 @@ def parse(argv: Sequence[str], modes: Sequence[str]) -> tuple[Any, Options]:
     overrides = config_flags.get_override_values(values["config"])
     if values.mode not in BEGIN:  # what a config starts training from is not what its run has become
         for field, none in (("init_from", ""), ("new_head", False), ("adapt_stem", False)):
-            config.model[field] = overrides.get(f"model.{field}", none)
+            if field in config.model:  # a config of one's own may lack it, which check_config says
+                config.model[field] = overrides.get(f"model.{field}", none)
     if workdir:
         workdir = located(workdir, "--workdir")
         if values.distributed and in_bucket(workdir):

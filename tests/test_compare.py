@@ -383,7 +383,7 @@ def test_apart_needs_a_divided_folder_and_a_folder_of_its_own(tmp_path):
     config = compare_digits.get_config()
     config.compare.models, config.compare.seeds, config.compare.together = ("resnet8",), (0, 1), "apart"
     (tmp_path / "c" / "resnet8").mkdir(parents=True)
-    (tmp_path / "c" / "resnet8" / "config.json").write_text("{}")
+    (tmp_path / "c" / "resnet8" / "results.json").write_text("{}")
     with pytest.raises(ConfigError, match="compare.together is apart, and .* holds seeds that were trained together"):
         mode.compare(config, tmp_path / "c", lambda *_, **__: pytest.fail("trained"))
     config.dataset.name, config.dataset.data_dir = "folder", str(tmp_path / "photos")

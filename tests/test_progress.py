@@ -65,20 +65,36 @@ def test_nothing_live_is_written_to_a_file(logger, monkeypatch):
 
 
 def test_a_file_hears_of_what_takes_long_before_the_first_step(logger, monkeypatch):
-    out = io.StringIO()
+    out, timers = io.StringIO(), []
+
+    class Timer:
+        def __init__(self, seconds, function, arguments):
+            assert seconds == progress.PATIENCE
+            self.fire, self.pending = lambda: self.pending and function(*arguments), False
+            timers.append(self)
+
+        def start(self):
+            self.pending = True
+
+        def cancel(self):
+            self.pending = False
+
+    def pass_time():
+        for timer in timers:
+            timer.fire()
+            timer.cancel()
+
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(progress, "PATIENCE", 0.1)
+    monkeypatch.setattr(progress.threading, "Timer", Timer)
     progress.log_to_console()
     progress.working("starting", log=False)
-    time.sleep(0.3)
+    pass_time()
     progress.working("reading digits")
     progress.working("reading cifar10")
-    deadline = time.monotonic() + 60
-    while not out.getvalue() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    pass_time()
     progress.working("compiling")
     progress.working("")
-    time.sleep(0.3)
+    pass_time()
     assert out.getvalue() == "reading cifar10\n"
 
 

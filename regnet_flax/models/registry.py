@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from regnet_flax.models import ops as ops_lib
 from regnet_flax.models.backbone import chosen
@@ -229,11 +230,11 @@ def check_model(
         if choices and value not in choices:
             raise ValueError(f"{key} is {value!r}: it must be one of {', '.join(map(repr, choices))}")
         kind = bool if key == "frozen_batch_stats" else OPTIONS[key].kind if key in OPTIONS else None
-        if kind is bool and not isinstance(value, bool):
+        if kind is bool and not isinstance(value, (bool, np.bool_)):
             raise ValueError(f"{key} is {value!r}: it must be True or False")
-        if kind is tuple and not isinstance(value, (tuple, list)):
+        if kind is tuple and (isinstance(value, str) or not isinstance(value, Iterable)):
             raise ValueError(f"{key} is {value!r}: it must be a tuple, such as (1, 2)")
-        if key == "features" and not isinstance(value, (tuple, list, bool, str)):
+        if key == "features" and not isinstance(value, (Iterable, bool)):
             raise ValueError(f"features is {value!r}: it must be True or names, such as ('stage2', 'stage3')")
         if key in ("width", "unroll", "output_stride") and (
             not isinstance(value, int) or isinstance(value, bool) or value < 1

@@ -23,8 +23,7 @@ from regnet_flax.trained import Trained, with_config
 from regnet_flax.training import workdir
 
 ANALYSIS = "analysis.json"
-# All activations of the inspected images are in memory at once.
-IMAGES, INSPECTED, SHOWN = 500, 20, 6
+IMAGES, SHOWN = 500, 6
 
 logger = logging.getLogger("regnet_flax")
 
@@ -43,8 +42,8 @@ def analyze(trained: Trained, path: pathlib.Path) -> dict[str, Any]:
 
     Returns:
       The contents of analysis.json: "model", "step", "images" (how many of the test split were used), "readouts", which
-      maps a block to an accuracy, "state_use", one dict per stage, and "gates", the range of each gate in each block,
-      see features.gate_ranges.
+      maps a block to an accuracy, "state_use", one dict per stage, and "gates", the range of each gate in each block
+      on six images, see features.gate_ranges.
 
     Raises:
       ConfigError, DataError: the data set is not available, or has other classes.
@@ -71,9 +70,9 @@ def analyze(trained: Trained, path: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         logger.info("no use of a state: %s", error)
 
-    if ranges := features.gate_ranges(features.inspect(model, variables, inputs[:INSPECTED])):
-        result["gates"] = ranges
     blocks = features.inspect(model, variables, inputs[:SHOWN])
+    if ranges := features.gate_ranges(blocks):
+        result["gates"] = ranges
     probes.consecutive_blocks({config.model.name: blocks}, pixels[0], figures / "blocks.png")
     last = {block.stage: block.name for block in blocks}
     maps = grad_cam.grad_cam(model, variables, inputs[:SHOWN], blocks=list(last.values()))

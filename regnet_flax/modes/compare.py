@@ -24,7 +24,7 @@ from regnet_flax.modes.train import train_and_evaluate
 from regnet_flax.trackers.registry import check_installed
 from regnet_flax.training.display import say_table
 from regnet_flax.training.signals import StopSignals
-from regnet_flax.training.workdir import CONFIG, workdir_lock
+from regnet_flax.training.workdir import RESULTS, saved_steps, workdir_lock
 
 logger = logging.getLogger("regnet_flax")
 
@@ -72,12 +72,14 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
         raise ConfigError(f"compare.{field} is (): name some, such as {example}, or take configs/compare_digits.py")
     if not config.eval.every_epochs:
         raise ConfigError("eval.every_epochs is 0: models are compared by their test error, so it must be at least 1")
-    apart, data = config.compare.together == "apart", config.dataset
-    if apart and data.name == "folder" and os.path.isdir(data.data_dir) and not is_divided(data.data_dir):
+    apart = config.compare.together == "apart"
+    if apart and (reason := _divided_by_seed(config.dataset)):
         raise ConfigError(
-            f"compare.together is apart: {data.data_dir} has no train/ and test/, so each seed would be tested on "
-            "other images; divide it, or leave compare.together as it is by default"
+            f"compare.together is apart: {reason}, so each seed would be tested on other images; leave "
+            "compare.together as it is by default"
         )
+    for variant in variants:
+        _check_together(path / folder(variant), apart)
     check_installed(config.log.trackers)
     runs: dict[str, list[pathlib.Path]] = {}
     failed: dict[str, str] = {}
@@ -107,16 +109,29 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
         raise NonFiniteError(f"{len(failed)} of {count} {kind} failed: {'; '.join(failed)}")
 
 
+def _divided_by_seed(data: Any) -> str:
+    """Says why the seed determines the test images; "" if it does not."""
+    place = os.path.expanduser(data.data_dir)
+    if data.name == "synthetic":
+        return "synthetic images depend on the seed"
+    if data.name == "folder" and os.path.isdir(place) and not is_divided(place):
+        return f"{place} has no train/ and test/"
+    return ""
+
+
+def _check_together(workdir: pathlib.Path, apart: bool) -> None:
+    others = [workdir] if apart else list(workdir.glob("seed*"))
+    if any(saved_steps(other) or (other / RESULTS).is_file() for other in others):
+        raise ConfigError(
+            f"compare.together is {'apart' if apart else 'not apart'}, and {workdir} holds seeds that were trained "
+            f"{'together' if apart else 'apart'}: undo the change, or name another --workdir"
+        )
+
+
 def _runs(config: Any, variant: str, path: pathlib.Path) -> Iterator[tuple[str, pathlib.Path, tuple[int, ...]]]:
     """Yields the label, workdir and seeds of each run of a variant."""
     workdir, seeds = path / folder(variant), config.compare.seeds
-    apart = config.compare.together == "apart"
-    if (workdir / CONFIG).is_file() if apart else any(workdir.glob(f"seed*/{CONFIG}")):
-        raise ConfigError(
-            f"compare.together is {config.compare.together}, and {workdir} holds seeds that were trained "
-            f"{'together' if apart else 'apart'}: undo the change, or name another --workdir"
-        )
-    if apart:
+    if config.compare.together == "apart":
         yield from ((f"{label(variant)}, seed {seed}", workdir / f"seed{seed}", (seed,)) for seed in seeds)
     else:
         yield label(variant), workdir, seeds

@@ -122,7 +122,7 @@ def run(config: Any, options: Options) -> None:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, None):
             raise
-        place = error.filename2 or error.filename
+        place = error.filename2 or error.filename or config.export.path or options.workdir
         raise WorkdirError(
             f"{place} cannot be written ({error.strerror}): name another place with --config.export.path=FILE"
         ) from error

@@ -154,8 +154,8 @@ def _chosen(trained: Trained, path: pathlib.Path) -> str:
         return trained.source
     if which == "last":
         return f"{trained.source}, the last checkpoint"
-    failed = workdir.failed_seeds(path)
-    evaluations = [workdir.mean_line(line, failed) for line in workdir.read_metrics(path) if "eval_accuracy" in line]
+    lines = [line for line in workdir.read_metrics(path) if "eval_accuracy" in line]
+    evaluations = [workdir.mean_line(line, workdir.failed_later(lines)) for line in lines]
     if not any(line["step"] == trained.step for line in evaluations):
         return f"{trained.source}, the last checkpoint, since none was evaluated"
     split = (workdir.read_config(path) or {}).get("evaluated", "test")

@@ -84,7 +84,8 @@ def train_and_evaluate(
     with parallel.together():
         if parallel.is_primary():
             check_installed(config.log.trackers)
-    with StopSignals() as stop, RunLog() as log:
+    with StopSignals() as stop, RunLog() as log, contextlib.ExitStack() as shown:
+        shown.callback(working, "")
         working(f"reading {config.dataset.name}")
         dataset, fingerprint = _open_dataset(config, stored, path)
         with parallel.together():

@@ -24,6 +24,7 @@ from regnet_flax.places.lease import Lease
 
 POLL = 10.0  # seconds between two checks for new files
 CHECKPOINTS, RESULTS, COMMITTED = "checkpoints", "results.json", "committed.json"
+METRICS = "metrics"
 
 # This logger's messages keep local paths; see `local.show`.
 logger = logging.getLogger("regnet_flax.places")
@@ -137,7 +138,11 @@ class Mirror:
             elif linked := self._link(folder, step, files):
                 new |= linked
                 committed |= {file: self._digest(name, self._links, file, files[file]) for file in linked}
-        if changed := {file for file in new if before.get(file, committed[file]) != committed[file]}:
+            else:  # it is being changed or deleted, which the next call sees
+                committed |= {file: digest for file, digest in before.items() if file.partition("/")[0] == step}
+        changed = {file for file in new if before.get(file, committed[file]) != committed[file]}
+        # A step's metrics are a single object, so replacing it leaves no mixture.
+        if changed := {file for file in changed if file.split("/")[1] != METRICS}:
             # A damaged step was repeated: the list must not lead to a mixture of old and new files.
             steps_changed = {file.partition("/")[0] for file in changed}
             before = {file: digest for file, digest in before.items() if file.partition("/")[0] not in steps_changed}

@@ -187,6 +187,8 @@ class Checkpoints:
           CheckpointError: they cannot be written.
         """
         self.wait()
+        if parallel.from_primary(self._manager.metrics(step) == metrics):
+            return
         folder = self.directory / str(step) / METRICS
         with self._writing(), parallel.together():
             if parallel.is_primary():
@@ -252,10 +254,10 @@ class Checkpoints:
             with self._reading():
                 variables = self._read_variables(step, sharding)
         except _DamagedError as error:
-            others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
+            others = ", ".join(str(other) for other in self.steps() if other != step)
+            hint = f", or name another step to use, such as with --config.eval.checkpoint ({others})" if others else ""
             raise CheckpointError(
-                f"checkpoint {step} in {self.directory} is damaged ({error}): restore it from a copy, or name another "
-                f"step with --config.eval.checkpoint ({others})"
+                f"checkpoint {step} in {self.directory} is damaged ({error}): restore it from a copy{hint}"
             ) from error
         return step, variables
 
@@ -266,7 +268,7 @@ class Checkpoints:
         if which == "last":
             return steps[-1]
         if which == "best":
-            best = self._manager.best_step()
+            best = parallel.from_primary(self._manager.best_step())
             return steps[-1] if best is None else best
         step = int(which)
         if step not in steps:

@@ -289,12 +289,12 @@ class Run:
 
     def _average_again(self) -> None:
         """Gives the saved checkpoints the means of the seeds that are left, which decide which one is the best."""
+        lines = workdir.read_metrics(self._path) if parallel.is_primary() else []
+        evaluations = [workdir.mean_line(line, self.failed) for line in lines if "eval_accuracy" in line]
         saved = self._checkpoints.steps()
-        for line in workdir.read_metrics(self._path):
-            if line["step"] in saved and "eval_accuracy" in line:
-                means = workdir.mean_line(line, self.failed)
-                metrics = {name: value for name, value in means.items() if name.startswith("eval_")}
-                self._checkpoints.set_metrics(line["step"], metrics)
+        for line in parallel.from_primary([line for line in evaluations if line["step"] in saved]):
+            metrics = {name: value for name, value in line.items() if name.startswith("eval_")}
+            self._checkpoints.set_metrics(line["step"], metrics)
 
     def _save(self, metrics: dict[str, float] | None = None) -> None:
         self._check_finite()

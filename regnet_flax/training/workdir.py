@@ -8,7 +8,7 @@ import logging
 import os
 import pathlib
 import socket
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,12 @@ def mean_line(line: dict[str, Any], failed: Collection[int]) -> dict[str, Any]:
     own = [values for seed, values in line.get("seeds", {}).items() if int(seed) not in failed]
     names = set.intersection(*map(set, own)) if own and failed else set()
     return line | {name: float(np.mean([values[name] for values in own])) for name in names}
+
+
+def failed_later(lines: Sequence[dict[str, Any]]) -> set[int]:
+    """Returns the seeds that some lines of metrics.jsonl have and the last evaluation has not."""
+    evaluated = [line["seeds"] for line in lines if "seeds" in line and "eval_accuracy" in line]
+    return {int(seed) for seeds in evaluated for seed in seeds if seed not in evaluated[-1]}
 
 
 def best_line(lines: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
