@@ -68,7 +68,8 @@ def step(number, version):
 
 
 # From the number of a step to the contents that it has in the course of a run.
-WHOLE = {10: [step(10, "a")], 20: [step(20, "a"), step(20, "b"), step(20, "b") | {"20/metrics": "{}"}]}
+METRICS = ("{}", '{"a": 1}')
+WHOLE = {10: [step(10, "a")], 20: [step(20, "a"), step(20, "b"), *(step(20, "b") | {"20/metrics": m} for m in METRICS)]}
 
 
 def course(run):
@@ -90,7 +91,9 @@ def course(run):
     shutil.rmtree(steps / "10")
     shutil.rmtree(steps / "30.orbax-checkpoint-tmp")
     yield
-    write(steps, {"20/metrics": "{}"})
+    write(steps, {"20/metrics": METRICS[0]})
+    yield
+    write(steps, {"20/metrics": METRICS[1]})
     write(run, {"figures/a.png": "a", "results.json": "{}"})
     yield
 
@@ -106,7 +109,7 @@ def check_readable(found, sent):
         assert (found / "config.json").exists()
         assert max(numbers) <= max(line["step"] for line in read_json_lines(found / "metrics.jsonl"))
     assert bool(numbers) >= (sent >= 2)
-    assert not (found / "results.json").exists() or files(steps) == {n: c.encode() for n, c in WHOLE[20][2].items()}
+    assert not (found / "results.json").exists() or files(steps) == {n: c.encode() for n, c in WHOLE[20][3].items()}
 
 
 def test_killed_at_any_moment_what_is_in_the_bucket_is_whole(machine, monkeypatch):
