@@ -282,6 +282,18 @@ def test_the_commands_of_all_runs_are_said(tmp_path):
     assert "train --seed=0" in text and "train --seed=1" in text
 
 
+def test_the_recipe_says_what_does_not_decay():
+    settings = compare_digits.get_config().optimizer
+    said = []
+    for settings.decayed in ("all", "kernels", "outside_regulators"):
+        said.append(report.describe_decay(settings))
+    assert said == [
+        "weight decay 0.005",
+        "weight decay 0.005 of kernels alone",
+        "weight decay 0.005, none of regulators",
+    ]
+
+
 def test_the_curves_are_those_of_each_seed(written):
     result = compare.read("resnet8", written / "resnet8")
     epochs, values = result.curves["error"]

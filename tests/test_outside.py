@@ -41,7 +41,8 @@ class Leaky(Regulator):
         z, candidate = self.convolve(x, h, weights, 0, 2)
         gates = {"z": nn.sigmoid(z), "h": nn.relu(candidate)}
         rate = self.param("rate", nn.initializers.constant(0.5), (self.features,))
-        return (gates["z"] * h + rate * gates["h"],), gates
+        leak = self.param("leak", nn.initializers.constant(0.9), ())
+        return (leak * gates["z"] * h + rate * gates["h"],), gates
 """
 
 
@@ -94,9 +95,11 @@ def test_a_cell_of_ones_own_from_the_command_line_alone(tmp_path, monkeypatch, c
     assert main.main(["--mode=export", "--workdir", str(workdir)]) == 0
     arrays, metadata = read_weights(workdir / "weights.safetensors")
     assert metadata["model"] == "regnet8_leaky" and arrays["regulator1.rate"].shape == (4,)
+    assert arrays["regulator1.leak"].shape == ()
     back = from_torch(arrays, trained.model)
     jax.tree.map(np.testing.assert_array_equal, back, jax.device_get(trained.variables))
-    assert "import my_cells  # registers" in (workdir / "README.md").read_text()
+    card = (workdir / "README.md").read_text()
+    assert "import my_cells  # registers the model" in card and "It uses my_cells. Other RegNets" in card
 
     # Inside.
     images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
@@ -106,6 +109,26 @@ def test_a_cell_of_ones_own_from_the_command_line_alone(tmp_path, monkeypatch, c
     figures.gates(blocks, tmp_path / "gates.png")
     figures.state(blocks, tmp_path / "state.png")
     assert np.asarray(Image.open(tmp_path / "gates.png")).std() > 0
+
+
+@pytest.mark.parametrize("kernel", ["separable", "dense"])
+def test_a_cell_may_convolve_what_is_wider_than_its_dtype(kernel):
+    @regnet_flax.register_regulator("wide")
+    class Wide(Regulator):
+        gate_names = ("f", "h")
+
+        def step(self, x, state, weights):
+            (h,) = state
+            (f,) = self.convolve(x, h, weights, 0, 1)
+            (g,) = self.convolve(x, jax.nn.sigmoid(f) * h, weights, 1, 2)
+            own = self.conv3x3(h.astype(jnp.float32), self.param("own", jax.nn.initializers.ones, (3, 3, 4, 4)))
+            assert f.dtype == g.dtype == jnp.float32
+            return (jnp.tanh(g) + own,), {"f": f, "h": g}
+
+    model = regnet_flax.create_model("regnet8_wide", num_classes=3, width=4, kernel=kernel, dtype=jnp.bfloat16)
+    model = model.clone(stage_sizes=(2,))
+    images = jnp.ones((1, 8, 8, 3))
+    assert jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), images)[0]).shape == (1, 3)
 
 
 @pytest.mark.fault("a module of model.plugins that cannot be imported")

@@ -115,3 +115,10 @@ def test_what_cannot_start_so():
     """A network in which the state replaces the features, and one of another kind."""
     assert not starts_from_plain({}, create_model("resnet_rnn20_convrnn"))
     assert not starts_from_plain({}, create_model("dia_resnet20"))
+
+
+def test_a_regulated_network_that_fuses_nothing_is_not_taken_for_a_plain_one():
+    assert starts_from_plain({"conv1.weight": 0}, create_model("regnet8_convlstm"))
+    assert not starts_from_plain({"conv1.weight": 0}, create_model("regnet8_convlstm", regulated_stages=()))
+    # A block of one's own that adds H.
+    assert not starts_from_plain({"conv1.weight": 0, "regulator1.conv.weight": 0}, create_model("regnet8_convlstm"))

@@ -182,7 +182,7 @@ def _facts(results: Sequence[Result]) -> list[tuple[str, str]]:
         epochs += f", cut at step {train['max_steps']}"
     recipe = (
         f"{epochs}, batches of {train['batch_size']}, {describe_optimizer(optimizer)}, learning rate "
-        f"{optimizer['learning_rate']} ({optimizer['schedule']}), weight decay {optimizer['weight_decay']}, "
+        f"{optimizer['learning_rate']} ({optimizer['schedule']}), {describe_decay(optimizer)}, "
         f"{config['dtype']}"
     )
     facts = [
@@ -203,6 +203,12 @@ def describe_optimizer(settings: Mapping[str, Any]) -> str:
     if settings.get("name", "sgd") == "sgd":
         return f"SGD with {'Nesterov ' * bool(settings['nesterov'])}momentum {settings['momentum']}"
     return f"{settings['name']} with betas {', '.join(map(str, settings['betas']))}"
+
+
+def describe_decay(settings: Mapping[str, Any]) -> str:
+    """Describes the weight decay in the `optimizer` section of a config."""
+    of = {"kernels": " of kernels alone", "outside_regulators": ", none of regulators"}
+    return f"weight decay {settings['weight_decay']:g}{of.get(settings.get('decayed', 'all'), '')}"
 
 
 def _markdown(

@@ -149,11 +149,15 @@ class Regulator(nn.Module):
         return jax.tree.map(lambda array: _together(array, shape, d), found)
 
     def conv3x3(self, x: Array, kernel: Array) -> Array:
-        """Convolves at stride 1 with the cell's dilation, and with padding that keeps the size."""
+        """Convolves in the cell's dtype, at stride 1 with its dilation, and with padding that keeps the size."""
+        kernel = kernel.astype(self.dtype)
+        if isinstance(x, jax.Array):  # X may be a value that only a convolution can read
+            x = x.astype(self.dtype)
         return self.dilated(lambda x: self.ops.array(self.ops.conv(x, kernel, (1, 1), ((1, 1), (1, 1)))), x)
 
     def convolve(self, x: Array, h: Array, weights: tuple[Array, ...], first: int, last: int) -> list[Array]:
         """Computes W[x, h] + b for the gates from `first` up to, but not including, `last`, in float32 or wider."""
+        h = h.astype(self.dtype)  # a gate's product with the state may be wider
         if self.kernel == "separable":
             if self.grouping == "contiguous":
                 both = jnp.concatenate([x, h], -1)

@@ -21,6 +21,7 @@ from regnet_flax.data.folder.listing import is_divided
 from regnet_flax.errors import ConfigError, Interrupted, NonFiniteError
 from regnet_flax.models.registry import parse_variant
 from regnet_flax.modes.train import train_and_evaluate
+from regnet_flax.places import fetch_data
 from regnet_flax.trackers.registry import check_installed
 from regnet_flax.training.display import say_table
 from regnet_flax.training.signals import StopSignals
@@ -111,11 +112,10 @@ def compare(config: Any, path: str | pathlib.Path, train: Callable[..., dict[str
 
 def _divided_by_seed(data: Any) -> str:
     """Says why the seed determines the test images; "" if it does not."""
-    place = os.path.expanduser(data.data_dir)
     if data.name == "synthetic":
         return "synthetic images depend on the seed"
-    if data.name == "folder" and os.path.isdir(place) and not is_divided(place):
-        return f"{place} has no train/ and test/"
+    if data.name == "folder" and os.path.isdir(place := fetch_data(os.path.expanduser(data.data_dir), "")):
+        return "" if is_divided(place) else f"{data.data_dir} has no train/ and test/"
     return ""
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from regnet_flax import __version__
-from regnet_flax.analysis.report import describe_optimizer
+from regnet_flax.analysis.report import describe_decay, describe_optimizer
 from regnet_flax.analysis.summary import count_parameters
 from regnet_flax.config.check import model_options
 from regnet_flax.environment import describe_hardware
@@ -61,7 +61,7 @@ An image classifier with {classes} classes, trained and exported with regnet_fla
 
 ## Model
 
-`{name}`, {parameters:,} parameters, arithmetic in {dtype}{options}. RegNets with regulators are those of Xu et al.,
+`{name}`, {parameters:,} parameters, arithmetic in {dtype}{options}. {origin} are those of Xu et al.,
 "RegNet: Self-Regulated Network for Image Classification", arXiv 2101.00590.
 
 ## Data
@@ -73,7 +73,7 @@ An image classifier with {classes} classes, trained and exported with regnet_fla
 
 | | |
 | --- | --- |
-| optimiser | {optimizer}, weight decay {weight_decay:g}{averaged} |
+| optimiser | {optimizer}, {weight_decay}{averaged} |
 | learning rate | {learning_rate:g}, {schedule} |
 | length | {epochs} epochs of batches of {batch_size}; this is step {step} |
 | label smoothing | {label_smoothing:g} |
@@ -150,13 +150,13 @@ def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> s
     height, width, channels = trained.image_shape
     options = {name: value for name, value in model_options(config).items() if value is not None}
     written = ", ".join(f"{name}={value!r}" for name, value in options.items())
-    names = trained.class_names
+    names, plugins = trained.class_names, config.model.plugins
     values = {
         "shape": f"{height}, {width}, {channels}",
         "classes": len(names),
         "mean": tuple(round(value, 6) for value in data.mean),
         "std": tuple(round(value, 6) for value in data.std),
-        "plugins": "".join(f"import {name}  # registers the regulator\n" for name in config.model.plugins),
+        "plugins": "".join(f"import {name}  # registers the model\n" for name in plugins),
     }
     programs = [file for file in files if file.endswith(".stablehlo")]
     weights = [file for file in files if file not in programs]
@@ -182,6 +182,7 @@ def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> s
         parameters=count_parameters(trained.variables["params"]),
         dtype=config.dtype,
         options=f", {written}" if written else "",
+        origin=f"It uses {', '.join(plugins)}. Other RegNets with regulators" if plugins else "RegNets with regulators",
         height=height,
         width=width,
         colours={1: "1 channel", 3: "3 channels (RGB)"}.get(channels, f"{channels} channels"),
@@ -193,7 +194,7 @@ def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> s
         averaged=averaged,
         fitted=fitted,
         optimizer=describe_optimizer(sgd),
-        weight_decay=sgd.weight_decay,
+        weight_decay=describe_decay(sgd),
         label_smoothing=sgd.label_smoothing,
         augment=", ".join(augmentation) or "none",
         seed=config.seed,

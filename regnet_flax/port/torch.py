@@ -144,7 +144,8 @@ def to_torch(variables: Mapping[str, Any], model: nn.Module) -> dict[str, np.nda
     """
     variables = {name: variables[name] for name in ("params", "batch_stats") if name in variables}
     entries = _entries(unstack_blocks(variables), model)
-    return {entry.name: np.ascontiguousarray(entry.to_torch(np.asarray(entry.array))) for entry in entries}
+    # ascontiguousarray would make a scalar a vector.
+    return {entry.name: np.require(entry.to_torch(np.asarray(entry.array)), requirements="C") for entry in entries}
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], model: nn.Module, *, new_head: bool = False) -> dict[str, Any]:
@@ -206,8 +207,11 @@ def bottleneck_stride(model: nn.Module) -> str:
 
 def starts_from_plain(state_dict: Mapping[str, np.ndarray], model: nn.Module) -> bool:
     """Whether the model fuses X with a regulator's H, and the state dict comes from a network without regulators."""
-    fuses = isinstance(model, RegNet) and model.regulator not in (None, "dia") and not model.replace
-    return fuses and not any("conv_fuse" in name for name in state_dict)
+    if not isinstance(model, RegNet) or model.regulator in (None, "dia") or model.replace:
+        return False
+    # A block of one's own may use H without a fusing convolution.
+    regulated = any("conv_fuse" in name or "regulator" in name for name in state_dict)
+    return model.regulated_stages != () and not regulated
 
 
 def from_plain_torch(state_dict: Mapping[str, np.ndarray], model: RegNet, *, new_head: bool = False) -> dict[str, Any]:

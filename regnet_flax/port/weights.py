@@ -166,7 +166,7 @@ def write_weights(
             from safetensors.numpy import save_file
 
             texts = dict(metadata or {})
-            save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, part, texts)
+            save_file({name: np.require(array, requirements="C") for name, array in arrays.items()}, part, texts)
         else:
             torch = _import_torch(path)
             torch.save({name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}, part)

@@ -98,7 +98,8 @@ def load_weights(
     except torch_port.StemError as error:
         raise WeightsError(f"{file}: {error}; model.adapt_stem=True adapts it") from error
     except ValueError as error:
-        raise WeightsError(f"{file}: {error}; model.new_head=True ignores the head") from error
+        hint = "" if config.model.new_head else "; model.new_head=True ignores the head"
+        raise WeightsError(f"{file}: {error}{hint}") from error
     rest = [*(["the head"] if config.model.new_head else []), *(["the regulators"] if plain else [])]
     logger.info("weights from %s%s", file, f", all but {' and '.join(rest)}" if rest else "")
     return variables
