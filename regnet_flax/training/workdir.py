@@ -228,7 +228,7 @@ def stored_config(path: pathlib.Path) -> dict[str, Any] | None:
         a run without checkpoints are damaged.
     """
     steps, results = saved_steps(path), (path / RESULTS).is_file()
-    stored = read_config(path)  # refuses one that is not a run's
+    stored = read_config(path) if (path / CONFIG).is_file() else None  # refuses one that is not a run's
     if not steps and not results:
         return None
     # A finished run's checkpoints may have been deleted to save space.
