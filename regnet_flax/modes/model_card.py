@@ -14,7 +14,7 @@ from regnet_flax.config.check import model_options
 from regnet_flax.environment import describe_hardware
 from regnet_flax.files import dataset_title, duration, read_json, write_text
 from regnet_flax.trained import Trained
-from regnet_flax.training.workdir import CONFIG, RESULTS, best_line, failed_later, mean_line, read_metrics
+from regnet_flax.training.workdir import CONFIG, RESULTS, best_step, read_metrics
 
 NAME = "README.md"
 _HEAD = "---\nlibrary_name: regnet_flax\npipeline_tag: image-classification\n"
@@ -244,9 +244,7 @@ def _metrics(lines: Sequence[dict[str, Any]], results: dict[str, Any] | None, co
     if found is None:
         return f"No images were evaluated at {source}."
     count = sum("eval_accuracy" in line for line in lines)
-    failed = failed_later(lines)
-    best = best_line(mean_line(line, failed) for line in lines)
-    if kind == "eval" and count > 1 and best and step == best["step"]:
+    if kind == "eval" and config.eval.checkpoint == "best" and count > 1 and step == best_step(lines):
         note = f"\n\nThis was the best of the run's {count} evaluations, so it is slightly optimistic."
     shown = (
         ("accuracy", "accuracy", ".2%"),

@@ -154,13 +154,11 @@ def _chosen(trained: Trained, path: pathlib.Path) -> str:
         return trained.source
     if which == "last":
         return f"{trained.source}, the last checkpoint"
-    lines = [line for line in workdir.read_metrics(path) if "eval_accuracy" in line]
-    evaluations = [workdir.mean_line(line, workdir.failed_later(lines)) for line in lines]
+    evaluations = [line for line in workdir.read_metrics(path) if "eval_accuracy" in line]
     if not any(line["step"] == trained.step for line in evaluations):
         return f"{trained.source}, the last checkpoint, since none was evaluated"
     split = (workdir.read_config(path) or {}).get("evaluated", "test")
-    best = workdir.best_line(evaluations)
-    if best is None or trained.step != best["step"]:
+    if trained.step != workdir.best_step(evaluations):
         return f"{trained.source}, the best of the checkpoints that are left, by the {split} split"
     return f"{trained.source}, the best of {len(evaluations)} evaluations of the {split} split"
 

@@ -256,7 +256,7 @@ class Run:
         metrics = self._evaluate(variables, split, outcomes)
         if not several:
             return metrics, outcomes
-        return metrics, outcomes[next(i for i, seed in enumerate(self.seeds) if seed not in self.failed)]
+        return metrics, outcomes[self.seeds.index(self.left[0])]
 
     def _poll(self, done: int) -> None:
         if self._stop.poll():

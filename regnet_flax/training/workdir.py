@@ -99,17 +99,19 @@ def mean_line(line: dict[str, Any], failed: Collection[int]) -> dict[str, Any]:
     return line | {name: float(np.mean([values[name] for values in own])) for name in names}
 
 
-def failed_later(lines: Sequence[dict[str, Any]]) -> set[int]:
-    """Returns the seeds that some lines of metrics.jsonl have and the last evaluation has not."""
-    evaluated = [line["seeds"] for line in lines if "seeds" in line and "eval_accuracy" in line]
-    return {int(seed) for seeds in evaluated for seed in seeds if seed not in evaluated[-1]}
-
-
 def best_line(lines: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
     """Returns the evaluation with the highest accuracy, the later of equal ones; None if there is none."""
     evaluations = [line for line in lines if "eval_accuracy" in line]
     # Orbax keeps the later one too.
     return max(reversed(evaluations), key=lambda line: line["eval_accuracy"], default=None)
+
+
+def best_step(lines: Sequence[dict[str, Any]]) -> int | None:
+    """Returns the step of the best evaluation in metrics.jsonl by the seeds that the last one has; None without one."""
+    evaluated = [line["seeds"] for line in lines if "seeds" in line and "eval_accuracy" in line]
+    failed = {int(seed) for seeds in evaluated for seed in seeds if seed not in evaluated[-1]}
+    best = best_line(mean_line(line, failed) for line in lines)
+    return None if best is None else best["step"]
 
 
 def plain(value: Any) -> Any:
