@@ -2,7 +2,7 @@
 
     python benchmarks/accelerator.py --out DIR --minutes 9 --data-dir CIFAR10_FOLDER
 
-In this order: RegNet-20's and ResNet-20's training against the fastest PyTorch (3 minutes); a training step of several
+In this order: RegNet-20's and ResNet-20's training against the fastest PyTorch (4.5 minutes); a training step of several
 seeds together against a loop over them (2 minutes); the Pallas kernels against `ops="auto"` (1.5 minutes); the CIFAR-10
 comparison of table III, 200 epochs, in the remaining time, less what the last part needs; a core of the parity tests
 (2 minutes). Finished parts are stored in DIR, summed up in DIR/accelerator.json, and not repeated. CIFAR-10 is read
@@ -93,11 +93,12 @@ def main():
     against, pallas, together = (out / f"{name}.json" for name in ("versus_torch", "pallas", "seeds"))
     for dtype in arguments.dtypes:
         for model in arguments.models:
-            minutes = 2 if "regnet" in model else 1
+            minutes = 3 if "regnet" in model else 1.5
             command = [python, "benchmarks/versus_torch.py", "--models", model, "--dtypes", dtype, "--tasks", "train"]
-            command += ["--modes", *arguments.modes, *sizes, "--minutes", 0.4 * minutes, "--out", against]
+            command += ["--modes", *arguments.modes, *sizes, "--minutes", 0.5 * minutes, "--out", against]
             step(f"versus_torch_{model}_{dtype}", minutes, command, against)
-    step("seeds", 2, [python, "benchmarks/seeds.py", "--only", arguments.seeds_of, "--out", together], together)
+    short = ["--rounds", 5, "--calls", 1]  # of 50 steps each
+    step("seeds", 2, [python, "benchmarks/seeds.py", "--only", arguments.seeds_of, *short, "--out", together], together)
     if lstm := [model for model in arguments.models if "convlstm" in model]:
         command = [python, "benchmarks/versus_torch.py", "--models", *lstm, "--tasks", "train", "--modes", *sizes]
         step("pallas", 1.5, [*command, "--ours", "ours", "ours, gpu", "--out", pallas], pallas)

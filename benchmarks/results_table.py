@@ -17,6 +17,7 @@ import page_table
 
 from regnet_flax.analysis import compare, report
 from regnet_flax.environment import describe_hardware
+from regnet_flax.models import registry
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 HEAD = ("model", "test accuracy, %", "95 % interval", "seeds", "data", "recipe", "parameters", "hardware", "finished")
@@ -41,7 +42,8 @@ def interval(values):
 
 def row(about, files):
     config = json.loads((files[0].parent / "config.json").read_text())
-    options = {name: value for name, value in config["model"]["overrides"].items() if value is not None}
+    given = {name: value for name, value in config["model"]["overrides"].items() if value is not None}
+    options = {name: value for name, value in given.items() if not registry.OPTIONS[name].rounding}
     label = " ".join([config["model"]["name"], *(f"{name}={value}" for name, value in options.items())])
     result = compare.read(label, *(file.parent for file in files))
     values = [100 - error for error in result.error]

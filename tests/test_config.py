@@ -514,7 +514,7 @@ def test_fields_that_change_no_number_may_change():
     may_change = {name for name, field in FIELDS.items() if field.may_change}
     other |= {field: 7 for field in may_change if field not in other}
     assert changed_fields(stored(), changed(other), resolved=False) == []
-    assert {"train.max_steps", "checkpoint.keep", "log.every_steps"} <= may_change
+    assert {"train.max_steps", "checkpoint.keep", "log.every_steps", "model.overrides.ops"} <= may_change
     computed = {"seed", "dtype", "model.name", "dataset.name", "dataset.augment", "train.batch_size"}
     assert not may_change & (computed | {field for field in FIELDS if field.startswith("optimizer.")})
 

@@ -390,10 +390,10 @@ def test_auto_is_decided_by_the_devices_given(monkeypatch, default):
     devices = {name: [types.SimpleNamespace(platform=name)] for name in ("cpu", "gpu", "tpu")}
     for name, given in devices.items():
         model = create_model("regnet8_convlstm", devices=given)
-        on_cpu = name == "cpu"
-        assert (model.ops, model.unroll) == ((CPU, None) if on_cpu else (PLAIN, 1))
+        expected = {"cpu": (CPU, None), "gpu": (GPU, None), "tpu": (PLAIN, 1)}
+        assert (model.ops, model.unroll) == expected[name]
         assert create_model("regnet8_convlstm", ops="gpu", unroll=2, devices=given).ops is GPU
-    assert create_model("regnet8_convlstm").ops == (CPU if default == "cpu" else PLAIN)
+    assert create_model("regnet8_convlstm").ops == (CPU if default == "cpu" else GPU)
     mine = dataclasses.replace(PLAIN, name="mine")
     assert create_model("regnety_400mf", ops=mine).ops is mine
     with pytest.raises(ValueError, match="ops is 'fast': it must be one of 'auto', 'plain', 'cpu', 'gpu'"):

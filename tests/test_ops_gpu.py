@@ -59,6 +59,13 @@ def test_bfloat16():
         np.testing.assert_allclose(a.astype(jnp.float32), b, rtol=0.02, atol=0.02 * float(jnp.abs(b).max()))
 
 
+def test_float64_stays_float64():
+    with jax.enable_x64(True):
+        images, weights, _ = arrays(3, 4, 2, jnp.float64)
+        for found, expected in zip(*(cell(ops, weights, *images) for ops in (GPU, PLAIN)), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 @pytest.mark.thorough
 def test_a_model():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)

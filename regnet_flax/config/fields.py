@@ -106,7 +106,8 @@ class Field:
       default: the value in configs/base.py; a config.json of an earlier version that lacks the field means this value.
       check: returns "" for a valid value, otherwise what the value must be.
       comment: the description that users read.
-      may_change: whether a run may resume with another value, because it changes no number that training computes.
+      may_change: whether a run may resume with another value, because it changes no number that training computes,
+        or only its rounding, like another device.
       from_data: whether the default means "from the data set".
       kind: the type of the values, where the default None does not tell.
     """
@@ -127,7 +128,7 @@ def _override(option: Option) -> Field:
     def check(value: Any) -> str:
         return "" if value is None or option.kind not in checks else checks[option.kind](value)
 
-    return Field(None, check, option.comment, kind=option.kind)
+    return Field(None, check, option.comment, kind=option.kind, may_change=option.rounding)
 
 
 _DATA_SETS = tuple(dict.fromkeys((*SOURCES, *stream.STREAMED)))

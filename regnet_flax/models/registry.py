@@ -30,11 +30,13 @@ class Option(NamedTuple):
       kind: the type of its values; None, the default in a config, keeps the model's own value.
       comment: the description that users read.
       choices: the valid values; () for no such list.
+      rounding: whether a model computes the same with all its values, up to rounding.
     """
 
     kind: type
     comment: str
     choices: tuple[str, ...] = ()
+    rounding: bool = False
 
 
 OPTIONS = {
@@ -67,9 +69,11 @@ OPTIONS = {
         'initial values of the convolutions that fuse X with H: "he", or "identity", which ignores H at first',
         ("he", "identity"),
     ),
-    "unroll": Option(int, "blocks per step of nn.scan; None: all on a CPU, 1 elsewhere"),
-    "remat": Option(bool, "recompute each block in the backward pass, to save memory"),
-    "ops": Option(str, 'the arithmetic: "auto", "plain", "cpu" or "gpu"; see create_model', ops_lib.CHOICES),
+    "unroll": Option(int, "blocks per step of nn.scan; None: all, but 1 on a TPU", rounding=True),
+    "remat": Option(bool, "recompute each block in the backward pass, to save memory", rounding=True),
+    "ops": Option(
+        str, 'the arithmetic: "auto", "plain", "cpu" or "gpu"; see create_model', ops_lib.CHOICES, rounding=True
+    ),
 }
 # Options for Python, not for a config.
 _BACKBONE = ("features", "frozen_batch_stats")
@@ -181,9 +185,9 @@ def create_model(
       axis_name: the pmap or shard_map axis over which batch normalisation is synchronised.
       ops: the arithmetic. "plain" is JAX's own; "cpu" has gradients that are fast on a CPU and, if there is a C++
         compiler, native operations for convolutions, batch normalisation and the steps of the separable cells, which
-        run only on CPUs and which `jax.export` refuses; "gpu" has the separable ConvLSTM's step as Pallas kernels for a
-        GPU, not yet measured on one, and slow elsewhere. Their results are equal up to rounding. "auto", or None, means
-        "cpu" on CPUs and "plain" elsewhere. You can also pass your own `Ops`.
+        run only on CPUs and which `jax.export` refuses; "gpu" has the separable ConvLSTM's step as Pallas kernels, slow
+        on anything but a GPU. Their results are equal up to rounding. "auto", or None, means "cpu" on CPUs, "gpu" on
+        GPUs and "plain" elsewhere. You can also pass your own `Ops`.
         "cpu" and "gpu" define their own reverse rules, so forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`)
         raises a TypeError, and so do second derivatives with "gpu"; Hessian-vector products as `jax.jvp` of `jax.grad`
         and gradients of gradients work with "cpu". For everything else use "plain".
@@ -191,8 +195,8 @@ def create_model(
         unrolled. None means JAX's default device.
       **options: kernel, share_regulator, regulator_grouping, normalize_state, share_state_norm, regulated_stages,
         shortcut, width, bottleneck_stride, init (RegNet's `initial`), fuse_init, unroll, remat, scan, features,
-        output_stride and frozen_batch_stats; see RegNet. None keeps the default: the model's, and for unroll all
-        blocks on a CPU, where a loop is somewhat slower, and 1 elsewhere.
+        output_stride and frozen_batch_stats; see RegNet. None keeps the default: the model's, and for unroll 1 on
+        a TPU and all blocks elsewhere.
 
     Returns:
       A Flax module; `model.init(key, images, train=False)` makes its variables, and `model.stage_info` lists the
@@ -204,7 +208,7 @@ def create_model(
     model = check_model(name, num_classes, ops=ops, **options)
     platform = ops_lib.platform_of(devices)
     fields: dict[str, Any] = {"ops": ops_lib.choose(ops or "auto", platform)}
-    if isinstance(model, RegNet) and model.unroll is None and platform != "cpu":
+    if isinstance(model, RegNet) and model.unroll is None and platform not in ("cpu", "gpu"):
         fields["unroll"] = 1
     return model.clone(dtype=dtype, axis_name=axis_name, **fields)
 

@@ -105,11 +105,11 @@ def platform_of(devices: Sequence[Any] | None) -> str:
 def choose(ops: str | Ops, platform: str) -> Ops:
     """The back end that a choice stands for on a platform.
 
-    "auto" is CPU on CPUs and PLAIN on all others: GPU has not been measured, so it is for those who ask for it.
+    "auto" is CPU on CPUs, GPU on GPUs and PLAIN on all others.
     """
     if isinstance(ops, Ops):
         return ops
-    return BACK_ENDS["cpu" if platform == "cpu" else "plain"] if ops == "auto" else BACK_ENDS[ops]
+    return BACK_ENDS.get(platform, PLAIN) if ops == "auto" else BACK_ENDS[ops]
 
 
 def current_options(options: Mapping[str, Any]) -> dict[str, Any]:

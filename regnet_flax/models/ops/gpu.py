@@ -28,11 +28,13 @@ _TAPS = [(k, k // 3 - 1, k % 3 - 1) for k in range(9)]
 
 
 def lstm_step(x: Array, state: cells.State, weights: tuple[Array, ...]) -> tuple[cells.State, cells.Gates]:
-    """One step of a separable ConvLSTM, of equal dtypes and computed in float32; see Ops.
+    """One step of a separable ConvLSTM, of equal dtypes and computed in float32; wider ones by plain.lstm_step; see Ops.
 
     The gates by the plain equations are computed only where they are asked for.
     """
-    _, gates = plain.lstm_step(x, state, weights)
+    found, gates = plain.lstm_step(x, state, weights)
+    if jnp.result_type(x, *state, *weights) == jnp.float64:
+        return found, gates
     return _step(*vary_together(x, *state, *weights)), gates
 
 
