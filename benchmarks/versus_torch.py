@@ -14,6 +14,7 @@ the same command resumes it without repeating anything.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import pathlib
@@ -27,7 +28,7 @@ import turns
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 CLASSES = 10
-OURS = {"ours": {}, "ours, plain": {"ops": "plain"}, "ours, gpu": {"ops": "gpu"}}
+OURS = {"ours": {}, "ours, plain": {"ops": "plain"}}
 FORMS = ("per gate", "folded", "all gates")  # from torch_peer.FORMS, with the likely best one first
 MODES = ("compiled", "eager")
 TASKS = {"train": "training", "infer": "inference"}
@@ -112,28 +113,40 @@ class Measurement:
             print(f"--peers: {model} has no {sorted(unknown)}, but {list(self.variants)}", file=sys.stderr)
             raise SystemExit(2)
 
+    def begin(self, name, task):
+        """Starts a variant's process."""
+        from regnet_flax import start
+
+        environment = {"GLIBC_TUNABLES": start.TUNABLES} if self.arguments.huge_pages else {}
+        python = self.arguments.python if name in OURS else sys.executable
+        todo = name, self.settings, [task], self.arguments.threads, self.variants[name]
+        return turns.Worker(name, [python, __file__, "--worker", json.dumps(todo)], environment)
+
     def workers(self, names, task):
         """Starts the processes of these variants, by name; one that fails is left out with a message.
 
         On a CPU they compile in parallel. A GPU's libraries choose kernels by timing them, so there they start in turn.
         """
-        from regnet_flax import start
-
-        environment = {"GLIBC_TUNABLES": start.TUNABLES} if self.arguments.huge_pages else {}
-        ready, threads = {}, self.arguments.threads
-
-        def begin(name):
-            python = self.arguments.python if name in OURS else sys.executable
-            todo = name, self.settings, [task], threads, self.variants[name]
-            return turns.Worker(name, [python, __file__, "--worker", json.dumps(todo)], environment)
-
-        begun = {name: begin(name) for name in names} if threads else {}
+        ready = {}
+        begun = {name: self.begin(name, task) for name in names} if self.arguments.threads else {}
         for name in names:
             try:
-                ready[name] = (begun.get(name) or begin(name)).ready()
+                ready[name] = (begun.get(name) or self.begin(name, task)).ready()
             except turns.WorkerError as error:
                 print(f"left out: {error}", flush=True)
         return ready
+
+    def warm(self, names, task):
+        """Fills PyTorch's cache of compiled programs, all at once: each takes a minute and one core.
+
+        Only for a GPU, where variants start in turn afterwards.
+        """
+        if self.arguments.threads or len(names) < 2:
+            return
+        for worker in [self.begin(name, task) for name in names]:
+            with contextlib.suppress(turns.WorkerError):  # it fails again when its turn comes
+                worker.ready()
+            worker.close()
 
     def first_pass(self, task, end):
         """Gives PyTorch's variants one turn each, until time `end`; None marks a failed one.
@@ -146,9 +159,11 @@ class Measurement:
         for name in eager:
             self.first_turn(name, task, found, end)
         fastest = [theirs[name] for name in self.best(task, eager)]
-        for name, options in theirs.items():
-            if name not in eager and (not eager or options | {"mode": "eager"} in fastest):
-                self.first_turn(name, task, found, end)
+        rest = {name: options for name, options in theirs.items() if name not in eager}
+        rest = [name for name, options in rest.items() if not eager or options | {"mode": "eager"} in fastest]
+        self.warm([name for name in rest if name not in found], task)
+        for name in rest:
+            self.first_turn(name, task, found, end)
 
     def first_turn(self, name, task, found, end):
         """Stores a variant's images per second in `found`, unless they are there."""

@@ -109,6 +109,9 @@ def test_versus_torch_keeps_the_two_fastest_for_the_rounds(versus_torch, tmp_pat
     run("--peers", "torch folded, eager, channels last")
     assert [name for name, _ in started] == ["ours", "torch folded, eager, channels last"]
     assert len(run("--huge-pages")) == 2 and started[-1] == (best[1], start.TUNABLES)
+    run("--threads", "0", "--modes", "graphs")
+    graphs = [f"torch {form}, graphs, channels {side}" for form in versus_torch.FORMS for side in ("last", "first")]
+    assert [name for name, _ in started[:12]] == [*graphs, *graphs], "all compile at once, then each has its turn"
 
 
 def test_the_breakdown_names_every_native_operation(versus_torch):
@@ -136,7 +139,7 @@ def test_the_accelerators_measurements_resume(versus_torch, tmp_path, monkeypatc
         if "versus_torch.py" in str(command[1]):
             parsed.append(name)
             monkeypatch.setattr(sys, "argv", list(map(str, command[1:])))
-            assert (versus_torch.parse().modes == []) == (name == "pallas")
+            assert ("ours, plain" in versus_torch.parse().ours) == ("regnet" in name)
         return codes.get(name, 0)
 
     def call():
@@ -149,9 +152,9 @@ def test_the_accelerators_measurements_resume(versus_torch, tmp_path, monkeypatc
 
     monkeypatch.setattr(accelerator.Budget, "run", run)
     speed = ["versus_torch_regnet20_convlstm_float32", "versus_torch_resnet20_float32"]
-    assert call() == [*speed, "seeds", "pallas", "compare", "parity"]
+    assert call() == ["kernels", *speed, "seeds", "compare", "parity"]
     assert "--config.seed=1" in json.loads((tmp_path / "accelerator.json").read_text())["compare"]["command"]
-    assert call() == ["seeds", "compare"] and parsed == [*speed, "pallas"]
+    assert call() == ["seeds", "compare"] and parsed == speed
 
 
 @pytest.mark.slow
