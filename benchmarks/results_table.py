@@ -43,8 +43,8 @@ def interval(values):
 def row(about, files):
     config = json.loads((files[0].parent / "config.json").read_text())
     given = {name: value for name, value in config["model"]["overrides"].items() if value is not None}
-    options = {name: value for name, value in given.items() if not registry.OPTIONS[name].rounding}
-    label = " ".join([config["model"]["name"], *(f"{name}={value}" for name, value in options.items())])
+    options = [f"{name}={value}" for name, value in given.items() if not registry.OPTIONS[name].rounding]
+    label = " ".join([config["model"]["name"], *options])
     result = compare.read(label, *(file.parent for file in files))
     values = [100 - error for error in result.error]
     links = zip(result.seeds, (os.path.relpath(file, page_table.DOCS) for file in files), strict=True)

@@ -16,6 +16,7 @@ from regnet_flax.models.registry import create_model
 from regnet_flax.port import shipped
 from regnet_flax.port.torch import to_torch
 from regnet_flax.port.weights import read_weights, write_weights
+from regnet_flax.trained import description
 from regnet_flax.training.workdir import plain
 
 NAMES = ("ant", "bee", "cat")
@@ -45,6 +46,16 @@ def test_loaded_by_name(weights):
         regnet_flax.load("resnet8.beetles")
     with pytest.raises(WeightsError, match="or be one of the package's own: resnet8.insects"):
         read_weights("resnet8.beetles")
+
+
+def test_weights_do_not_keep_how_their_run_computed(weights):
+    arrays, metadata = read_weights(weights)
+    write_weights(weights, arrays, metadata | {"options": '{"width": 4, "ops": "gpu", "remat": true}'})
+    trained = regnet_flax.load(weights)
+    overrides = trained.config.model.overrides
+    assert (overrides.width, overrides.ops, overrides.remat) == (4, None, None) and trained.model.ops.name == "cpu"
+    overrides.ops = "plain"
+    assert json.loads(description(trained)["options"]) == {"width": 4}
 
 
 def test_a_local_file_of_that_name_goes_first(weights):
