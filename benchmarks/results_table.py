@@ -17,7 +17,8 @@ import page_table
 
 from regnet_flax.analysis import compare, report
 from regnet_flax.environment import describe_hardware
-from regnet_flax.models import registry
+from regnet_flax.models.ops import current_options
+from regnet_flax.models.registry import OPTIONS
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 HEAD = ("model", "test accuracy, %", "95 % interval", "seeds", "data", "recipe", "parameters", "hardware", "finished")
@@ -42,8 +43,8 @@ def interval(values):
 
 def row(about, files):
     config = json.loads((files[0].parent / "config.json").read_text())
-    given = {name: value for name, value in config["model"]["overrides"].items() if value is not None}
-    options = [f"{name}={value}" for name, value in given.items() if not registry.OPTIONS[name].rounding]
+    given = current_options(config["model"]["overrides"])
+    options = [f"{name}={value}" for name, value in given.items() if value is not None and not OPTIONS[name].rounding]
     label = " ".join([config["model"]["name"], *options])
     result = compare.read(label, *(file.parent for file in files))
     values = [100 - error for error in result.error]

@@ -181,6 +181,7 @@ def calls(model, batch, size, dtype, tasks, threads, form="per gate", channels_l
     if threads:
         torch.set_num_threads(threads)
     if device == "cuda":
+        inductor_config.autotune_local_cache = False  # processes that compile at once would time each other
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")  # TF32, which XLA uses by default on GPUs that have it
         torch.backends.cudnn.allow_tf32 = True

@@ -37,8 +37,8 @@ TASKS = {"train": "training", "infer": "inference"}
 def peers(model, modes):
     """Returns PyTorch's variants for a model: maps names to options of torch_peer.calls."""
     found = {}
-    for form in FORMS if model.startswith("regnet") else (None,):
-        for mode in modes:
+    for mode in modes:
+        for form in FORMS if model.startswith("regnet") else (None,):
             for layout in ("channels last", "channels first"):
                 options = {"mode": mode, "channels_last": layout == "channels last"}
                 words = [form, mode, layout] if form else [mode, layout]
@@ -137,11 +137,11 @@ class Measurement:
         return ready
 
     def warm(self, names, task):
-        """Fills PyTorch's cache of compiled programs, all at once: each takes a minute and one core.
+        """Fills PyTorch's cache of compiled programs for a GPU, all at once: each takes a minute and one core.
 
-        Only for a GPU, where variants start in turn afterwards.
+        What PyTorch chooses by timing, each variant chooses again when its turn comes: see torch_peer.calls.
         """
-        if self.arguments.threads or len(names) < 2:
+        if "graphs" not in self.arguments.modes or len(names) < 2:
             return
         for worker in [self.begin(name, task) for name in names]:
             with contextlib.suppress(turns.WorkerError):  # it fails again when its turn comes
@@ -161,7 +161,8 @@ class Measurement:
         fastest = [theirs[name] for name in self.best(task, eager)]
         rest = {name: options for name, options in theirs.items() if name not in eager}
         rest = [name for name, options in rest.items() if not eager or options | {"mode": "eager"} in fastest]
-        self.warm([name for name in rest if name not in found], task)
+        if time.monotonic() < end:
+            self.warm([name for name in rest if name not in found], task)
         for name in rest:
             self.first_turn(name, task, found, end)
 
@@ -193,6 +194,9 @@ class Measurement:
         """Measures images per second and ratios to PyTorch's best, by variant."""
         peers = self.arguments.peers or self.best(task, self.variants)
         workers = self.workers([*self.arguments.ours, *peers], task)
+        if missing := set(self.arguments.ours) - set(workers):
+            print(f"{self.settings[0]}, {TASKS[task]}: {', '.join(sorted(missing))} failed", file=sys.stderr)
+            raise SystemExit(1)
         counts = {name: self.steps(worker, task) for name, worker in workers.items()}
         times = {name: [] for name in workers}
         for number in range(self.arguments.rounds):

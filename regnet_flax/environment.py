@@ -25,7 +25,7 @@ def environment(devices: list[Any], choice: str = "auto") -> dict[str, Any]:
       devices: the run's devices.
       choice: the model's option `ops`. It tells whether the run has native operations, which are built if need be.
     """
-    native = ops.choose(choice, devices[0].platform) is ops.CPU
+    native = ops.choose(choice, ops.kind_of(devices)) is ops.CPU
     packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "regnet-flax")
     versions = {"python": platform.python_version()}
     for package in packages:

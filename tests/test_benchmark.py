@@ -142,19 +142,23 @@ def test_the_accelerators_measurements_resume(versus_torch, tmp_path, monkeypatc
             assert ("ours, plain" in versus_torch.parse().ours) == ("regnet" in name)
         return codes.get(name, 0)
 
-    def call():
+    def call(out=tmp_path):
         names.clear()
-        monkeypatch.setattr(
-            sys, "argv", ["accelerator.py", "--out", str(tmp_path), "--data-dir", "D", "--config.seed=1"]
-        )
+        monkeypatch.setattr(sys, "argv", ["accelerator.py", "--out", str(out), "--data-dir", "D", "--config.seed=1"])
         accelerator.main()
         return names
+
+    def command(out=tmp_path):
+        return json.loads((out / "accelerator.json").read_text())["compare"]["command"]
 
     monkeypatch.setattr(accelerator.Budget, "run", run)
     speed = ["versus_torch_regnet20_convlstm_float32", "versus_torch_resnet20_float32"]
     assert call() == ["kernels", *speed, "seeds", "compare", "parity"]
-    assert "--config.seed=1" in json.loads((tmp_path / "accelerator.json").read_text())["compare"]["command"]
+    assert "--config.seed=1" in command() and "--config.model.overrides.ops=plain" not in command()
     assert call() == ["seeds", "compare"] and parsed == speed
+    codes["kernels"] = 1
+    assert call(tmp_path / "other")[0] == "kernels"
+    assert "--config.model.overrides.ops=plain" in command(tmp_path / "other")
 
 
 @pytest.mark.slow

@@ -509,7 +509,7 @@ def test_a_run_of_before_a_field_has_the_value_of_then():
     assert lines == ["dataset.validation: 0.0 before, 0.1 now"]
 
 
-def test_fields_that_change_no_number_may_change():
+def test_fields_that_change_no_more_than_the_rounding_may_change():
     other = {"dataset.data_dir": "/elsewhere", "dataset.in_memory": "always", "eval.checkpoint": "last"}
     may_change = {name for name, field in FIELDS.items() if field.may_change}
     other |= {field: 7 for field in may_change if field not in other}

@@ -232,7 +232,7 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(finished, tmp_
             train(tmp_path)
     assert not (tmp_path / "results.json").exists()
 
-    # It resumes on other hardware, and warns.
+    # It resumes on other hardware and with another back end, and warns of both.
     here = run.environment
 
     def elsewhere(*arguments):
@@ -241,8 +241,10 @@ def test_a_run_stopped_again_and_again_ends_as_if_it_had_not_been(finished, tmp_
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "environment", elsewhere)
-        assert train(tmp_path)["step"] == TOTAL
-    assert "cpu_cores" in (tmp_path / "train.log").read_text().partition("the run began with other hardware")[2]
+        assert train(tmp_path, **{"model.overrides.unroll": 1})["step"] == TOTAL
+    log = (tmp_path / "train.log").read_text()
+    assert "cpu_cores" in log.partition("the run began with other hardware")[2]
+    assert log.count("model.overrides.unroll: None before, 1 now: the run resumes up to rounding") == 1
     assert checksums(tmp_path, TOTAL) == checksums(workdir, TOTAL)
     by_step = {line["step"]: line for line in read_lines(tmp_path)}
     expected = {line["step"]: line for line in read_lines(workdir)}

@@ -324,6 +324,7 @@ def test_mesh_with_explicit_axes():
     jax.eval_shape(lambda *a: jax.jvp(gradient(CPU, "conv_of_two"), a, a, has_aux=True), *divided["conv_of_two"])
     with jax.enable_x64(True):  # without native operations
         jax.eval_shape(gradient(CPU, "conv"), *divide("conv", arguments("conv")))
+    jax.eval_shape(gradient(GPU, "lstm_step"), *divide("lstm_step", arguments("lstm_step", jnp.float32)))
 
 
 @pytest.mark.parametrize("ops", ALL, ids=lambda ops: ops.name)
@@ -384,16 +385,25 @@ def test_conv_refuses_what_lax_refuses():
             jax.eval_shape(functools.partial(CPU.conv, *case))
 
 
-@pytest.mark.parametrize("default", ["cpu", "gpu"])
-def test_auto_is_decided_by_the_devices_given(monkeypatch, default):
-    monkeypatch.setattr(jax, "default_backend", lambda: default)
-    devices = {name: [types.SimpleNamespace(platform=name)] for name in ("cpu", "gpu", "tpu")}
-    for name, given in devices.items():
-        model = create_model("regnet8_convlstm", devices=given)
-        expected = {"cpu": (CPU, None), "gpu": (GPU, None), "tpu": (PLAIN, 1)}
-        assert (model.ops, model.unroll) == expected[name]
-        assert create_model("regnet8_convlstm", ops="gpu", unroll=2, devices=given).ops is GPU
-    assert create_model("regnet8_convlstm").ops == (CPU if default == "cpu" else GPU)
+@pytest.mark.parametrize(
+    "platform, capability, expected",
+    [
+        ("cpu", None, (CPU, None)),
+        ("gpu", "9.0", (GPU, 3)),
+        ("gpu", "7.5", (PLAIN, 1)),  # Triton refuses it
+        ("gpu", "gfx942", (PLAIN, 1)),
+        ("tpu", None, (PLAIN, 1)),
+    ],
+)
+def test_auto_is_decided_by_the_devices_given(monkeypatch, platform, capability, expected):
+    device = types.SimpleNamespace(platform=platform)
+    if capability:
+        device.compute_capability = capability
+    model = create_model("regnet8_convlstm", devices=[device])
+    assert (model.ops, model.unroll) == expected
+    assert create_model("regnet8_convlstm", ops="gpu", unroll=2, devices=[device]).ops is GPU
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [device])
+    assert create_model("regnet8_convlstm").ops is expected[0]
     mine = dataclasses.replace(PLAIN, name="mine")
     assert create_model("regnety_400mf", ops=mine).ops is mine
     with pytest.raises(ValueError, match="ops is 'fast': it must be one of 'auto', 'plain', 'cpu', 'gpu'"):
@@ -401,9 +411,11 @@ def test_auto_is_decided_by_the_devices_given(monkeypatch, default):
 
 
 def test_default_device(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    with jax.default_device(jax.devices("cpu")[0]):
-        assert ops_lib.platform_of(None) == "cpu"
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [types.SimpleNamespace(platform=backend or "tpu")])
+    assert ops_lib.kind_of(None) == "other"
+    for default in (jax.devices("cpu")[0], "cpu"):
+        with jax.default_device(default):
+            assert ops_lib.kind_of(None) == "cpu"
 
 
 def test_options_of_older_configs(tmp_path):

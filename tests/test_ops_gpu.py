@@ -1,4 +1,4 @@
-"""The ConvLSTM's interpreted Pallas kernels against the plain equations, in value and gradient."""
+"""The ConvLSTM's Pallas kernels, interpreted except on a GPU, against the plain equations, in value and gradient."""
 
 import functools
 
@@ -66,12 +66,18 @@ def test_float64_stays_float64():
             np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
+def test_no_images():
+    images, weights, _ = arrays(3, 4, 2)
+    assert [a.shape for a in cell(GPU, weights, *(a[:0] for a in images))] == [(0, 3, 4, 2)] * 2
+
+
 @pytest.mark.thorough
 def test_a_model():
     images = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 3)), jnp.float32)
     plain, fused = (create_model("regnet8_convlstm", width=4, ops=ops) for ops in ("plain", "gpu"))
     variables = jax.jit(functools.partial(plain.init, train=False))(jax.random.key(0), images)
-    found, expected = (jax.jit(functools.partial(m.apply, train=False))(variables, images) for m in (fused, plain))
+    with jax.default_matmul_precision("highest"):  # a GPU's default is TF32
+        found, expected = (jax.jit(functools.partial(m.apply, train=False))(variables, images) for m in (fused, plain))
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 

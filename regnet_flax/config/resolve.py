@@ -12,6 +12,7 @@ from regnet_flax.config.fields import FIELDS
 from regnet_flax.data import stream
 from regnet_flax.data.sources import Dataset
 from regnet_flax.errors import ConfigError
+from regnet_flax.models.registry import OPTIONS
 
 logger = logging.getLogger("regnet_flax")
 
@@ -96,5 +97,16 @@ def changed_fields(before: Mapping[str, Any], now: Mapping[str, Any], *, resolve
         was, value = old.get(name, field.default), new[name]
         left_to_data = field.from_data and not resolved and value == field.default
         if not (field.may_change or left_to_data or was == value):
-            lines.append(f"{name}: {was!r} before, {value!r} now")
+            lines.append(_changed(name, was, value))
     return lines
+
+
+def changed_rounding(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Lists, like changed_fields, the changes that only affect how a run rounds."""
+    old, new = dict(flatten(before)), dict(flatten(now))
+    names = [f"model.overrides.{name}" for name, option in OPTIONS.items() if option.rounding]
+    return [_changed(name, old.get(name), new[name]) for name in names if old.get(name) != new[name]]
+
+
+def _changed(name: str, before: Any, now: Any) -> str:
+    return f"{name}: {before!r} before, {now!r} now"

@@ -69,7 +69,7 @@ OPTIONS = {
         'initial values of the convolutions that fuse X with H: "he", or "identity", which ignores H at first',
         ("he", "identity"),
     ),
-    "unroll": Option(int, "blocks per step of nn.scan; None: all, but 1 on a TPU", rounding=True),
+    "unroll": Option(int, "blocks per step of nn.scan; None: all on a CPU, 3 on a GPU, 1 elsewhere", rounding=True),
     "remat": Option(bool, "recompute each block in the backward pass, to save memory", rounding=True),
     "ops": Option(
         str, 'the arithmetic: "auto", "plain", "cpu" or "gpu"; see create_model', ops_lib.CHOICES, rounding=True
@@ -187,7 +187,7 @@ def create_model(
         compiler, native operations for convolutions, batch normalisation and the steps of the separable cells, which
         run only on CPUs and which `jax.export` refuses; "gpu" has the separable ConvLSTM's step as Pallas kernels, slow
         on anything but a GPU. Their results are equal up to rounding. "auto", or None, means "cpu" on CPUs, "gpu" on
-        GPUs and "plain" elsewhere. You can also pass your own `Ops`.
+        NVIDIA's GPUs of compute capability 8.0 or later, and "plain" elsewhere. You can also pass your own `Ops`.
         "cpu" and "gpu" define their own reverse rules, so forward mode (`jax.jvp`, `jax.jacfwd`, `jax.linearize`)
         raises a TypeError, and so do second derivatives with "gpu"; Hessian-vector products as `jax.jvp` of `jax.grad`
         and gradients of gradients work with "cpu". For everything else use "plain".
@@ -195,8 +195,8 @@ def create_model(
         unrolled. None means JAX's default device.
       **options: kernel, share_regulator, regulator_grouping, normalize_state, share_state_norm, regulated_stages,
         shortcut, width, bottleneck_stride, init (RegNet's `initial`), fuse_init, unroll, remat, scan, features,
-        output_stride and frozen_batch_stats; see RegNet. None keeps the default: the model's, and for unroll 1 on
-        a TPU and all blocks elsewhere.
+        output_stride and frozen_batch_stats; see RegNet. None keeps the default: the model's, and for unroll all
+        blocks on a CPU, 3 on a GPU that has ops="gpu" by default, and 1 elsewhere.
 
     Returns:
       A Flax module; `model.init(key, images, train=False)` makes its variables, and `model.stage_info` lists the
@@ -206,10 +206,10 @@ def create_model(
       ValueError: the name is unknown (the message has the closest names), an option is unknown, or a value is invalid.
     """
     model = check_model(name, num_classes, ops=ops, **options)
-    platform = ops_lib.platform_of(devices)
-    fields: dict[str, Any] = {"ops": ops_lib.choose(ops or "auto", platform)}
-    if isinstance(model, RegNet) and model.unroll is None and platform not in ("cpu", "gpu"):
-        fields["unroll"] = 1
+    kind = ops_lib.kind_of(devices)
+    fields: dict[str, Any] = {"ops": ops_lib.choose(ops or "auto", kind)}
+    if isinstance(model, RegNet) and model.unroll is None and kind != "cpu":
+        fields["unroll"] = 3 if kind == "gpu" else 1
     return model.clone(dtype=dtype, axis_name=axis_name, **fields)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from regnet_flax.config.resolve import changed_fields
+from regnet_flax.config.resolve import changed_fields, changed_rounding
 from regnet_flax.data import sources, stream
 from regnet_flax.errors import ConfigError, WorkdirError
 from regnet_flax.files import read_json, read_json_lines, runs
@@ -215,6 +215,8 @@ def refuse_changes(
         raise ConfigError(
             f"{path} holds a run with another config ({'; '.join(lines)}): name another --workdir, or undo the change"
         )
+    if resolved and (lines := changed_rounding(stored, plain(config))):  # once, and where the log has begun
+        logger.warning("%s: the run resumes up to rounding, not bitwise", "; ".join(lines))
 
 
 def saved_steps(path: pathlib.Path) -> list[int]:

@@ -94,22 +94,29 @@ BACK_ENDS = {ops.name: ops for ops in (PLAIN, CPU, GPU)}
 CHOICES = ("auto", *BACK_ENDS)
 
 
-def platform_of(devices: Sequence[Any] | None) -> str:
-    """The platform of the devices that will run a model, such as "cpu"; None stands for JAX's default device."""
-    if devices is not None:
-        return devices[0].platform
-    default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    return getattr(default, "platform", default) or jax.default_backend()
+def kind_of(devices: Sequence[Any] | None) -> str:
+    """The kind of the devices that will run a model; None stands for JAX's default device.
 
-
-def choose(ops: str | Ops, platform: str) -> Ops:
-    """The back end that a choice stands for on a platform.
-
-    "auto" is CPU on CPUs, GPU on GPUs and PLAIN on all others.
+    Returns:
+      "cpu"; "gpu" for one by NVIDIA, of compute capability 8.0 or later, for which Triton compiles Pallas kernels; or
+      "other".
     """
+    if devices is None:
+        default = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
+        devices = [default] if hasattr(default, "platform") else jax.local_devices(backend=default)
+    if devices[0].platform == "cpu":
+        return "cpu"
+    try:  # AMD's is a name, and a TPU has none
+        return "gpu" if float(devices[0].compute_capability) >= 8 else "other"
+    except (AttributeError, ValueError):
+        return "other"
+
+
+def choose(ops: str | Ops, kind: str) -> Ops:
+    """The back end that a choice stands for on devices of a kind, as kind_of returns it."""
     if isinstance(ops, Ops):
         return ops
-    return BACK_ENDS.get(platform, PLAIN) if ops == "auto" else BACK_ENDS[ops]
+    return BACK_ENDS.get(kind, PLAIN) if ops == "auto" else BACK_ENDS[ops]
 
 
 def current_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from regnet_flax.models.ops import cells, plain
-from regnet_flax.models.ops.varying import vary_together
+from regnet_flax.models.ops.varying import divided, vary_together
 
 Array = jax.Array
 
@@ -28,12 +28,14 @@ _TAPS = [(k, k // 3 - 1, k % 3 - 1) for k in range(9)]
 
 
 def lstm_step(x: Array, state: cells.State, weights: tuple[Array, ...]) -> tuple[cells.State, cells.Gates]:
-    """One step of a separable ConvLSTM, of equal dtypes and computed in float32; wider ones by plain.lstm_step; see Ops.
+    """One step of a separable ConvLSTM, of equal dtypes and computed in float32; see Ops.
 
-    The gates by the plain equations are computed only where they are asked for.
+    It is plain.lstm_step for float64, for no images, and for arrays that a mesh with explicit axes divides. The gates
+    by the plain equations are computed only where they are asked for.
     """
     found, gates = plain.lstm_step(x, state, weights)
-    if jnp.result_type(x, *state, *weights) == jnp.float64:
+    arrays = x, *state, *weights
+    if not x.size or jnp.result_type(*arrays) == jnp.float64 or any(map(divided, arrays)):
         return found, gates
     return _step(*vary_together(x, *state, *weights)), gates
 
@@ -111,11 +113,12 @@ def _call(
             compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4),
         )(*arrays)
 
+    compiled = functools.partial(call, interpret=False)
     found = lax.platform_dependent(
         *(a.reshape(flat(a)) for a in images),
         *(a.reshape(-1, GATES, n) for a in weights),
-        cuda=functools.partial(call, interpret=False),
-        rocm=functools.partial(call, interpret=False),
+        cuda=compiled,
+        rocm=compiled,
         default=functools.partial(call, interpret=True),
     )
     drawn = (a.reshape(b.shape) for a, b in zip(found[: len(outputs)], outputs, strict=True))
