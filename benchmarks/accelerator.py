@@ -58,15 +58,13 @@ class Budget:
                 return process.wait(timeout=seconds)
             except subprocess.TimeoutExpired:
                 process.terminate()
-                try:
+                with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(timeout=20)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
                 return None
-            finally:  # its children, which would disturb the next measurement
+            finally:  # with its children, which would disturb the next measurement
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def main():

@@ -18,7 +18,7 @@ import page_table
 from regnet_flax.analysis import compare, report
 from regnet_flax.environment import describe_hardware
 from regnet_flax.models.ops import current_options
-from regnet_flax.models.registry import OPTIONS
+from regnet_flax.models.registry import computing_options
 
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 HEAD = ("model", "test accuracy, %", "95 % interval", "seeds", "data", "recipe", "parameters", "hardware", "finished")
@@ -43,9 +43,8 @@ def interval(values):
 
 def row(about, files):
     config = json.loads((files[0].parent / "config.json").read_text())
-    given = current_options(config["model"]["overrides"])
-    options = [f"{name}={value}" for name, value in given.items() if value is not None and not OPTIONS[name].rounding]
-    label = " ".join([config["model"]["name"], *options])
+    options = computing_options(current_options(config["model"]["overrides"]))
+    label = " ".join([config["model"]["name"], *(f"{name}={value}" for name, value in options.items())])
     result = compare.read(label, *(file.parent for file in files))
     values = [100 - error for error in result.error]
     links = zip(result.seeds, (os.path.relpath(file, page_table.DOCS) for file in files), strict=True)

@@ -159,8 +159,11 @@ class Measurement:
         for name in eager:
             self.first_turn(name, task, found, end)
         fastest = [theirs[name] for name in self.best(task, eager)]
-        rest = {name: options for name, options in theirs.items() if name not in eager}
-        rest = [name for name, options in rest.items() if not eager or options | {"mode": "eager"} in fastest]
+        rest = [
+            name
+            for name, options in theirs.items()
+            if name not in eager and (not eager or options | {"mode": "eager"} in fastest)
+        ]
         if time.monotonic() < end:
             self.warm([name for name in rest if name not in found], task)
         for name in rest:

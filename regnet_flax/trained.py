@@ -16,14 +16,14 @@ import jax
 import numpy as np
 from PIL import Image
 
-from regnet_flax.config.check import check_config, eval_batch_size, model_options, weights_options
+from regnet_flax.config.check import check_config, eval_batch_size, model_options
 from regnet_flax.config.fields import default_config
 from regnet_flax.config.resolve import fill_in, resolve
 from regnet_flax.data import photos, stream
 from regnet_flax.data.augment import normalize
 from regnet_flax.data.photos import read_image
 from regnet_flax.errors import ConfigError, DataError, WeightsError, WorkdirError, one_line
-from regnet_flax.models.registry import OPTIONS, check_model
+from regnet_flax.models.registry import OPTIONS, check_model, computing_options
 from regnet_flax.modes.setup.datasets import open_dataset
 from regnet_flax.modes.setup.models import build_model, load_trained, load_weights
 from regnet_flax.places import fetch
@@ -219,9 +219,8 @@ def take_description(config: Any, metadata: Mapping[str, str]) -> dict[str, Any]
         if not OPTIONS[option].rounding:  # those are the weights' own
             config.model.overrides[option] = None
     try:
-        for option, value in json.loads(metadata.get("options", "{}")).items():
-            if option not in OPTIONS or not OPTIONS[option].rounding:  # an unknown one is refused below
-                config.model.overrides[option] = tuple(value) if isinstance(value, list) else value
+        for option, value in computing_options(json.loads(metadata.get("options", "{}"))).items():
+            config.model.overrides[option] = tuple(value) if isinstance(value, list) else value
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise WeightsError(f"{file} has options that no model has ({one_line(error)}): export it again") from error
     after = {"name": config.model.name} | dict(config.model.overrides)
@@ -247,7 +246,7 @@ def description(trained: Trained) -> dict[str, str]:
         "std": config.dataset.std,
     }
     return {name: json.dumps(list(value)) for name, value in facts.items()} | {
-        "options": json.dumps(weights_options(config)),
+        "options": json.dumps(computing_options(model_options(config))),
         "crop": json.dumps(stream.CROP in config.dataset.augment),
     }
 

@@ -15,7 +15,7 @@ from regnet_flax.analysis import summary
 from regnet_flax.files import read_json_lines
 from regnet_flax.models.ops import current_options
 from regnet_flax.models.plugins import import_plugins
-from regnet_flax.models.registry import OPTIONS, create_model
+from regnet_flax.models.registry import computing_options, create_model
 from regnet_flax.models.regnet import CELLS
 
 CONFIDENCE = 0.95
@@ -84,8 +84,7 @@ def read(label: str, *workdirs: pathlib.Path) -> Result:
     runs = [_read_run(workdir) for workdir in workdirs]
     config, results = runs[0].config, runs[0].results
     import_plugins(config["model"].get("plugins", ()))
-    overrides = current_options(config["model"]["overrides"])
-    overrides = {name: value for name, value in overrides.items() if value is not None and not OPTIONS[name].rounding}
+    overrides = computing_options(current_options(config["model"]["overrides"]))
     model = create_model(config["model"]["name"], num_classes=config["dataset"]["num_classes"], **overrides)
     parts = summary.summarize(model, tuple(config["image_shape"]))
     regulator = getattr(model, "regulator", None)

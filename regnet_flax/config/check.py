@@ -29,12 +29,6 @@ def model_options(config: Any) -> dict[str, Any]:
     return {name: getattr(config.model.overrides, name) for name in OPTIONS}
 
 
-def weights_options(config: Any) -> dict[str, Any]:
-    """Returns the given options that weights belong to: those that change what they compute by more than rounding."""
-    given = model_options(config)
-    return {name: value for name, value in given.items() if value is not None and not OPTIONS[name].rounding}
-
-
 def image_shape(config: Any) -> tuple[tuple[int, int, int], int]:
     """Returns (height, width, channels) of a config's training images and the class count, without reading an image."""
     shape, classes = IMAGES.get(config.dataset.name, ((32, 32, 3), 10))

@@ -7,7 +7,7 @@ import difflib
 import fnmatch
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -85,6 +85,15 @@ _KNOWN: dict[Any, tuple[str, ...]] = {
 # Options that cannot be changed in a model that sets them.
 _FIXED = ("kernel", "share_regulator", "normalize_state")
 _EXAMPLE = "regnet20_convlstm kernel=dense regulated_stages=(1, 2)"
+
+
+def computing_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the given options, without None and without those that only change how a model rounds."""
+    return {
+        name: value
+        for name, value in given.items()
+        if value is not None and not (name in OPTIONS and OPTIONS[name].rounding)
+    }
 
 
 def family(regulators: Iterable[str | None]) -> dict[str, functools.partial[nn.Module]]:

@@ -10,9 +10,10 @@ from typing import Any
 from regnet_flax import __version__
 from regnet_flax.analysis.report import describe_decay, describe_optimizer
 from regnet_flax.analysis.summary import count_parameters
-from regnet_flax.config.check import weights_options
+from regnet_flax.config.check import model_options
 from regnet_flax.environment import describe_hardware
 from regnet_flax.files import dataset_title, duration, read_json, write_text
+from regnet_flax.models.registry import computing_options
 from regnet_flax.trained import Trained
 from regnet_flax.training.workdir import CONFIG, RESULTS, best_step, read_metrics
 
@@ -148,7 +149,7 @@ def describe(trained: Trained, workdir: pathlib.Path, files: Sequence[str]) -> s
     results = {} if trained.weights else read_json(workdir / RESULTS)
     data, train, sgd = config.dataset, config.train, config.optimizer
     height, width, channels = trained.image_shape
-    written = ", ".join(f"{name}={value!r}" for name, value in weights_options(config).items())
+    written = ", ".join(f"{name}={value!r}" for name, value in computing_options(model_options(config)).items())
     names, plugins = trained.class_names, config.model.plugins
     values = {
         "shape": f"{height}, {width}, {channels}",
